@@ -1,0 +1,64 @@
+"""What the package is called, needs and contains. Tool settings: pyproject.toml. Tested pins: requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "trlx" / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+REQUIRES = [
+    "torch>=2.8,<2.14",
+    "transformers>=5.0,<6",
+    "accelerate>=1.10,<2",
+    "omegaconf>=2.3,<3",
+    "numpy>=1.26",
+    "safetensors>=0.5",
+    "tokenizers>=0.22",
+    "rich>=13",
+    "tqdm>=4.66",
+]
+EXTRAS = {
+    "wandb": ["wandb>=0.31"],
+    "tensorboard": ["tensorboard>=2.16"],
+    "report": ["matplotlib>=3.8"],
+    "peft": ["peft>=0.18"],
+    "bnb": ["bitsandbytes>=0.45"],
+    "data": ["datasets>=3.0"],
+    "sweep": ["ray[tune]>=2.40"],
+    "nemo": ["megatron-core>=0.16.1,<0.17", "einops>=0.8"],
+    "bench": ["matplotlib>=3.8"],
+}
+EXTRAS["dev"] = [
+    *(requirement for name in ("wandb", "tensorboard", "report", "peft", "data") for requirement in EXTRAS[name]),
+    "build>=1.2",
+    "import-linter>=2.3",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "ruff>=0.12",
+    "setuptools>=77",
+]
+
+setup(
+    name="trlx",
+    version=VERSION,
+    description="Reinforcement learning from human feedback for language models: PPO, ILQL, SFT and RFT",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    # the presets live at the top level of the repository and inside the package once installed
+    packages=[*find_packages(include=["trlx", "trlx.*"]), "trlx.configs"],
+    package_dir={"trlx.configs": "configs"},
+    package_data={"trlx.configs": ["**/*.yaml", "**/*.yml"]},
+    entry_points={"console_scripts": ["trlx=trlx.launch.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
