@@ -1,0 +1,48 @@
+"""Reinforcement learning from human feedback for language models.
+
+The public names, each imported on first use, so that ``import trlx`` stays quick and loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+__version__ = "1.0.0.dev0"
+
+_HOMES = {
+    "train": "trlx.api",
+    "TRLConfig": "trlx.config",
+    "load_preset": "trlx.presets",
+    "register_trainer": "trlx.registry",
+    "register_method": "trlx.registry",
+    "register_datapipeline": "trlx.registry",
+    "SequenceClassifierReward": "trlx.rollout.reward_models",
+    "RemoteReward": "trlx.rollout.remote_reward",
+}
+
+__all__ = ["__version__", "logging", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "logging":
+        return importlib.import_module("trlx.logging")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trlx' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+class _OldPaths:
+    """Sends imports under ``trlx.`` that nothing else could find to the table in `trlx.compat`."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        return importlib.import_module("trlx.compat").find_spec(name) if name.startswith("trlx.") else None
+
+
+sys.meta_path.append(_OldPaths)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,133 @@
+"""`trlx.train`: check the arguments, build the trainer, feed it, let it learn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import trlx.trainer.accelerate
+import trlx.trainer.nemo  # noqa: F401  registers its trainers, as the line above does
+from trlx import logging
+from trlx.config import TRLConfig
+from trlx.data.prompts import PromptPipeline
+from trlx.data.rows import as_list
+from trlx.presets import default_ilql_config, default_ppo_config, default_sft_config
+from trlx.registry import pipelines, trainers
+from trlx.trainer.base import Trainer
+
+logger = logging.get_logger(__name__)
+
+
+def train(
+    model_path: Any = None,
+    reward_fn: Callable[..., Any] | None = None,
+    dataset: Iterable[Any] | None = None,
+    samples: list[Any] | None = None,
+    rewards: list[float] | None = None,
+    prompts: list[Any] | None = None,
+    eval_prompts: list[Any] | None = None,
+    metric_fn: Callable[..., Any] | None = None,
+    config: TRLConfig | None = None,
+    stop_sequences: list[str] | None = None,
+) -> Trainer:
+    """Fine-tunes a language model: online with a reward function, or offline on samples.
+
+    Args:
+        model_path: hub name, folder or ``transformers.PretrainedConfig``; used instead of ``config.model.model_path``.
+        reward_fn: ``reward_fn(samples, prompts, outputs, tokenizer, **metadata)``, called with keywords on lists of one
+            entry per sample; returns a number for each, or a list of numbers, one per response token.
+        dataset: deprecated; ``(samples, rewards)``.
+        samples: texts, dialogues (lists of alternating prompts and outputs), chats (lists of messages), or a data set.
+        rewards: one number per sample (ILQL); without them samples are imitated (SFT).
+        prompts: texts, chats, or dicts with "prompt" and further keys, which reach reward_fn as keyword lists.
+        eval_prompts: the same for evaluations; by default the first of `prompts`.
+        metric_fn: ``metric_fn(samples, prompts, outputs, **metadata)`` returns a dict of lists with a number per
+            sample, or of plain numbers; reported at evaluations.
+        config: without one, the default of PPO (with reward_fn), ILQL (with rewards) or SFT (otherwise).
+        stop_sequences: texts that end a response and are cut off it.
+
+    Returns:
+        The trainer, after training: ``.generate``, ``.save_pretrained``, ``.evaluate``.
+
+    Raises:
+        ValueError: the arguments contradict each other or the config; the message says what to write instead.
+        trlx.rollout.scoring.RewardError: reward_fn or metric_fn failed.
+    """
+    if dataset is not None:
+        warnings.warn("train(dataset=...) is now train(samples=..., rewards=...)", DeprecationWarning, stacklevel=2)
+        samples, rewards = dataset
+    config = _config(config, model_path, reward_fn, rewards)
+    trainer_class = trainers.get(config.train.trainer)
+    online = getattr(trainer_class, "online", reward_fn is not None)
+    _check_arguments(trainer_class, online, reward_fn, samples, rewards)
+    trainer = trainer_class(
+        config=config,
+        reward_fn=reward_fn,
+        metric_fn=metric_fn,
+        stop_sequences=stop_sequences or [],
+        **config.train.trainer_kwargs,
+    )
+    if online:
+        prompts = as_list(prompts, "prompts") if prompts is not None else _empty_prompts(trainer)
+        trainer.add_prompt_pipeline(_pipeline(prompts, trainer))
+    else:
+        trainer.make_experience(*([samples] if rewards is None else [samples, rewards]), config.train.seq_length)
+        prompts = _empty_prompts(trainer)
+    eval_prompts = eval_prompts if eval_prompts is not None else prompts[: _global_batch(trainer)]
+    trainer.add_eval_pipeline(_pipeline(eval_prompts, trainer))
+    trainer.learn()
+    return trainer
+
+
+def _config(config: TRLConfig | None, model_path, reward_fn, rewards) -> TRLConfig:
+    if config is None:
+        logger.warning("No config: taking the default one of the method that the arguments ask for")
+        offline = default_sft_config if rewards is None else default_ilql_config
+        config = (default_ppo_config if reward_fn is not None else offline)()
+    return config if model_path is None else config.evolve(model={"model_path": model_path})
+
+
+def _check_arguments(trainer_class: type, online: bool, reward_fn, samples, rewards) -> None:
+    trainer = trainer_class.__name__
+    if reward_fn is None and samples is None:
+        raise ValueError("train() needs reward_fn (to learn online) or samples (to learn offline)")
+    if online and reward_fn is None:
+        raise ValueError(f"{trainer} learns online: pass reward_fn, or set train.trainer to an offline trainer")
+    if not online and samples is None:
+        raise ValueError(f"{trainer} learns from samples: pass samples, or set train.trainer to an online trainer")
+    if rewards is not None and samples is not None and len(samples) != len(rewards):
+        raise ValueError(f"train() got {len(samples)} samples but {len(rewards)} rewards; pass one reward per sample")
+    if not online:
+        _check_rewards(trainer_class, rewards)
+
+
+def _check_rewards(trainer_class: type, rewards) -> None:
+    wanted = getattr(trainer_class, "rewarded", rewards is not None)
+    if wanted and rewards is None:
+        raise ValueError(f"{trainer_class.__name__} learns from rewards: pass rewards, one number per sample")
+    if not wanted and rewards is not None:
+        raise ValueError(f"{trainer_class.__name__} has no use for rewards: leave them out, or use an ILQL trainer")
+
+
+def _pipeline(prompts: list[Any], trainer: Trainer) -> PromptPipeline:
+    config = trainer.config
+    new_tokens = max(sampling.max_new_tokens for _, sampling in trainer.eval_variants)
+    new_tokens = max(new_tokens, trainer.sampling_kwargs.get("max_new_tokens") if trainer.online else 0)
+    room = config.train.seq_length - new_tokens
+    if room < 1:
+        raise ValueError(
+            f"train.seq_length ({config.train.seq_length}) leaves no room for a prompt beside "
+            f"gen_kwargs.max_new_tokens ({new_tokens}): raise the one or lower the other"
+        )
+    pipeline_class, special_tokens = pipelines.get(config.train.pipeline), trainer.backend.layout.special_tokens
+    return pipeline_class(as_list(prompts, "prompts"), room, trainer.tokenizer, add_special_tokens=special_tokens)
+
+
+def _empty_prompts(trainer: Trainer) -> list[str]:
+    start = trainer.tokenizer.bos_token or trainer.tokenizer.eos_token
+    return [start] * _global_batch(trainer)
+
+
+def _global_batch(trainer: Trainer) -> int:
+    return trainer.config.train.batch_size * trainer.backend.data_size

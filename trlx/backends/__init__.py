@@ -1,0 +1,1 @@
+"""The machinery that runs models: a protocol, and one backend for each engine."""

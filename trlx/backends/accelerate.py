@@ -1,0 +1,274 @@
+"""The Accelerate backend: a Hugging Face model on one or many processes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trlx import logging
+from trlx.backends.base import Backend, LossFn, ModelNeeds
+from trlx.backends.generation import generate
+from trlx.backends.optimizer import make_optimizer, make_scheduler
+from trlx.backends.sharding import refuse_deepspeed, sharding_for, trainable
+from trlx.batch import TokenBatch, TokenScores
+from trlx.checkpoint import read_optimizer, write_optimizer
+from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
+from trlx.methods.masked import finish, merge_packed, pack
+from trlx.models.adapters import AdaptedPolicy, AdapterOff, adapted_model, build_adapted_policy
+from trlx.models.architecture import ARCHITECTURES
+from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
+from trlx.models.reference import Exchange, Reference, digest
+from trlx.models.vocabulary import check_vocabulary
+from trlx.rollout.sampling import SamplingConfig
+
+logger = logging.get_logger(__name__)
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait while the main one scores rollouts; torch's own ten minutes end runs with slow rewards."""
+
+
+class AccelerateBackend(Backend):
+    """One Hugging Face model, wrapped and moved by Accelerate."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        scheduler: SchedulerConfig,
+        train: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        needs: ModelNeeds,
+    ):
+        refuse_deepspeed()
+        self.accelerator = Accelerator(
+            # unless told so, Accelerate runs the processes of a CPU job side by side as strangers
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=train.mixed_precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+        self.sharding = sharding_for(self.accelerator)
+        self.device = self.accelerator.device
+        if self.accelerator.mixed_precision == "fp16" and self.device.type == "cpu":
+            raise ValueError("train.mixed_precision fp16 needs a GPU: write bf16, which works on CPUs too, or no")
+        self.data_rank, self.data_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.tokenizer = tokenizer
+        self.max_grad_norm = train.max_grad_norm or float("inf")
+        self.microbatch_size = train.minibatch_size or train.batch_size
+        # train mode only where it changes something: switching it walks over every module
+        self.uses_train_mode = needs.dropout or train.gradient_checkpointing
+        self.has_values = needs.value_head
+
+        torch.manual_seed(train.seed)  # every process must draw the same random weights
+        self.policy = _load_policy(model, needs)
+        check_vocabulary(self.policy.model, tokenizer)
+        if train.gradient_checkpointing:
+            self.policy.architecture.recompute()
+        self.initial_digest = digest(self.policy)
+        self.layout = self.policy.architecture.layout(tokenizer)
+        self.optimizer = self.sharding.prepare(self.policy, partial(make_optimizer, optimizer))
+        self.parameters = trainable(self.policy)
+        self.reference = _make_reference(self.policy, self.sharding.exchange) if needs.reference else None
+        with self.sharding.unsharded():
+            self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
+        self.scheduler = make_scheduler(scheduler, self.optimizer.optimizer)
+
+    def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
+        self.policy.eval()
+        # the policy that samples must round as the one that is scored and trained
+        with self.accelerator.autocast(), self.sharding.unsharded():
+            return generate(self.policy, prompts, sampling, self.device)
+
+    @torch.no_grad()
+    def score(self, batch: TokenBatch, reference: bool = False) -> TokenScores:
+        if reference and self.reference is None:
+            raise ValueError("This method was built without a reference policy")
+        self.policy.eval()
+        logprobs = torch.zeros(batch.tokens.shape)
+        values = torch.zeros(batch.tokens.shape) if self.has_values and not reference else None
+        with self.reference.active() if reference else nullcontext(), self.sharding.unsharded():
+            for start in range(0, len(batch), self.microbatch_size):
+                rows = slice(start, start + self.microbatch_size)
+                piece = batch.rows(rows).to(self.device)
+                width = piece.tokens.shape[1]
+                scores = self.policy(*_columns(piece), values=values is not None)
+                logprobs[rows, :width] = scores.logprobs.cpu()
+                if values is not None:
+                    values[rows, :width] = scores.values.cpu()
+        return TokenScores(logprobs, values)
+
+    def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
+        self.sharding.wrapped.train(self.uses_train_mode)
+        units = max(float(self.sum_across(batch.response_mask.sum())), 1.0)
+        # DDP averages gradients over processes; the loss is a global sum, so undo its mean
+        scale = self.data_size / units
+        pieces, seconds = [], {"time/forward": 0.0, "time/backward": 0.0}
+        starts = range(0, len(batch), self.microbatch_size)
+        for start in starts:
+            piece = batch.rows(slice(start, start + self.microbatch_size)).to(self.device)
+            is_last = start == starts[-1]
+            with nullcontext() if is_last else self.sharding.accumulating():
+                began = time.perf_counter()
+                scores = self.sharding.wrapped(*_columns(piece))
+                loss, metrics = loss_fn(scores, piece)
+                halfway = time.perf_counter()
+                self.accelerator.backward(loss * scale)
+            seconds["time/forward"] += halfway - began
+            seconds["time/backward"] += time.perf_counter() - halfway
+            pieces.append(pack(metrics))
+        return self._means(pieces) | self._update() | seconds
+
+    def _update(self) -> dict[str, float]:
+        """Clips and applies the gradients, unless they are not finite."""
+        norm = float(self.sharding.full(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)))
+        skipped = not torch.tensor(norm).isfinite()
+        # under fp16 the optimizer skips by itself and must be called for the loss scale to come down
+        if not skipped or self.accelerator.scaler is not None:
+            self.optimizer.step()
+        rates = {f"learning_rate_group_{i}": float(rate) for i, rate in enumerate(self.scheduler.get_last_lr())}
+        if not skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        return {"grad_norm": norm, "skipped_steps": float(skipped), **rates}
+
+    def _means(self, pieces: list[tuple[list[str], Tensor]]) -> dict[str, float]:
+        names = pieces[0][0]
+        packed = merge_packed(torch.stack([rows for _, rows in pieces]))
+        if self.data_size > 1:
+            packed = merge_packed(self.accelerator.gather(packed[None]))
+        return finish(names, packed)
+
+    @torch.no_grad()
+    def update_heads(self, fn: Callable[[torch.nn.Module], None]) -> None:
+        fn(self.policy.heads)
+
+    def sum_across(self, tensor: Tensor) -> Tensor:
+        if self.data_size == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.device), reduction="sum").cpu()
+
+    def gather_objects(self, objects: list[Any]) -> list[Any]:
+        return gather_object(objects) if self.data_size > 1 else list(objects)
+
+    def broadcast_object(self, value: Any) -> Any:
+        return broadcast_object_list([value])[0] if self.data_size > 1 else value
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def save(self, folder: Path, optimizer: bool = True) -> None:
+        trained = {name: self.sharding.for_file(weight) for name, weight in self._trained().items()}
+        state = self.optimizer.state_dict() if optimizer else {"state": {}}
+        state = _with_tensors(state, lambda _, value: self.sharding.for_file(value))
+        if not self.is_main:
+            return
+        save_file(trained, folder / "policy.safetensors")
+        if optimizer:
+            write_optimizer(folder / "optimizer.safetensors", state)
+            (folder / "scheduler.json").write_text(json.dumps(self.scheduler.state_dict()))
+
+    def load(self, folder: Path) -> None:
+        saved = load_file(folder / "policy.safetensors")
+        trained = self._trained()
+        if saved.keys() != trained.keys():
+            odd = sorted(saved.keys() ^ trained.keys())[:3]
+            raise ValueError(f"{folder} holds other trained weights than this config asks for, e.g. {', '.join(odd)}")
+        with torch.no_grad():
+            for name, tensor in trained.items():
+                tensor.copy_(self.sharding.part(saved[name], tensor))
+        if not (folder / "optimizer.safetensors").is_file():
+            return
+        state = read_optimizer(folder / "optimizer.safetensors")
+        parts = _with_tensors(state, lambda index, value: self.sharding.part(value, self.parameters[index]))
+        self.optimizer.load_state_dict(parts)
+        self.scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text()))
+
+    def export_hf(self, folder: Path) -> None:
+        self._export(folder)
+
+    def export_merged(self, folder: Path) -> None:
+        if not self.sharding.can_merge:
+            raise ValueError(
+                "An adapter cannot be merged while weights are in parts (FSDP): save it without merge=True, and merge "
+                "what is saved in one process"
+            )
+        self._export(folder, merge=True)
+
+    def _export(self, folder: Path, merge: bool = False) -> None:
+        with self.sharding.on_main():
+            if self.is_main:
+                save_hf(self.policy, self.tokenizer, folder, merge)
+
+    def fingerprint(self) -> str:
+        return self.initial_digest
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The weights a checkpoint needs: what trains and every head; the rest comes from model_path."""
+        heads = set(self.policy.heads.state_dict(prefix="heads.")) if self.policy.heads is not None else set()
+        trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
+        state = dict(self.policy.named_parameters()) | dict(self.policy.named_buffers())
+        return {name: state[name].data for name in sorted(trained | heads)}
+
+
+def _with_tensors(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+    """An optimizer's state, each tensor of it changed by a function of its parameter's index and itself."""
+    changed = {
+        index: {name: change(index, value) if isinstance(value, Tensor) else value for name, value in entries.items()}
+        for index, entries in state["state"].items()
+    }
+    return {**state, "state": changed}
+
+
+def _columns(batch: TokenBatch) -> tuple[Tensor | None, ...]:
+    """What the policy is called with."""
+    return batch.tokens, batch.attention_mask, batch.response_mask, batch.encoder_tokens, batch.encoder_mask
+
+
+def _load_policy(model: ModelConfig, needs: ModelNeeds) -> Policy:
+    architecture, adapted = ARCHITECTURES[model.model_arch_type], adapted_model(model.model_path)
+    language_model = load_model(adapted or model.model_path, model.model_extra_configs, architecture)
+    adapter = model.peft_config if adapted is None else model.model_path
+    parts = {
+        "value_head": needs.value_head,
+        "value_layers": needs.value_layers,
+        "q_heads": needs.q_heads,
+        "dropout": needs.dropout,
+        "temperature": needs.temperature,
+        "architecture": architecture,
+    }
+    if adapter is None:
+        policy = build_policy(language_model, num_layers_unfrozen=model.num_layers_unfrozen, **parts)
+    else:
+        _warn_of_ignored(model, adapted)
+        policy = build_adapted_policy(language_model, adapter, **parts)
+    if (
+        policy.heads is not None
+        and isinstance(model.model_path, str)
+        and (Path(model.model_path) / HEADS_FILE).is_file()
+    ):
+        load_heads(policy, model.model_path)
+    return policy
+
+
+def _warn_of_ignored(model: ModelConfig, adapted: str | None) -> None:
+    if model.num_layers_unfrozen != -1:
+        logger.warning("model.num_layers_unfrozen is ignored: with an adapter only the adapter and the heads train")
+    if adapted is not None and model.peft_config is not None:
+        logger.warning(f"model.peft_config is ignored: {model.model_path} is an adapter of its own, which trains on")
+
+
+def _make_reference(policy: Policy, exchange: Exchange) -> Reference:
+    return (AdapterOff if isinstance(policy, AdaptedPolicy) else Reference)(policy, exchange)

@@ -1,0 +1,125 @@
+"""The protocol between an algorithm and the machinery that runs a model.
+
+A trainer knows the algorithm and sees token ids, per-token scores and numbers. A backend knows the model, its
+optimizer, the devices and the processes. Pipeline parallelism forces the backend to own forward and backward, so the
+loss function is handed down to it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trlx.batch import TokenBatch, TokenScores
+from trlx.data.layout import Layout, OneRow
+from trlx.methods.masked import Metrics
+from trlx.rollout.sampling import SamplingConfig
+
+LossFn = Callable[[TokenScores, TokenBatch], tuple[Tensor, Metrics]]
+"""Takes one microbatch; returns the loss **summed** over its response tokens, and its metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNeeds:
+    """What an algorithm asks of the model beside log-probabilities."""
+
+    value_head: bool = False
+    """A value of every state (PPO, ILQL)."""
+    value_layers: int = 0
+    """Give the value function its own trainable copy of this many top blocks; 0 shares the policy's."""
+    q_heads: int = 0
+    """Number of Q heads with frozen targets (ILQL): 0, 1 or 2."""
+    reference: bool = False
+    """Keep the first values of the trainable weights, so that ``score(batch, reference=True)`` works."""
+    dropout: bool = True
+    """False switches every dropout off, so that scoring and training see one and the same policy."""
+    temperature: float = 1.0
+    """Log-probabilities are of softmax(logits / temperature), as in sampling."""
+
+
+class Backend(ABC):
+    """One model with its optimizer on one or many processes."""
+
+    device: torch.device
+    data_rank: int
+    """Index of this process among those that see different data."""
+    data_size: int
+    """Number of processes that see different data."""
+    is_main: bool
+    """True on the one process that talks to the user: calls reward_fn, writes files, prints."""
+    layout: Layout = OneRow()
+    """How rollouts become rows of this model."""
+    starts_at_reference: bool = True
+    """Whether policy and reference are one before the first update; an adapter may make them differ from the start."""
+
+    @abstractmethod
+    def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
+        """Samples one response per prompt of this process. Ids exactly as sampled: up to and including the first eos,
+        no padding, stop sequences not yet cut off. Called on every process equally often; `prompts` may be empty."""
+
+    @abstractmethod
+    def score(self, batch: TokenBatch, reference: bool = False) -> TokenScores:
+        """Scores this process's rows without gradient, in microbatches; [B, T] float32 on the CPU, T as in `batch`.
+        With `reference` the frozen first policy speaks (log-probabilities only). Called on every process."""
+
+    @abstractmethod
+    def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
+        """One optimizer step on this process's rows of a global batch.
+
+        The summed loss is divided by the number of response tokens over all microbatches and data ranks, so every
+        split of a batch gives one gradient. Every process must bring the same number of rows.
+        Returns the global means of the loss function's metrics, with ``grad_norm``, ``skipped_steps`` (1.0 if gradients
+        were not finite and nothing was updated), ``learning_rate_group_<i>``, ``time/forward`` and ``time/backward``.
+        """
+
+    @abstractmethod
+    def update_heads(self, fn: Callable[[torch.nn.Module], None]) -> None:
+        """Applies `fn` to the module that holds the heads, without gradient, on every process (ILQL target sync)."""
+
+    @abstractmethod
+    def sum_across(self, tensor: Tensor) -> Tensor:
+        """The sum of a small tensor over data ranks."""
+
+    @abstractmethod
+    def gather_objects(self, objects: list[Any]) -> list[Any]:
+        """The lists of all data ranks concatenated in rank order, on every process. Picklable objects of ours only."""
+
+    @abstractmethod
+    def broadcast_object(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Waits until every process is here."""
+
+    @abstractmethod
+    def save(self, folder: Path, optimizer: bool = True) -> None:
+        """Writes what trains, with optimizer and scheduler, into an existing folder. Called on every process."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, bit for bit. The reference stays what it was at construction."""
+
+    @abstractmethod
+    def export_hf(self, folder: Path) -> None:
+        """Writes a folder that plain ``transformers`` loads with identical logits, and the heads beside it.
+
+        Where an adapter trains, the folder holds the adapter alone."""
+
+    def export_merged(self, folder: Path) -> None:
+        """`export_hf` with an adapter folded into the weights it adapts.
+
+        Raises:
+            ValueError: an adapter of this kind cannot be folded in.
+        """
+        self.export_hf(folder)
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short digest of the weights training started from, to recognise a resume from another model."""

@@ -1,0 +1,123 @@
+"""The data that flows through the library: every tensor's shape, dtype and meaning, stated once.
+
+One alignment rule holds everywhere. Rows are whole sequences, right-padded, and **entry ``[b, t]`` of every
+per-token tensor is about ``tokens[b, t]``**: ``logprobs[b, t]`` is the log-probability of token t given the tokens
+before it, ``values[b, t]`` the value of the state just before token t was chosen. Entry 0 is 0.
+
+Shapes: B rows, T tokens, H heads. A mask is True where a token counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One sequence before padding: what was asked, what was answered, and how good it was.
+
+    Example: ``Rollout(prompt=[7, 8], response=[3, 4], score=5.0)``.
+    """
+
+    prompt: list[int]
+    response: list[int]
+    """Token ids exactly as sampled (or as tokenized once); never decoded and tokenized again."""
+    score: float | list[float] = 0.0
+    """One number for the whole response, or one per response token (missing ones at the end count 0)."""
+    trained: list[bool] | None = None
+    """Which response tokens were chosen by the model, one per response token; None means all of them.
+    In a dialogue the later user turns stand inside ``response`` with False here."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Whatever the caller's prompt dict carried beside ``"prompt"``."""
+
+
+@dataclass(slots=True)
+class TokenBatch:
+    """A padded batch, or a whole collection of rollouts. All tensors [B, T] unless said otherwise."""
+
+    tokens: Tensor
+    """int64. Prompt, response, then padding. For encoder-decoder models: decoder tokens."""
+    attention_mask: Tensor
+    """bool. True on real tokens; made from lengths, never by comparing ids, so pad may equal eos."""
+    response_mask: Tensor
+    """bool. True on the tokens the model chose and is trained on."""
+    scores: Tensor
+    """float32. A scalar score stands at the last response token; a dense one at its tokens; 0 elsewhere."""
+
+    old_logprobs: Tensor | None = None
+    """float32. Log-probabilities under the policy that collected the batch."""
+    ref_logprobs: Tensor | None = None
+    """float32. Log-probabilities under the frozen reference policy."""
+    old_values: Tensor | None = None
+    """float32. Values at collection."""
+    advantages: Tensor | None = None
+    """float32. Whitened over the collection; constants for the loss."""
+    returns: Tensor | None = None
+    """float32. Targets of the value function."""
+
+    encoder_tokens: Tensor | None = None
+    """int64 [B, S]. Encoder-decoder models only."""
+    encoder_mask: Tensor | None = None
+    """bool [B, S]. Encoder-decoder models only."""
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def columns(self) -> dict[str, Tensor]:
+        """The tensors that are present, by field name."""
+        named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+    def rows(self, index) -> TokenBatch:
+        """The rows at `index` (slice, list of int, int64 or bool tensor), without columns that pad all of them."""
+        return TokenBatch(**{name: tensor[index] for name, tensor in self.columns().items()}).trim()
+
+    def trim(self) -> TokenBatch:
+        """Drops trailing columns in which no row has a token."""
+        decoder_width = _used_width(self.attention_mask)
+        encoder_width = 0 if self.encoder_mask is None else _used_width(self.encoder_mask)
+        width = {name: encoder_width if name.startswith("encoder_") else decoder_width for name in self.columns()}
+        return TokenBatch(**{name: tensor[:, : width[name]] for name, tensor in self.columns().items()})
+
+    def split(self, size: int) -> Iterator[TokenBatch]:
+        """Consecutive pieces of at most `size` rows, each trimmed to its own width."""
+        for start in range(0, len(self), size):
+            yield self.rows(slice(start, start + size))
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch on `device`."""
+        return TokenBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in self.columns().items()})
+
+    def replace(self, **columns: Tensor) -> TokenBatch:
+        """A copy with some columns set."""
+        return dataclasses.replace(self, **columns)
+
+
+@dataclass(slots=True)
+class TokenScores:
+    """What a model says about each response token of a batch. Never logits: every loss is a function of these.
+
+    Entries outside ``response_mask`` are 0 and carry no gradient.
+    """
+
+    logprobs: Tensor
+    """float32 [B, T]."""
+    values: Tensor | None = None
+    """float32 [B, T]. Models with a value head."""
+    q: Tensor | None = None
+    """float32 [H, B, T]. Q of the chosen token, one row per Q head."""
+    target_q: Tensor | None = None
+    """float32 [H, B, T]. The same under the frozen target heads."""
+    q_logprobs: Tensor | None = None
+    """float32 [H, B, T]. log softmax of each Q head over the vocabulary, at the chosen token."""
+
+
+def _used_width(mask: Tensor) -> int:
+    used = mask.any(dim=0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 1

@@ -1,0 +1,244 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped, written so that a kill cannot spoil it.
+
+A folder appears under its final name only when everything in it is written. Tensors are safetensors, the rest JSON; no
+pickle is read.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trlx.batch import Rollout, TokenBatch
+
+STATE_FILE = "trainer_state.json"
+ROLLOUTS_FILE = "rollouts.safetensors"
+HISTORY_FILE = "history.jsonl"
+
+IRRELEVANT_TO_NUMBERS = {
+    f"train.{name}"
+    for name in """total_steps epochs checkpoint_interval eval_interval checkpoint_dir resume_from_checkpoint tracker
+        logging_dir project_name run_name entity_name group_name tags rollout_logging_dir save_best save_optimizer
+        reward_timeout""".split()
+}
+"""Settings that a resumed run may change without any number coming out differently."""
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands at a step boundary, beside weights, optimizer, random numbers and rollouts in hand."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """Collections (online) or passes over the data (offline) completed."""
+    inner_epoch: int = 0
+    """Passes over the present collection completed."""
+    position: int = 0
+    """Batches of the present pass that are done."""
+    best_reward: float | None = None
+    skipped_steps: int = 0
+    """Steps without an update because gradients were not finite."""
+    method: dict[str, Any] = field(default_factory=dict)
+    """The algorithm's own numbers: KL coefficient, running moments, prompts drawn."""
+    tracker: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def replacing(target: Path, is_main: bool, barrier: Callable[[], None]) -> Iterator[Path]:
+    """A temporary folder that takes the place of `target` when the block ends well. Called on every process."""
+    temporary, old = target.parent / f".{target.name}.writing", _displaced(target)
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    yield temporary
+    barrier()
+    if is_main:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier()
+
+
+def existing(folder: str | Path) -> Path:
+    """The checkpoint at `folder`; the one it was about to replace if a kill came between two renames.
+
+    Raises:
+        FileNotFoundError: there is neither, or the folder is not a checkpoint.
+    """
+    for candidate in (Path(folder), _displaced(Path(folder))):
+        if (candidate / STATE_FILE).is_file():
+            return candidate
+    raise FileNotFoundError(f"No checkpoint at {folder}: {STATE_FILE} is not there")
+
+
+def newest(checkpoint_dir: str | Path) -> Path | None:
+    """The checkpoint with the highest step under `checkpoint_dir`, or None."""
+    steps = {}
+    for path in Path(checkpoint_dir).glob("*checkpoint_*"):
+        match = re.fullmatch(r"(?:\.(?=.*\.replaced))?checkpoint_(\d+)(?:\.replaced)?", path.name)
+        if match and (path / STATE_FILE).is_file():
+            steps.setdefault(int(match[1]), path)
+    return steps[max(steps)] if steps else None
+
+
+def write_state(folder: Path, state: TrainerState, run: dict[str, Any]) -> None:
+    """Writes the trainer state and what identifies the run: its config, model, data and number of processes."""
+    (folder / STATE_FILE).write_text(json.dumps({"state": asdict(state), "run": run}, indent=1))
+
+
+def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
+    """What `write_state` wrote."""
+    saved = json.loads((folder / STATE_FILE).read_text())
+    return TrainerState(**saved["state"]), saved["run"]
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """One line for each thing that would make a resumed run's numbers differ from an undisturbed run's."""
+    before, now = flatten(saved), flatten(current)
+    keys = [
+        key for key in sorted(before.keys() | now.keys()) if key.removeprefix("config.") not in IRRELEVANT_TO_NUMBERS
+    ]
+    return [f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys if before.get(key) != now.get(key)]
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def write_rollouts(folder: Path, batch: TokenBatch) -> None:
+    """The collection that training is in the middle of."""
+    save_file({name: tensor.contiguous() for name, tensor in batch.columns().items()}, folder / ROLLOUTS_FILE)
+
+
+def read_rollouts(folder: Path) -> TokenBatch | None:
+    """What `write_rollouts` wrote, or None."""
+    path = folder / ROLLOUTS_FILE
+    return TokenBatch(**load_file(path)) if path.is_file() else None
+
+
+def write_history(folder: Path, rollouts: Iterable[Rollout]) -> None:
+    """Every rollout so far, one JSON list [prompt ids, response ids, score] a line; metadata is left out."""
+    with (folder / HISTORY_FILE).open("w") as file:
+        file.writelines(f"{json.dumps([r.prompt, r.response, r.score])}\n" for r in rollouts)
+
+
+def read_history(folder: Path) -> list[Rollout]:
+    """What `write_history` wrote, its scores to the last bit; empty where there is nothing."""
+    path = folder / HISTORY_FILE
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [Rollout(prompt, response, score) for prompt, response, score in map(json.loads, lines)]
+
+
+def write_optimizer(path: Path, state_dict: dict[str, Any]) -> None:
+    """An optimizer's ``state_dict()``: tensors by name, numbers and groups as JSON in the file's metadata."""
+    tensors, numbers = {}, {}
+    for index, entries in state_dict["state"].items():
+        for name, value in entries.items():
+            kind = tensors if isinstance(value, Tensor) else numbers
+            kind[f"{index}.{name}"] = value.contiguous() if isinstance(value, Tensor) else value
+    save_file(
+        tensors, path, metadata={"numbers": json.dumps(numbers), "groups": json.dumps(state_dict["param_groups"])}
+    )
+
+
+def read_optimizer(path: Path) -> dict[str, Any]:
+    """What `write_optimizer` wrote, as a ``state_dict``."""
+    with safe_open(path, framework="pt") as file:
+        entries = {**json.loads(file.metadata()["numbers"]), **{name: file.get_tensor(name) for name in file.keys()}}
+        groups = json.loads(file.metadata()["groups"])
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in entries.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": groups}
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@dataclass
+class RandomState:
+    """The states of every random number generator a run draws from, on one process."""
+
+    python: list[Any]
+    numpy: list[Any]
+    torch: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def capture(cls) -> RandomState:
+        """The states now."""
+        version, internal, gauss = random.getstate()
+        name, keys, *rest = np.random.get_state()
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return cls([version, list(internal), gauss], [name, keys.tolist(), *rest], torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Makes every generator go on from these states."""
+        version, internal, gauss = self.python
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, *rest = self.numpy
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(self.torch)
+        if self.cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self.cuda)
+
+    def write(self, folder: Path, rank: int) -> None:
+        """Writes one process's states into a checkpoint."""
+        tensors = {"torch": self.torch} | ({} if self.cuda is None else {"cuda": self.cuda})
+        others = {"python": json.dumps(self.python), "numpy": json.dumps(self.numpy)}
+        save_file(tensors, _random_file(folder, rank), metadata=others)
+
+    @classmethod
+    def read(cls, folder: Path, rank: int) -> RandomState | None:
+        """One process's states, or None where the checkpoint has none for it."""
+        if not _random_file(folder, rank).is_file():
+            return None
+        with safe_open(_random_file(folder, rank), framework="pt") as file:
+            others = file.metadata()
+            cuda = file.get_tensor("cuda") if "cuda" in file.keys() else None
+            return cls(json.loads(others["python"]), json.loads(others["numpy"]), file.get_tensor("torch"), cuda)
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Inside the block random numbers come from `seed`; after it every generator goes on where it was."""
+    outside = RandomState.capture()
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        outside.restore()
+
+
+def _displaced(target: Path) -> Path:
+    return target.parent / f".{target.name}.replaced"
+
+
+def _random_file(folder: Path, rank: int) -> Path:
+    return folder / f"random_state_{rank:05d}.safetensors"

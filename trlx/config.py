@@ -1,0 +1,269 @@
+"""The configuration: one dataclass per section, read from YAML files and dotted overrides, strict at every depth."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trlx.method_configs import MethodConfig, get_method
+from trlx.strict import ConfigError, Section, build, suggestion
+
+OPTIMIZERS = ("adam", "adamw", "adam_8bit_bnb", "adamw_8bit_bnb", "sgd")
+SCHEDULERS = ("cosine_annealing", "linear", "constant")
+
+
+@dataclass
+class ModelConfig(Section):
+    """Which model, and how much of it trains."""
+
+    section: ClassVar[str] = "model"
+
+    model_path: Any
+    """Hub name, folder, or a ``transformers.PretrainedConfig`` for random weights."""
+    model_arch_type: str = "causal"
+    """"causal" (decoder) or "seq2seq" (encoder-decoder)."""
+    num_layers_unfrozen: int = -1
+    """-1 trains everything, k > 0 the top k blocks, 0 only the heads. Position embeddings are frozen with the rest."""
+    peft_config: Any = None
+    """A peft config, or its dict with ``peft_type`` and ``task_type``."""
+    model_extra_configs: dict[str, Any] | None = None
+    """Further keyword arguments of ``from_pretrained``."""
+
+    def check(self) -> None:
+        is_path = isinstance(self.model_path, (str, Path))
+        known = is_path or hasattr(self.model_path, "to_dict")
+        self.require(known, "model_path", "be a path, hub name or PretrainedConfig")
+        self.require_choice("model_arch_type", ["causal", "seq2seq"])
+        adapter = self.peft_config
+        is_peft = adapter is None or isinstance(adapter, Mapping) or hasattr(adapter, "to_dict")
+        self.require(is_peft, "peft_config", "be a dict with peft_type, or a peft config")
+        self.require(self.num_layers_unfrozen >= -1, "num_layers_unfrozen", "be -1 (all), 0 (heads only) or more")
+        self.model_path = str(self.model_path) if is_path else self.model_path
+        self.model_extra_configs = self.model_extra_configs or {}
+
+
+@dataclass
+class TokenizerConfig(Section):
+    """Which tokenizer."""
+
+    section: ClassVar[str] = "tokenizer"
+
+    tokenizer_path: Any
+    """Hub name, folder, or a tokenizer object."""
+    padding_side: str = "left"
+    """Side that ``trainer.generate`` pads returned prompts on."""
+    truncation_side: str = "right"
+    """Side on which what is too long is cut."""
+    tokenizer_extra_configs: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of ``from_pretrained``."""
+
+    def check(self) -> None:
+        self.require_choice("padding_side", ["left", "right"])
+        self.require_choice("truncation_side", ["left", "right"])
+        self.tokenizer_path = str(self.tokenizer_path) if isinstance(self.tokenizer_path, Path) else self.tokenizer_path
+
+
+@dataclass
+class OptimizerConfig(Section):
+    """Which optimizer."""
+
+    section: ClassVar[str] = "optimizer"
+
+    name: str = "adamw"
+    """One of adam, adamw, adam_8bit_bnb, adamw_8bit_bnb, sgd."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments, e.g. ``{lr: 3.0e-5, weight_decay: 0.01}``."""
+
+    def check(self) -> None:
+        self.name = self.name.lower()
+        self.require_choice("name", OPTIMIZERS)
+
+
+@dataclass
+class SchedulerConfig(Section):
+    """Which learning-rate schedule; stepped once per optimizer step."""
+
+    section: ClassVar[str] = "scheduler"
+
+    name: str = "constant"
+    """One of cosine_annealing, linear, constant."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments in torch, e.g. ``{T_max: 10000, eta_min: 1.0e-6}``."""
+
+    def check(self) -> None:
+        self.name = self.name.lower()
+        self.require_choice("name", SCHEDULERS)
+
+
+@dataclass
+class TrainConfig(Section):
+    """How long, how much at once, where to write."""
+
+    section: ClassVar[str] = "train"
+
+    total_steps: int
+    """Optimizer steps at most."""
+    seq_length: int
+    """Tokens of prompt and response together at most."""
+    epochs: int
+    """Passes over the data (SFT, ILQL), collections of rollouts (PPO)."""
+    batch_size: int
+    """Rows per optimizer step **and process**."""
+    checkpoint_interval: int
+    """Steps between checkpoints."""
+    eval_interval: int
+    """Steps between evaluations."""
+    pipeline: str
+    """Registered prompt pipeline."""
+    trainer: str
+    """Registered trainer."""
+    trainer_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the trainer."""
+    project_name: str = "trlx"
+    run_name: str | None = None
+    entity_name: str | None = None
+    group_name: str | None = None
+    checkpoint_dir: str = "ckpts"
+    """Folder of checkpoints, metrics.jsonl and samples."""
+    rollout_logging_dir: str | None = None
+    """Existing folder that gets every rollout's token ids."""
+    save_best: bool = True
+    """Keep ``best_checkpoint`` by reward/mean, else metrics/reward."""
+    save_optimizer: bool = True
+    """Write optimizer state into checkpoints; without it a run cannot be resumed exactly."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder, or "auto" for the newest under checkpoint_dir (none there: start afresh)."""
+    tracker: str | None = "wandb"
+    """wandb, tensorboard or null; metrics.jsonl is always written."""
+    logging_dir: str | None = None
+    """Folder of metrics.jsonl and samples, if not checkpoint_dir."""
+    tags: list[str] = field(default_factory=list)
+    seed: int = 1000
+    minibatch_size: int | None = None
+    """Rows per forward and backward pass; divides batch_size. Null: the whole batch."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; null: off."""
+    mixed_precision: str | None = None
+    """no, bf16 or fp16; null: as ``accelerate launch`` says."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    reward_on: str = "main"
+    """main: reward_fn sees the global batch on the main process; each_rank: every process scores its own part."""
+    reward_timeout: float | None = None
+    """Seconds a call of reward_fn may take before the run stops."""
+
+    def check(self) -> None:
+        for name in ("seq_length", "epochs", "batch_size", "checkpoint_interval", "eval_interval"):
+            self.require(getattr(self, name) >= 1, name, "be at least 1")
+        self.require(self.total_steps >= 0, "total_steps", "be 0 or more")
+        size = self.minibatch_size
+        divides = size is None or (size >= 1 and self.batch_size % size == 0)
+        self.require(divides, "minibatch_size", f"divide train.batch_size ({self.batch_size})")
+        self.require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "be positive, or null")
+        self.require(self.reward_timeout is None or self.reward_timeout > 0, "reward_timeout", "be positive, or null")
+        self.require_choice("tracker", ["wandb", "tensorboard", "none", None])
+        self.require_choice("reward_on", ["main", "each_rank"])
+        self.require_choice("mixed_precision", ["no", "bf16", "fp16", None])
+
+
+@dataclass
+class TRLConfig:
+    """A whole configuration. Build it from sections, or read it with `load_yaml`, `from_dict` or `trlx.load_preset`."""
+
+    method: MethodConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    tokenizer: TokenizerConfig
+    train: TrainConfig
+
+    @classmethod
+    def load_yaml(cls, *files: str | Path, overrides: Sequence[str] = ()) -> TRLConfig:
+        """Reads YAML files, the later ones over the earlier, then overrides such as ``"method.gamma=0.99"``.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type or a value out of range; the message names the key.
+        """
+        return cls.from_dict(read_yaml(*files, overrides=overrides))
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> TRLConfig:
+        """A config from nested mappings; the method's class is found by ``method.name``."""
+        for key in config:
+            if key not in _SECTIONS:
+                known = ", ".join(_SECTIONS)
+                raise ConfigError(f"Unknown section '{key}'.{suggestion(key, _SECTIONS)} Known: {known}")
+        if "name" not in config.get("method", {}):
+            raise ConfigError("Missing: method.name (PPOConfig, ILQLConfig, SFTConfig, RFTConfig or your own)")
+        classes = {**_SECTIONS, "method": get_method(config["method"]["name"])}
+        sections = {name: build(kind, config.get(name, {}), name) for name, kind in classes.items()}
+        return cls(**sections)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dicts that share nothing with this config."""
+        return {name: copy.deepcopy(_fields_of(getattr(self, name))) for name in _SECTIONS}
+
+    def evolve(self, **changes: Any) -> TRLConfig:
+        """A copy with nested changes: ``config.evolve(method={"gamma": 0.9}, train={"seed": 1})``."""
+        return self.from_dict(_merge(self.to_dict(), changes))
+
+    @classmethod
+    def update(cls, base: TRLConfig | Mapping[str, Any], hparams: Mapping[str, Any]) -> TRLConfig:
+        """A copy of `base` with changes given as dotted keys, nested mappings or both. `base` stays as it was."""
+        merged = base.to_dict() if isinstance(base, TRLConfig) else copy.deepcopy(dict(base))
+        for key, value in hparams.items():
+            for part in reversed(key.split(".")[1:]):
+                value = {part: value}
+            merged = _merge(merged, {key.split(".")[0]: value})
+        return cls.from_dict(merged)
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_json(), indent=4)
+
+    def to_json(self) -> dict[str, Any]:
+        """`to_dict` with every object in it made plain, for files and trackers."""
+        return json.loads(json.dumps(self.to_dict(), default=_plain))
+
+
+_SECTIONS: dict[str, type] = {
+    "method": MethodConfig,
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "scheduler": SchedulerConfig,
+    "tokenizer": TokenizerConfig,
+    "train": TrainConfig,
+}
+
+
+def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """YAML files merged left to right, then dotted overrides, with interpolations resolved."""
+    from omegaconf import OmegaConf
+
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"The override {override!r} has no value; write it as section.key=value")
+    merged = OmegaConf.merge(*(OmegaConf.load(file) for file in files), OmegaConf.from_dotlist(list(overrides)))
+    return OmegaConf.to_container(merged, resolve=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):  # in a peft config; their order is another in every process
+        return sorted(value)
+    return value.to_dict() if hasattr(value, "to_dict") else str(value)
+
+
+def _fields_of(section: Section) -> dict[str, Any]:
+    return {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both_nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both_nested else copy.deepcopy(value)
+    return merged

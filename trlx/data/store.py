@@ -1,0 +1,78 @@
+"""What an epoch trains on, the order it is read in, and each process's part of a batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from trlx.batch import Rollout, TokenBatch
+from trlx.data.layout import Layout, OneRow
+from trlx.data.order import permutation
+
+
+class Store(Protocol):
+    """Rows to train on. A `TokenBatch` is one itself."""
+
+    def __len__(self) -> int:
+        """The number of rows."""
+
+    def rows(self, index) -> TokenBatch:
+        """The rows at `index` (slice, list of int, int64 or bool tensor), no wider than they need."""
+
+
+class RolloutStore:
+    """Rollouts that stay lists until a batch of them is asked for, so that no batch is wider than its longest row."""
+
+    def __init__(self, rollouts: Sequence[Rollout], pad_id: int, layout: Layout | None = None):
+        self.rollouts = list(rollouts)
+        self.pad_id = pad_id
+        self.layout = layout or OneRow()
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    def rows(self, index) -> TokenBatch:
+        """The rows at `index` (slice, list of int, int64 or bool tensor), collated."""
+        return self.layout.collate([self.rollouts[i] for i in torch.arange(len(self))[index].tolist()], self.pad_id)
+
+    def digest(self) -> str:
+        """A short hash of tokens and scores, to recognise other data when a run is resumed."""
+        digest = hashlib.sha256()
+        for rollout in self.rollouts:
+            digest.update(f"{rollout.prompt}{rollout.response}{rollout.trained}{rollout.score}".encode())
+        return digest.hexdigest()[:16]
+
+
+def batch_order(num_rows: int, batch_size: int, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
+    """The row numbers of every global batch of a pass: a function of its arguments, so a resume needs none of it saved.
+
+    `batch_size` counts rows over all processes. The last batch may be short.
+    """
+    order = permutation(num_rows, seed, epoch) if shuffle else list(range(num_rows))
+    return [order[start : start + batch_size] for start in range(0, num_rows, batch_size)]
+
+
+def own_rows(count: int, rank: int, size: int) -> slice:
+    """Process `rank`'s consecutive part of `count` rows shared by `size` processes: ceil(count / size) or fewer."""
+    share = -(-count // size)
+    return slice(rank * share, (rank + 1) * share)
+
+
+def shard(store: Store, indices: list[int], rank: int, size: int) -> TokenBatch:
+    """Process `rank`'s consecutive part of a global batch, when `size` processes share it.
+
+    Every process gets the same number of rows, ceil(len(indices) / size): what is missing are copies of the first row
+    with ``response_mask`` False everywhere, which count nothing.
+    """
+    rows = own_rows(len(indices), rank, size)
+    mine = indices[rows]
+    missing = rows.stop - rows.start - len(mine)
+    batch = store.rows(mine + indices[:1] * missing)
+    if not missing:
+        return batch
+    response_mask = batch.response_mask.clone()
+    response_mask[len(mine) :] = False
+    return batch.replace(response_mask=response_mask)

@@ -1,0 +1,1 @@
+"""What starts runs and looks at their results."""

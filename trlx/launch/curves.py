@@ -1,0 +1,125 @@
+"""Learning curves: one wide panel for what evaluations measure, small ones for how training went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trlx.optional import optional_import
+
+Series = list[tuple[int, float]]
+"""(optimizer step, value), in the order measured."""
+
+SMALL_PANELS = {
+    "Score of rollouts": ("rollout_scores/mean", "scores_mean"),
+    "KL to the first policy, nats per sequence": ("policy/kl",),
+    "Loss": ("losses/total_loss", "losses/loss", "loss"),
+    "Policy loss": ("losses/policy_loss",),
+    "Value loss": ("losses/value_loss", "losses/loss_v"),
+    "Clipped share of probability ratios": ("policy/clipfrac",),
+    "Q loss": ("losses/loss_q",),
+    "CQL loss": ("losses/loss_cql",),
+    "AWAC loss": ("losses/loss_awac",),
+    "Response length, tokens": ("rollouts/response_length",),
+    "Gradient norm before clipping": ("grad_norm",),
+}
+"""Titles, and the names by which methods call the metric. Those a run has are drawn, at most six."""
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by colour-blind eyes too
+GREY = "#666666"
+
+
+def draw(metrics: dict[str, Series], title: str, path: Path) -> None:
+    """Draws a run's curves into a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to install it.
+    """
+    figures = optional_import("matplotlib.figure", extra="report")
+    evaluations = distinct({name: s for name, s in metrics.items() if name.startswith(("reward/mean", "metrics/"))})
+    panels = _small_panels(metrics)
+    rows = -(-len(panels) // 3)
+    heights = [3.6, 2.3 * rows] if rows else [3.6]
+    figure = figures.Figure(figsize=(11, sum(heights)), dpi=130, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
+    # parts of their own, so that the labels right of the wide panel take no room from the small ones
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_evaluations(parts[0].subplots(), evaluations)
+    for number, (name, series) in enumerate(panels.items()):
+        _draw_small(parts[-1].add_subplot(rows, 3, number + 1), name, series)
+    figure.savefig(path)
+
+
+def distinct(metrics: dict[str, Series]) -> dict[str, Series]:
+    """Curves that are one and the same under one label: the reward often is a metric as well."""
+    labels: dict[tuple, list[str]] = {}
+    for name, series in metrics.items():
+        labels.setdefault(tuple(series), []).append(name.removeprefix("metrics/").replace("reward/mean", "reward"))
+    return {" = ".join(names): list(series) for series, names in labels.items()}
+
+
+def _small_panels(metrics: dict[str, Series], most: int = 6) -> dict[str, Series]:
+    found = {
+        title: next(metrics[name] for name in names if name in metrics)
+        for title, names in SMALL_PANELS.items()
+        if any(name in metrics for name in names)
+    }
+    return dict(list(found.items())[:most])
+
+
+def _draw_evaluations(axes: Any, curves: dict[str, Series]) -> None:
+    _plain_axes(axes, "Evaluation: mean over samples")
+    axes.set_xlabel("optimizer step", color=GREY)
+    for number, series in enumerate(curves.values()):
+        steps, values = zip(*series, strict=True)
+        axes.plot(steps, values, color=COLORS[number % len(COLORS)], lw=2, marker="o", ms=3.5, clip_on=False)
+    axes.margins(x=0.01)
+    values = [value for series in curves.values() for _, value in series]
+    if values and min(values) >= 0 and max(values) <= 1:
+        axes.set_ylim(0, 1)
+    _label_ends(axes, curves)
+
+
+def _label_ends(axes: Any, curves: dict[str, Series]) -> None:
+    """Writes each curve's name and last value behind its end, pushed apart where curves end close together."""
+    low, high = axes.get_ylim()
+    gap, position = 0.085 * (high - low), -float("inf")
+    ends = sorted((series[-1][1], number, name) for number, (name, series) in enumerate(curves.items()))
+    for value, number, name in ends:
+        position = max(value, position + gap)
+        axes.annotate(
+            f"{name}  {value:.3g}",
+            (1.0, position),
+            xycoords=("axes fraction", "data"),
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=COLORS[number % len(COLORS)],
+            va="center",
+            fontweight="bold",
+        )
+
+
+def _draw_small(axes: Any, title: str, series: Series) -> None:
+    _plain_axes(axes, title)
+    steps, values = zip(*series, strict=True)
+    smooth = len(values) > 40
+    axes.plot(steps, values, color=COLORS[0], lw=1, alpha=0.3 if smooth else 1)
+    if smooth:
+        axes.plot(steps, moving_mean(values, len(values) // 20), color=COLORS[0], lw=1.8)
+    axes.margins(x=0.01)
+
+
+def moving_mean(values: tuple[float, ...], reach: int) -> list[float]:
+    """Each value's mean with up to `reach` neighbours on either side."""
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _plain_axes(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color="#222222")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#bbbbbb")
+    axes.tick_params(colors=GREY, labelsize=8.5)
+    axes.grid(axis="y", color="#e8e8e8", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.locator_params(axis="x", integer=True)

@@ -1,0 +1,1 @@
+"""The maths of every algorithm: torch and ``trlx.batch`` only."""

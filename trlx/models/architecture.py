@@ -1,0 +1,140 @@
+"""How token ids go through a model, in training and in sampling: one class for each ``model.model_arch_type``."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from trlx.data.collate import left_pad, right_pad
+from trlx.data.layout import Layout, OneRow, TwoRows
+from trlx.models.decoder import trunk
+
+
+class Architecture(Protocol):
+    """One way of running a model."""
+
+    model: PreTrainedModel
+
+    def states(self, tokens: Tensor, encoder_tokens: Tensor | None, encoder_mask: Tensor | None) -> Tensor:
+        """Hidden states [B, T, d] after each of `tokens` [B, T], rows right-padded.
+
+        No mask of `tokens` is needed: no state depends on tokens to its right, and padding is only there, so the answer
+        is the same and attention keeps its fast causal kernel. The encoder's columns [B, S] are for models with one.
+        """
+
+    def whole_logits(self, tokens: Tensor) -> Tensor:
+        """Logits [1, T, V] of `tokens` [1, T] as the model itself computes them, to check all else against."""
+
+    def sampler_inputs(self, prompts: list[list[int]], pad_id: int) -> tuple[dict[str, Any], int]:
+        """(arguments of ``generate``, number of columns that stand before the response in what it returns)."""
+
+    def layout(self, tokenizer: PreTrainedTokenizerBase) -> Layout:
+        """How rollouts become rows of this model."""
+
+    def recompute(self) -> None:
+        """From now on activations are computed again in the backward pass, to save memory."""
+
+    def bare(self) -> Architecture:
+        """The same without the virtual tokens of an adapter."""
+
+
+class Causal:
+    """A decoder alone: prompt and response stand in one row.
+
+    Args:
+        adapter: the PEFT model around `model`, if there is one.
+    """
+
+    loader = AutoModelForCausalLM
+
+    def __init__(self, model: PreTrainedModel, adapter: nn.Module | None = None):
+        self.model = model
+        self.adapter = adapter
+
+    def states(
+        self, tokens: Tensor, encoder_tokens: Tensor | None = None, encoder_mask: Tensor | None = None
+    ) -> Tensor:
+        return trunk(self.model)(tokens, use_cache=False)[0]
+
+    def whole_logits(self, tokens: Tensor) -> Tensor:
+        # the mask only keeps transformers from warning where one of these ids happens to be pad
+        whole = self.adapter or self.model
+        logits = whole(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        return logits[:, -tokens.shape[1] :]
+
+    def sampler_inputs(self, prompts: list[list[int]], pad_id: int) -> tuple[dict[str, Any], int]:
+        tokens, mask = left_pad(prompts, pad_id)
+        return {"input_ids": tokens, "attention_mask": mask}, tokens.shape[1]
+
+    def layout(self, tokenizer: PreTrainedTokenizerBase) -> Layout:
+        return OneRow()
+
+    def recompute(self) -> None:
+        self.model.gradient_checkpointing_enable()
+
+    def bare(self) -> Causal:
+        return Causal(self.model)
+
+
+class EncoderDecoder:
+    """An encoder that reads the prompt and a decoder that writes the response, which follows a start token.
+
+    The encoder's rows are right-padded in training and in sampling, so that its positions are the same in both.
+
+    Args:
+        adapter: the PEFT model around `model`, if there is one.
+
+    Raises:
+        ValueError: the model does not say with which token its decoder starts.
+    """
+
+    loader = AutoModelForSeq2SeqLM
+
+    def __init__(self, model: PreTrainedModel, adapter: nn.Module | None = None):
+        self.model = model
+        self.adapter = adapter
+        self.start_id = getattr(model.config, "decoder_start_token_id", None)
+        if self.start_id is None:
+            raise ValueError(
+                f"The config of this {type(model).__name__} has no decoder_start_token_id: set it (T5 starts with its "
+                "pad token, BART with its eos token), in config.json or on the PretrainedConfig"
+            )
+        model.generation_config.decoder_start_token_id = self.start_id
+
+    def states(self, tokens: Tensor, encoder_tokens: Tensor, encoder_mask: Tensor) -> Tensor:
+        inputs = self.encoder_inputs(encoder_tokens, encoder_mask.long())
+        read = self.model.get_encoder()(**inputs)[0]
+        seen = {"encoder_hidden_states": read, "encoder_attention_mask": inputs["attention_mask"]}
+        return trunk(self.model)(**self.decoder_inputs(tokens), **seen, use_cache=False)[0]
+
+    def encoder_inputs(self, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """What the encoder is fed, for prompts [B, S] and their int64 mask."""
+        return {"input_ids": tokens, "attention_mask": mask}
+
+    def decoder_inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """What the decoder is fed, for its rows [B, T]."""
+        return {"input_ids": tokens}
+
+    def whole_logits(self, tokens: Tensor) -> Tensor:
+        whole, mask = self.adapter or self.model, torch.ones_like(tokens)
+        return whole(input_ids=tokens, attention_mask=mask, decoder_input_ids=tokens, use_cache=False).logits
+
+    def sampler_inputs(self, prompts: list[list[int]], pad_id: int) -> tuple[dict[str, Any], int]:
+        starts = torch.full((len(prompts), 1), self.start_id)
+        return {**self.encoder_inputs(*right_pad(prompts, pad_id)), "decoder_input_ids": starts}, 1
+
+    def layout(self, tokenizer: PreTrainedTokenizerBase) -> Layout:
+        return TwoRows(self.start_id, tokenizer.sep_token or "<sep>")
+
+    def recompute(self) -> None:
+        self.model.gradient_checkpointing_enable()
+
+    def bare(self) -> EncoderDecoder:
+        return EncoderDecoder(self.model)
+
+
+ARCHITECTURES: dict[str, type[Causal] | type[EncoderDecoder]] = {"causal": Causal, "seq2seq": EncoderDecoder}
+"""By ``model.model_arch_type``."""

@@ -1,0 +1,151 @@
+"""What stands beside the language model's own head: values of states, and Q of actions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trlx.methods.ilql import polyak_
+from trlx.models.decoder import after_blocks, blocks, probing, trunk
+from trlx.models.logprobs import in_chunks
+
+
+class ValueHead(nn.Module):
+    """V(state) from the policy's own hidden state: d -> 2d -> 1 with ReLU, always in float32.
+
+    The last layer starts at zero: an untrained value is 0, not noise that the first advantages would carry.
+    """
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.layers = _mlp(hidden, 1)
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def watching(self) -> AbstractContextManager:
+        """The trunk runs inside this context; a head that needs nothing but its output ignores it."""
+        return nullcontext()
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """The hidden states [B, T, d] to read values from, given the trunk's."""
+        return hidden
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States [N, d] of any float dtype to values [N] float32."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.layers(states.float()).squeeze(-1)
+
+
+class ValueBranch(nn.Module):
+    """V(state) from a trainable copy of the model's top `num_layers` blocks, fed with what the live blocks are fed.
+
+    Masks and position embeddings are those the model itself passes, so no architecture needs code here. Gradients
+    reach the live blocks below the copied ones, as those of a plain value head reach all of them.
+
+    Raises:
+        ValueError: `num_layers` is not between 1 and the number of blocks, or the copy does not reproduce the trunk.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_layers: int):
+        super().__init__()
+        stack = blocks(model)
+        if not 1 <= num_layers <= len(stack):
+            raise ValueError(
+                f"num_value_layers_unfrozen is {num_layers}, but {type(model).__name__} has {len(stack)} blocks."
+            )
+        # In a tuple the live blocks are not registered as weights of this module.
+        self._live = tuple(stack[-num_layers:])
+        self._calls: list[tuple[tuple, dict]] = []
+        self.blocks = copy.deepcopy(stack[-num_layers:]).requires_grad_(True)
+        self.after = copy.deepcopy(nn.ModuleList(after_blocks(model))).requires_grad_(True)
+        self.head = ValueHead(self._checked_width(model))
+        self.train(model.training)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While the trunk runs in this context, notes what each live top block is called with."""
+        self._calls = []
+        hooks = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in self._live]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """The branch's own hidden states [B, T, d] for the batch that was watched; the trunk's are not used."""
+        calls, self._calls = self._calls, []
+        states = calls[0][0][0]
+        for block, (args, kwargs) in zip(self.blocks, calls, strict=True):
+            output = block(states, *args[1:], **kwargs)
+            states = output[0] if isinstance(output, (tuple, list)) else output
+        for module in self.after:
+            states = module(states)
+        return states
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States [N, d] to values [N] float32."""
+        return self.head(states)
+
+    def _note(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._calls.append((args, kwargs))
+
+    def _checked_width(self, model: PreTrainedModel) -> int:
+        self.eval()
+        with probing(model) as tokens:
+            with self.watching():
+                expected = trunk(model)(tokens, use_cache=False)[0]
+            states = self.states(expected)
+        tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max()
+        if states.shape != expected.shape or not (states - expected).abs().max() <= tolerance:
+            raise ValueError(
+                f"{type(model).__name__} does more after its blocks than a norm, so the value function cannot have "
+                "blocks of its own: set num_value_layers_unfrozen to 0."
+            )
+        return states.shape[-1]
+
+
+class QHeads(nn.Module):
+    """Q(state, action) for every token of the vocabulary, with frozen target copies (ILQL, arXiv:2206.11871).
+
+    Each head is d -> 2d -> V with ReLU in float32. `sync` moves the targets after the heads.
+    """
+
+    def __init__(self, hidden: int, vocab: int, num_heads: int):
+        super().__init__()
+        self.heads = nn.ModuleList(_mlp(hidden, vocab) for _ in range(num_heads))
+        self.targets = copy.deepcopy(self.heads).requires_grad_(False)
+
+    def forward(self, hidden: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, target Q and log softmax(Q) of `actions` [N] in the states `hidden` [N, d]; each [heads, N] float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = in_chunks(self._scores, hidden.float(), actions, self.heads[0])
+        return tuple(scores.chunk(3))
+
+    def lowest_target(self, hidden: Tensor) -> Tensor:
+        """The lowest target Q of every token, [N, V] float32, in the states `hidden` [N, d]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.stack([target(hidden.float()) for target in self.targets]).amin(dim=0)
+
+    def sync(self, alpha: float) -> None:
+        """Moves the targets after the heads: target <- alpha head + (1 - alpha) target."""
+        polyak_(self.targets, self.heads, alpha)
+
+    def _scores(self, hidden: Tensor, actions: Tensor) -> Tensor:
+        at = actions[:, None]
+        logits = [head(hidden) for head in self.heads]
+        q = [each.gather(1, at).squeeze(1) for each in logits]
+        target_q = [target(hidden.detach()).gather(1, at).squeeze(1) for target in self.targets]
+        logprobs = [-F.cross_entropy(each, actions, reduction="none") for each in logits]
+        return torch.stack([*q, *target_q, *logprobs])
+
+
+def _mlp(hidden: int, out: int) -> nn.Sequential:
+    layers = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, out))
+    return layers.float()

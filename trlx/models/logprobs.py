@@ -1,0 +1,123 @@
+"""Log-probabilities of chosen tokens, without ever holding the logits of a whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
+
+from trlx.models.architecture import Causal, EncoderDecoder
+from trlx.models.decoder import output_head, probing
+
+CHUNK_ELEMENTS = 2**26
+"""Most logits held at once: 256 MB in float32."""
+
+
+def chosen_logprobs(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    temperature: float = 1.0,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> Tensor:
+    """log softmax(head(hidden) / temperature) at `targets`, in float32.
+
+    `hidden` [N, d] float, `targets` [N] int64, result [N]; `head` maps [n, d] to [n, V]. At most `chunk_elements`
+    logits exist at once: longer inputs go in pieces, each computed again in the backward pass.
+    """
+    return in_chunks(partial(_logprobs, head=head, temperature=temperature), hidden, targets, head, chunk_elements)
+
+
+def in_chunks(
+    score: Callable[[Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> Tensor:
+    """``score(hidden, targets)`` [..., N] in pieces of few enough rows, where `score` applies `head` to all of them."""
+    vocab = head(hidden[:0]).shape[-1]
+    rows = max(1, chunk_elements // vocab)
+    if len(targets) <= rows:
+        return score(hidden, targets)
+    again = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*piece) for piece in zip(hidden.split(rows), targets.split(rows), strict=True)], dim=-1)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Hidden states [..., d] to logits [..., V], with what the architecture does to them after its output head."""
+
+    head: nn.Module
+    scale: float = 1.0
+    cap: float | None = None
+    biased: nn.Module | None = None
+    """The module whose buffer ``final_logits_bias`` is added (BART, Marian)."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.head(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.biased is not None:
+            logits = logits + self.biased.final_logits_bias
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+
+def logits_of(model: PreTrainedModel, architecture: Causal | EncoderDecoder | None = None) -> Logits:
+    """The map from hidden states to the logits of `model`, checked once against the model itself.
+
+    The check feeds the trunk one token less than the model: agreement also shows that the model is causal, so that a
+    token's hidden state cannot depend on what follows it, right padding included.
+
+    Raises:
+        ValueError: the model does something else to its logits, or looks ahead.
+    """
+    architecture = architecture or Causal(model)
+    with probing(model) as tokens:
+        expected = architecture.whole_logits(tokens)[:, :-1].float()
+        hidden = architecture.states(tokens[:, :-1], tokens, torch.ones_like(tokens))
+        tolerance = torch.finfo(hidden.dtype).eps ** 0.5 * expected.abs().max()
+        for logits in _candidates(model):
+            found = logits(hidden).float()
+            if found.shape == expected.shape and (found - expected).abs().max() <= tolerance:
+                return logits
+    raise ValueError(
+        f"{type(model).__name__} is not supported: its logits are not its output head applied to the hidden states of "
+        f"the tokens so far, with T5's scale, or a scale ({', '.join(_SCALES)}) or a soft cap ({', '.join(_CAPS)}) "
+        "from its config."
+    )
+
+
+_SCALES = ("logit_scale", "lm_head_multiplier", "logits_scaling")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def _candidates(model: PreTrainedModel) -> list[Logits]:
+    config = model.config.get_text_config()
+    head, cap = output_head(model), _number(config, _CAPS)
+    biased = model if hasattr(model, "final_logits_bias") else None
+    scale = _number(config, _SCALES)
+    # The same name multiplies in HyperCLOVA X, divides in Granite, and does nothing in MPT: the check decides.
+    named = (scale, 1 / scale) if scale is not None else ()
+    # T5 with tied embeddings scales what goes into its output head by d ** -0.5
+    return [Logits(head, by, cap, biased) for by in (*named, 1.0, head.weight.shape[1] ** -0.5)]
+
+
+def _number(config: PretrainedConfig, names: tuple[str, ...]) -> float | None:
+    found = [getattr(config, name, None) for name in names]
+    return next((float(value) for value in found if isinstance(value, (int, float)) and value != 0), None)
+
+
+def _logprobs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], temperature: float) -> Tensor:
+    logits = head(hidden).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    return -F.cross_entropy(logits, targets, reduction="none")

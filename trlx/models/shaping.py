@@ -1,0 +1,89 @@
+"""What is done to logits before a token is drawn: tokens that may not follow, and ILQL's shift towards a high Q."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from trlx.methods.ilql import shifted_logits
+from trlx.models.decoder import output_head, trunk
+from trlx.models.policy import Policy
+
+SETTINGS = ("beta", "logit_mask")
+"""Settings of sampling that are handled here; ``transformers`` does not know them."""
+
+
+@contextmanager
+def shaping(policy: Policy, beta: float | None = None, logit_mask: Any = None) -> Iterator[LogitsProcessorList]:
+    """Processors for ``generate``, which calls them before temperature and top-k; they work inside the block only.
+
+    Args:
+        beta: sample from log pi(a) + beta (min target Q(a) - V), see ``shifted_logits``; None or 0: from pi.
+        logit_mask: bool [V, V], or what becomes one; True where token column must not follow token row.
+
+    Raises:
+        ValueError: `beta` without Q heads, or a mask of another shape.
+    """
+    if beta is not None and policy.q_heads is None:
+        raise ValueError(
+            f"gen_kwargs.beta is {beta}, but only ILQL has the Q heads that sampling with beta needs: remove beta"
+        )
+    processors = LogitsProcessorList()
+    if logit_mask is not None:
+        processors.append(_Forbidden(_checked_mask(logit_mask, output_head(policy.model).weight)))
+    if not beta:
+        yield processors
+        return
+    shift = _AdvantageShift(policy, beta)
+    with shift.watching():
+        yield LogitsProcessorList([*processors, shift])
+
+
+class _Forbidden(LogitsProcessor):
+    """Takes away the tokens that may not follow each row's last one."""
+
+    def __init__(self, forbidden: Tensor):
+        self.forbidden = forbidden
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.masked_fill(self.forbidden[input_ids[:, -1]], -torch.inf)
+
+
+class _AdvantageShift(LogitsProcessor):
+    """Adds beta (min target Q - V) of every next token, from the hidden states the logits come from."""
+
+    def __init__(self, policy: Policy, beta: float):
+        self.policy = policy
+        self.beta = beta
+        self.states: Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        # the trunk's output is what the heads are trained on, whatever a model does between it and its output head
+        hook = trunk(self.policy.model).register_forward_hook(self._note)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        q, values = self.policy.q_heads.lowest_target(self.states), self.policy.value_head(self.states)
+        return shifted_logits(scores, q.to(scores.device), values.to(scores.device), self.beta)
+
+    def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.states = output[0][:, -1]
+
+
+def _checked_mask(logit_mask: Any, weight: Tensor) -> Tensor:
+    mask, vocabulary = torch.as_tensor(logit_mask, dtype=torch.bool, device=weight.device), weight.shape[0]
+    if mask.shape != (vocabulary, vocabulary):
+        raise ValueError(
+            f"logit_mask has the shape {list(mask.shape)}, but the model has {vocabulary} tokens: make it "
+            f"[{vocabulary}, {vocabulary}], True where the token of the column must not follow that of the row"
+        )
+    return mask

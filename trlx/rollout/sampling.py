@@ -1,0 +1,135 @@
+"""How responses are sampled: checked generation settings, and the sweep over one of them at evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from trlx.rollout.stopping import Stopper
+
+LISTS = frozenset(
+    "eos_token_id bad_words_ids force_words_ids suppress_tokens begin_suppress_tokens forced_decoder_ids "
+    "forced_eos_token_id sequence_bias constraints stop_strings dola_layers".split()
+)
+"""Arguments of ``transformers``' generate whose value may be a list: such a list is no sweep."""
+
+BACKEND_DECIDES = ("use_cache", "synced_gpus")
+"""Arguments that old configs give and that say nothing about what is sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """Settings of one call of ``Backend.generate``. Example: ``SamplingConfig(max_new_tokens=8, eos_token_id=2)``."""
+
+    max_new_tokens: int = 40
+    min_new_tokens: int = 0
+    do_sample: bool = True
+    """False: the likeliest token always."""
+    temperature: float = 1.0
+    """Above 0; logits are divided by it."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability."""
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int = 0
+    stop: Stopper | None = None
+    """Texts that end a response."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further arguments as given, e.g. ``{"repetition_penalty": 1.2}``, or ``{"beta": 1}`` for ILQL."""
+
+    @classmethod
+    def from_kwargs(
+        cls, gen_kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stop: Stopper | None = None
+    ) -> SamplingConfig:
+        """Settings from a config's ``gen_kwargs``; None stands for the default, temperature 0 for ``do_sample: false``.
+
+        Raises:
+            ValueError: max_new_tokens is missing, a value is out of range, or a list where one value is needed.
+        """
+        given = {name: value for name, value in gen_kwargs.items() if value is not None and name not in BACKEND_DECIDES}
+        name, values = sweep(given)
+        if name is not None:
+            raise ValueError(
+                f"gen_kwargs.{name} is the list {values}, but only evaluations sweep over values: give one value "
+                "here, or for PPO's rollouts other settings in method.gen_experience_kwargs"
+            )
+        if "max_new_tokens" not in given:
+            raise ValueError("gen_kwargs.max_new_tokens is missing: write how many tokens a response may have, e.g. 40")
+        given = _checked(given)
+        own = {f.name for f in fields(cls)} - {"stop", "extra"}
+        tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        known = tokens | {name: value for name, value in given.items() if name in own}
+        return cls(**known, stop=stop, extra={name: value for name, value in given.items() if name not in own})
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Every token that ends a response."""
+        if self.eos_token_id is None:
+            return []
+        return list(self.eos_token_id) if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
+
+    @property
+    def logprob_temperature(self) -> float:
+        """The temperature under which log-probabilities are those of the distribution sampled from (1 when greedy)."""
+        return float(self.temperature) if self.do_sample else 1.0
+
+
+def sweep(gen_kwargs: Mapping[str, Any]) -> tuple[str | None, list[Any]]:
+    """The one argument whose value is a list, and its values; (None, []) where there is none.
+
+    Raises:
+        ValueError: more than one argument has a list, or the list is empty.
+    """
+    swept = [name for name, value in gen_kwargs.items() if _is_swept(name, value)]
+    if len(swept) > 1:
+        raise ValueError(f"gen_kwargs sweeps over {' and '.join(swept)}: give only one argument a list of values")
+    if not swept:
+        return None, []
+    if not len(gen_kwargs[swept[0]]):
+        raise ValueError(f"gen_kwargs.{swept[0]} is an empty list: write a value, or several to compare at evaluation")
+    return swept[0], list(gen_kwargs[swept[0]])
+
+
+def sweep_variants(gen_kwargs: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(suffix of metric names, gen_kwargs) for each value swept: ``[("@beta=0", {...}), ("@beta=1", {...})]``.
+
+    Without a sweep ``[("", gen_kwargs)]``.
+    """
+    name, values = sweep(gen_kwargs)
+    if name is None:
+        return [("", dict(gen_kwargs))]
+    return [(f"@{name}={value}", {**gen_kwargs, name: value}) for value in values]
+
+
+def cut_at_eos(ids: Sequence[int], eos_ids: Sequence[int]) -> list[int]:
+    """`ids` up to and including the first of `eos_ids`; all of them where there is none."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
+    return list(ids[:end])
+
+
+def _is_swept(name: str, value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and name not in LISTS
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("top_k", 0)):
+        if name in given:
+            given[name] = _whole(name, given[name], least)
+    if given.get("temperature") == 0:
+        given |= {"temperature": 1.0, "do_sample": False}
+    if given.get("temperature", 1.0) < 0:
+        raise ValueError(f"gen_kwargs.temperature must be 0 (greedy) or more, got {given['temperature']}")
+    if not 0 < given.get("top_p", 1.0) <= 1:
+        raise ValueError(f"gen_kwargs.top_p must be above 0 and at most 1, got {given['top_p']}")
+    return given
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value < least or not float(value).is_integer():
+        raise ValueError(f"gen_kwargs.{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value)

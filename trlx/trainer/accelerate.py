@@ -1,0 +1,38 @@
+"""The trainers on the Accelerate backend, by the names configs use."""
+
+from __future__ import annotations
+
+from trlx.backends.accelerate import AccelerateBackend
+from trlx.registry import register_trainer
+from trlx.trainer.ilql import ILQLTrainer
+from trlx.trainer.ppo import PPOTrainer
+from trlx.trainer.rft import RFTTrainer
+from trlx.trainer.sft import SFTTrainer
+
+
+@register_trainer
+class AcceleratePPOTrainer(PPOTrainer):
+    """PPO on Hugging Face models."""
+
+    backend_class = AccelerateBackend
+
+
+@register_trainer
+class AccelerateSFTTrainer(SFTTrainer):
+    """Supervised fine-tuning of Hugging Face models."""
+
+    backend_class = AccelerateBackend
+
+
+@register_trainer
+class AccelerateILQLTrainer(ILQLTrainer):
+    """ILQL on Hugging Face models."""
+
+    backend_class = AccelerateBackend
+
+
+@register_trainer
+class AccelerateRFTTrainer(RFTTrainer):
+    """Rejection fine-tuning of Hugging Face models."""
+
+    backend_class = AccelerateBackend

@@ -1,0 +1,375 @@
+"""The training loop, the same for every algorithm and backend."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trlx import checkpoint, logging
+from trlx.backends.base import Backend, ModelNeeds
+from trlx.batch import TokenBatch, TokenScores
+from trlx.checkpoint import RandomState, TrainerState, own_randomness, seed_everything
+from trlx.config import TRLConfig
+from trlx.data.prompts import PromptPipeline
+from trlx.data.store import Store, batch_order, shard
+from trlx.data.tokenizer import load_tokenizer
+from trlx.methods.masked import Metrics
+from trlx.rollout.sampling import SamplingConfig, sweep_variants
+from trlx.rollout.scoring import RewardError, Scorer
+from trlx.rollout.stopping import Stopper
+from trlx.tracking import Tracker, default_run_name, print_samples
+from trlx.trainer.evaluate import Evaluator
+from trlx.trainer.guards import EXIT_REQUEUE, Interrupts, SkippedSteps
+from trlx.trainer.saving import read_run, write_run
+from trlx.trainer.sequences import sample_sequences
+
+logger = logging.get_logger(__name__)
+
+
+class Trainer(ABC):
+    """A method on a backend. Subclasses say what an epoch trains on (`collect`) and what the loss is (`loss`)."""
+
+    backend_class: ClassVar[type[Backend]]
+    online: ClassVar[bool]
+    """True: trains on its own samples, scored by reward_fn. False: trains on samples it is given."""
+    rewarded: ClassVar[bool] = False
+    """Whether each sample it is given comes with a reward."""
+
+    def __init__(self, config: TRLConfig, reward_fn=None, metric_fn=None, stop_sequences=None):
+        self.config = config
+        self.reward_fn = reward_fn
+        self.metric_fn = metric_fn
+        self.tokenizer = load_tokenizer(
+            config.tokenizer.tokenizer_path,
+            padding_side=config.tokenizer.padding_side,
+            truncation_side=config.tokenizer.truncation_side,
+            extra=config.tokenizer.tokenizer_extra_configs,
+        )
+        self.stopper = Stopper(self.tokenizer, stop_sequences) if stop_sequences else None
+        self.eval_variants = [
+            (name, self.sampling(kwargs)) for name, kwargs in sweep_variants(config.method.gen_kwargs)
+        ]
+        self.backend = self.backend_class(
+            model=config.model,
+            optimizer=config.optimizer,
+            scheduler=config.scheduler,
+            train=config.train,
+            tokenizer=self.tokenizer,
+            needs=self.needs(),
+        )
+        seed_everything(config.train.seed + self.backend.data_rank)
+        self.state = TrainerState()
+        self.store: Store | None = None
+        self.scorer: Scorer | None = None
+        if reward_fn:
+            separator = self.backend.layout.separator
+            self.scorer = Scorer(reward_fn, self.tokenizer, config.train.reward_timeout, separator)
+        self.evaluator: Evaluator | None = None
+        self.tracker: Tracker | None = None
+        self.bar: tqdm | None = None
+        self.pending: dict[str, float] = {}  # what collect() measured, logged with the next step
+        self._plan: tuple[int, list[list[int]]] | None = None
+        self._skipped = SkippedSteps()
+
+    # what a method says
+
+    @abstractmethod
+    def needs(self) -> ModelNeeds:
+        """What the method asks of the model."""
+
+    @abstractmethod
+    def collect(self) -> Store:
+        """What the coming epoch trains on, the same on every process. Changes no state if it raises."""
+
+    @abstractmethod
+    def loss(self, scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """The loss summed over the response tokens of one microbatch, and its metrics."""
+
+    @property
+    @abstractmethod
+    def rows_per_epoch(self) -> int | None:
+        """Rows that `collect` returns; None where that shows only when it does."""
+
+    @property
+    @abstractmethod
+    def data_digest(self) -> str:
+        """A short hash of the data, to recognise a resume on other data."""
+
+    inner_epochs: int = 1
+    """Passes over what `collect` returns."""
+    eval_batch_size: int | None = None
+    """Prompts per generation at evaluation; None: train.batch_size."""
+
+    def method_state(self) -> dict[str, Any]:
+        """The method's own numbers for a checkpoint."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Restores `method_state`."""
+
+    def write_rollouts(self, folder: Path) -> None:
+        """Adds the rollouts in hand to a checkpoint; called on the main process."""
+        if self.online and isinstance(self.store, TokenBatch):
+            checkpoint.write_rollouts(folder, self.store)
+
+    def read_rollouts(self, folder: Path) -> None:
+        """Restores what `write_rollouts` wrote; the state is restored already."""
+        self.store = checkpoint.read_rollouts(folder) if self.online else self.store
+
+    def after_step(self, metrics: dict[str, float]) -> None:
+        """Called after every optimizer step, before anything is logged or saved."""
+
+    # what the user calls
+
+    def add_eval_pipeline(self, pipeline: PromptPipeline) -> None:
+        """Sets the prompts of evaluations."""
+        self.evaluator = Evaluator(
+            backend=self.backend,
+            tokenizer=self.tokenizer,
+            prompts=[pipeline[i] for i in range(len(pipeline))],
+            variants=self.eval_variants,
+            batch_size=self.eval_batch_size or self.config.train.batch_size,
+            scorer=self.scorer,
+            metric_fn=self.metric_fn,
+        )
+
+    def learn(self) -> None:
+        """Trains to the end, from the start or from ``train.resume_from_checkpoint``.
+
+        Raises:
+            RewardError: reward_fn or metric_fn failed; what was trained so far is checkpointed first.
+            SystemExit: with code 75 after SIGTERM or SIGUSR1, once a checkpoint is written.
+        """
+        resumed = self._resume()
+        first_step = self.state.step
+        with ExitStack() as stack:
+            interrupts = stack.enter_context(Interrupts())
+            self.tracker = stack.enter_context(self._open_tracker(resumed))
+            self.bar = stack.enter_context(self._progress_bar())
+            try:
+                if not resumed:
+                    self.evaluate()
+                for batch in self._batches():
+                    self._step(batch, interrupts)
+            except RewardError:
+                if self.state.step > first_step:
+                    self.save_checkpoint()
+                raise
+
+    def generate(self, input_ids, attention_mask=None, **gen_kwargs: Any) -> Tensor:
+        """Samples from the policy as it is now.
+
+        Args:
+            input_ids: prompts; int64 [B, T] (padding marked by `attention_mask`), or a list of id lists.
+            gen_kwargs: changes to the rollouts' generation settings, e.g. ``max_new_tokens=8, do_sample=False``.
+
+        Returns:
+            int64 [B, T + new]: the prompts, padded on the tokenizer's padding side, each followed by its response,
+            padded on the right.
+        """
+        sampling = self.sampling({**self.sampling_kwargs, **gen_kwargs})
+        return sample_sequences(self.backend, self.tokenizer, sampling, input_ids, attention_mask)
+
+    def save_pretrained(self, directory: str | Path | None = None, merge: bool = False) -> None:
+        """Writes model and tokenizer so that plain ``transformers`` loads them; heads in a file of their own beside.
+
+        Where an adapter trains it is the adapter that is written, or with `merge` the model with the adapter folded in.
+        """
+        folder = Path(directory or Path(self.config.train.checkpoint_dir) / "hf_model")
+        if self.backend.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.backend.barrier()
+        (self.backend.export_merged if merge else self.backend.export_hf)(folder)
+        self.backend.barrier()
+
+    def save(self, directory: str | Path) -> None:
+        """Writes a checkpoint to `directory`, replacing the one there."""
+        self.state.method = self.method_state()
+        self.state.tracker = self.tracker.state() if self.tracker else {}
+        write_run(self, Path(directory))
+
+    def load(self, directory: str | Path) -> None:
+        """Restores everything `save` wrote; says what differs from the run that wrote it.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: it holds other weights than this config trains.
+        """
+        read_run(self, Path(directory))
+
+    # the loop
+
+    @property
+    def total_steps(self) -> int:
+        """train.total_steps, or fewer where train.epochs is known to end first."""
+        if self.rows_per_epoch is None:
+            return self.config.train.total_steps
+        batches = -(-self.rows_per_epoch // self._global_batch_size)
+        return min(self.config.train.total_steps, self.config.train.epochs * self.inner_epochs * batches)
+
+    @property
+    def finished(self) -> bool:
+        """Whether train.total_steps or train.epochs are done."""
+        return self.state.step >= self.config.train.total_steps or self.state.epoch >= self.config.train.epochs
+
+    @property
+    def sampling_kwargs(self) -> dict[str, Any]:
+        """Generation settings of rollouts; of evaluations where the method has none."""
+        return self.config.method.gen_kwargs
+
+    def sampling(self, gen_kwargs: dict[str, Any]) -> SamplingConfig:
+        """Generation settings, checked and completed with this run's tokens and stop sequences."""
+        return SamplingConfig.from_kwargs(gen_kwargs, self.tokenizer, self.stopper)
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates now, logs the result, keeps the best checkpoint. Random number generators stay as they were."""
+        if self.evaluator is None:
+            return {}
+        with own_randomness(_mixed(self.config.train.seed, self.state.step, self.backend.data_rank)):
+            result = self.evaluator.run()
+        if self.tracker is not None:
+            self.tracker.log(result.metrics, self.state.step)
+            samples = [dict(zip(result.columns, row, strict=True)) for row in result.rows]
+            self.tracker.log_samples("eval", self.state.step, samples)
+            self.tracker.log_table("samples", result.columns, result.rows, self.state.step)
+            if self.backend.is_main:
+                print_samples(_title(self.state.step, result.metrics), result.columns, result.rows)
+            self._keep_best(result.objective)
+        return result.metrics
+
+    def save_checkpoint(self) -> None:
+        """Writes ``checkpoint_<step>`` under train.checkpoint_dir."""
+        digits = len(str(self.config.train.total_steps))
+        self.save(Path(self.config.train.checkpoint_dir) / f"checkpoint_{self.state.step:0{digits}d}")
+
+    @property
+    def _global_batch_size(self) -> int:
+        return self.config.train.batch_size * self.backend.data_size
+
+    def _batches(self) -> Iterator[TokenBatch]:
+        """This process's part of every global batch from the present position to the end of training."""
+        while not self.finished:
+            if self.store is None:
+                self.store = self._collect()
+            plan = self._pass_plan()
+            yield shard(self.store, plan[self.state.position], self.backend.data_rank, self.backend.data_size)
+
+    def _collect(self) -> Store:
+        """`collect`; if it fails, random numbers go back to where they were, so that a checkpoint can be written."""
+        before = RandomState.capture(), self.method_state()
+        try:
+            return self.collect()
+        except RewardError:
+            before[0].restore()
+            self.load_method_state(before[1])
+            raise
+
+    def _pass_plan(self) -> list[list[int]]:
+        """Row numbers of every global batch of the present pass."""
+        number = self.state.epoch * self.inner_epochs + self.state.inner_epoch
+        if self._plan is None or self._plan[0] != number:
+            order = batch_order(len(self.store), self._global_batch_size, self.config.train.seed, number)
+            self._plan = (number, order)
+        return self._plan[1]
+
+    def _step(self, batch: TokenBatch, interrupts: Interrupts) -> None:
+        """One optimizer step and everything due after it. At its end the run is at a boundary it can resume from."""
+        began = time.perf_counter()
+        metrics = self.backend.train_step(batch, self.loss)
+        self._advance()
+        self.after_step(metrics)
+        self._skipped.count(metrics, self.state)
+        metrics |= {**self.pending, "time/step": time.perf_counter() - began}
+        self.pending = {}
+        self.tracker.log(metrics, self.state.step)
+        self._show(metrics)
+        train, is_last = self.config.train, self.finished
+        if is_last or self.state.step % train.eval_interval == 0:
+            self.evaluate()
+        interrupted = self._interrupted(interrupts)
+        if is_last or interrupted or self.state.step % train.checkpoint_interval == 0:
+            self.save_checkpoint()
+        if interrupted:
+            logger.warning(f"Saved at step {self.state.step} on request; resume with train.resume_from_checkpoint=auto")
+            raise SystemExit(EXIT_REQUEUE)
+
+    def _advance(self) -> None:
+        """Moves the position past the batch just done, over the ends of passes and epochs."""
+        state = self.state
+        state.step += 1
+        state.position += 1
+        if state.position == len(self._pass_plan()):
+            state.position, state.inner_epoch = 0, state.inner_epoch + 1
+        if state.inner_epoch == self.inner_epochs:
+            state.inner_epoch, state.epoch = 0, state.epoch + 1
+            self.store = None if self.online else self.store
+
+    def _interrupted(self, interrupts: Interrupts) -> bool:
+        """Whether any process was asked to stop; the same answer on all."""
+        return bool(self.backend.sum_across(torch.tensor(float(interrupts.received is not None))))
+
+    def _keep_best(self, objective: float | None) -> None:
+        best = self.state.best_reward
+        if objective is None or not math.isfinite(objective) or (best is not None and objective <= best):
+            return
+        self.state.best_reward = objective
+        if self.config.train.save_best:
+            self.save(Path(self.config.train.checkpoint_dir) / "best_checkpoint")
+
+    # starting
+
+    def _resume(self) -> bool:
+        wanted = self.config.train.resume_from_checkpoint
+        folder = checkpoint.newest(self.config.train.checkpoint_dir) if wanted == "auto" else wanted
+        # the newest folder is looked up by every process before any may write a newer one
+        self.backend.barrier()
+        if folder is None:
+            return False
+        self.load(folder)
+        logger.info(f"Resumed {folder} at step {self.state.step} of {self.total_steps}")
+        return True
+
+    def _open_tracker(self, resumed: bool) -> Tracker:
+        train = self.config.train
+        name = train.run_name or default_run_name(self.config.to_json()["model"]["model_path"], self.backend.data_size)
+        return Tracker(
+            train.tracker,
+            Path(train.logging_dir or train.checkpoint_dir),
+            project=train.project_name,
+            run_name=name,
+            group=train.group_name,
+            entity=train.entity_name,
+            tags=train.tags,
+            config=self.config.to_json(),
+            is_main=self.backend.is_main,
+            state=self.state.tracker if resumed else None,
+        )
+
+    def _progress_bar(self) -> tqdm:
+        hidden = not (self.backend.is_main and logging.is_progress_bar_enabled())
+        return tqdm(total=self.total_steps, initial=self.state.step, disable=hidden, unit="step", dynamic_ncols=True)
+
+    def _show(self, metrics: dict[str, float]) -> None:
+        shown = {name: metrics[name] for name in ("losses/total_loss", "losses/loss", "loss") if name in metrics}
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+        self.bar.update()
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed from several numbers, far from the seeds made of neighbouring ones."""
+    return random.Random(repr(numbers)).getrandbits(31)
+
+
+def _title(step: int, metrics: dict[str, float]) -> str:
+    means = [f"{name} {value:.4g}" for name, value in metrics.items() if not name.startswith("time/")]
+    return f"Evaluation at step {step}: {', '.join(means)}" if means else f"Evaluation at step {step}"

@@ -1,0 +1,111 @@
+"""Evaluation: sample from the evaluation prompts, score the samples, report means and show a few."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trlx.backends.base import Backend
+from trlx.batch import Rollout
+from trlx.data.prompts import Prompt
+from trlx.data.store import own_rows
+from trlx.rollout.sampling import SamplingConfig
+from trlx.rollout.scoring import Scorer, decode, measure
+from trlx.trainer.together import on_main
+
+
+@dataclass(slots=True)
+class EvaluationResult:
+    """Means by name, and the samples behind them."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[Any]] = field(default_factory=list)
+
+    @property
+    def objective(self) -> float | None:
+        """What the best checkpoint is chosen by: the highest ``reward/mean`` of the sweep, else ``metrics/reward``."""
+        for name in ("reward/mean", "metrics/reward"):
+            found = [value for key, value in self.metrics.items() if key.split("@")[0] == name]
+            if found:
+                return max(found)
+        return None
+
+
+@dataclass(slots=True)
+class Evaluator:
+    """Evaluates with every setting of the one swept generation argument, if there is one."""
+
+    backend: Backend
+    tokenizer: Any
+    prompts: list[Prompt]
+    variants: list[tuple[str, SamplingConfig]]
+    """("", settings), or ("@beta=1", settings) for each value of a swept argument."""
+    batch_size: int
+    """Prompts generated at once on each process."""
+    scorer: Scorer | None
+    metric_fn: Callable[..., Any] | None
+
+    def run(self) -> EvaluationResult:
+        """Called on every process; the result is the same on each.
+
+        Raises:
+            RewardError: reward_fn or metric_fn failed or returned something else than one number per sample.
+        """
+        result = EvaluationResult()
+        for suffix, sampling in self.variants:
+            began = time.perf_counter()
+            rollouts = self._sample(sampling)
+            generated = time.perf_counter()
+            columns, rows, means = on_main(self.backend, lambda rollouts=rollouts: self._judge(rollouts))
+            result.metrics |= {f"{name}{suffix}": value for name, value in means.items()}
+            result.metrics["time/generate"] = result.metrics.get("time/generate", 0.0) + generated - began
+            result.metrics["time/metric"] = result.metrics.get("time/metric", 0.0) + time.perf_counter() - generated
+            argument, _, value = suffix.removeprefix("@").partition("=")
+            result.columns = [argument, *columns] if suffix else columns
+            result.rows += [[value, *row] if suffix else row for row in rows]
+        return result
+
+    def _sample(self, sampling: SamplingConfig) -> list[Rollout]:
+        """One rollout per prompt, generated in parallel, gathered in the order of the prompts."""
+        rows = own_rows(len(self.prompts), self.backend.data_rank, self.backend.data_size)
+        mine = self.prompts[rows]
+        rollouts = []
+        # as often on every process, also where it has nothing left: sharded weights are gathered by all at once
+        for start in range(0, rows.stop - rows.start, self.batch_size):
+            prompts = mine[start : start + self.batch_size]
+            responses = self.backend.generate([prompt.ids for prompt in prompts], sampling)
+            rollouts += [
+                Rollout(prompt.ids, sampling.stop.cut(ids)[0] if sampling.stop else ids, metadata=prompt.metadata)
+                for prompt, ids in zip(prompts, responses, strict=True)
+            ]
+        return self.backend.gather_objects(rollouts)
+
+    def _judge(self, rollouts: list[Rollout]) -> tuple[list[str], list[list[Any]], dict[str, float]]:
+        """Table columns, table rows and means of one setting."""
+        samples, prompts, outputs = decode(
+            [r.prompt for r in rollouts],
+            [r.response for r in rollouts],
+            self.tokenizer,
+            keep_eos=False,
+            separator=self.backend.layout.separator,
+        )
+        table: dict[str, list[Any]] = {"prompt": prompts, "output": outputs}
+        means: dict[str, float] = {}
+        if self.scorer is not None:
+            scores = self.scorer.score(rollouts, keep_eos=False)
+            table["reward"] = [sum(score) if isinstance(score, list) else score for score in scores]
+            means["reward/mean"] = _mean(table["reward"])
+        if self.metric_fn is not None:
+            metadata = {key: [r.metadata[key] for r in rollouts] for key in rollouts[0].metadata}
+            for name, values in measure(self.metric_fn, samples, prompts, outputs, metadata).items():
+                if isinstance(values, list):
+                    table[name] = values
+                means[f"metrics/{name}"] = _mean(values) if isinstance(values, list) else values
+        return list(table), [list(row) for row in zip(*table.values(), strict=True)], means
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

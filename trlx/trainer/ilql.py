@@ -1,0 +1,80 @@
+"""ILQL: learn values from rewarded samples, then sample where they are high."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from trlx.backends.base import ModelNeeds
+from trlx.batch import TokenBatch, TokenScores
+from trlx.method_configs import ILQLConfig
+from trlx.methods.ilql import ilql_loss, normalize_returns
+from trlx.methods.masked import Metrics
+from trlx.rollout.sampling import SamplingConfig
+from trlx.trainer.offline import OfflineTrainer
+
+SAMPLING_DEFAULTS = {"beta": 1, "top_k": 20}
+"""What gen_kwargs need not say."""
+
+
+class ILQLTrainer(OfflineTrainer):
+    """Implicit language Q-learning: offline reinforcement learning on dialogues with one reward each.
+
+    Args:
+        logit_mask: bool [V, V], True where token column must not follow token row in what is sampled. Given in
+            ``train.trainer_kwargs``.
+    """
+
+    rewarded = True
+
+    def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None, logit_mask=None):
+        if not isinstance(config.method, ILQLConfig):
+            raise ValueError(f"{type(self).__name__} needs method.name ILQLConfig, got {config.method.name}")
+        self.method: ILQLConfig = config.method
+        self.logit_mask = logit_mask
+        super().__init__(config, reward_fn, metric_fn, stop_sequences)
+
+    def needs(self) -> ModelNeeds:
+        return ModelNeeds(value_head=True, q_heads=2 if self.method.two_qs else 1)
+
+    def sampling(self, gen_kwargs: dict[str, Any]) -> SamplingConfig:
+        sampling = super().sampling({**SAMPLING_DEFAULTS, **gen_kwargs})
+        if self.logit_mask is None:
+            return sampling
+        return replace(sampling, extra={**sampling.extra, "logit_mask": self.logit_mask})
+
+    def make_experience(self, samples: list[Any], rewards: Sequence[float], seq_length: int) -> None:
+        """Tokenizes the samples (see SFT); their rewards, normalised over the samples kept, stand at the last action.
+
+        Raises:
+            ValueError: a reward is not a finite number.
+        """
+        numbers = [float(reward) for reward in rewards]
+        for index, number in enumerate(numbers):
+            if not math.isfinite(number):
+                raise ValueError(f"rewards[{index}] is {number}: every sample needs a finite number")
+        rollouts = self.tokenize(samples, seq_length, numbers)
+        scores = normalize_returns([rollout.score for rollout in rollouts])
+        for rollout, score in zip(rollouts, scores, strict=True):
+            rollout.score = score
+        self.learn_from(rollouts)
+
+    def loss(self, scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        method = self.method
+        return ilql_loss(
+            scores,
+            batch,
+            tau=method.tau,
+            gamma=method.gamma,
+            cql_scale=method.cql_scale,
+            awac_scale=method.awac_scale,
+            beta=method.beta,
+        )
+
+    def after_step(self, metrics: dict[str, float]) -> None:
+        if self.state.step % self.method.steps_for_target_q_sync == 0:
+            self.backend.update_heads(lambda heads: heads["q"].sync(self.method.alpha))

@@ -1,0 +1,224 @@
+"""PPO: sample, score, estimate advantages; then several passes of clipped updates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trlx import logging
+from trlx.backends.base import ModelNeeds
+from trlx.batch import Rollout, TokenBatch, TokenScores
+from trlx.data.prompts import Prompt, PromptPipeline, PromptStream
+from trlx.data.store import own_rows
+from trlx.method_configs import PPOConfig
+from trlx.methods.masked import Metrics, RunningMoments, finish, mean_of, pack, whiten
+from trlx.methods.ppo import (
+    AdaptiveKL,
+    FixedKL,
+    gae,
+    kl_penalty,
+    missing_eos_penalty,
+    ppo_loss,
+    scale_scores,
+    token_rewards,
+)
+from trlx.trainer.base import Trainer
+from trlx.trainer.rollouts import RolloutLog, RolloutSource
+
+logger = logging.get_logger(__name__)
+
+FIRST_RATIO_TOLERANCE = 1e-3
+"""How far the first ratio may be from 1 without a word; float32 stays within 1e-5."""
+
+
+class PPOTrainer(Trainer):
+    """Proximal policy optimization with a KL penalty to the first policy."""
+
+    online = True
+
+    def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None):
+        if not isinstance(config.method, PPOConfig):
+            raise ValueError(f"{type(self).__name__} needs method.name PPOConfig, got {config.method.name}")
+        if reward_fn is None:
+            raise ValueError(
+                "PPO needs reward_fn: a function of samples, prompts and outputs that returns their scores"
+            )
+        method: PPOConfig = config.method
+        self.method = method
+        self.inner_epochs = method.ppo_epochs
+        self.eval_batch_size = method.chunk_size
+        self.kl = FixedKL(method.init_kl_coef)
+        if method.target is not None:
+            self.kl = AdaptiveKL(method.init_kl_coef, method.target, method.horizon)
+        self.moments = RunningMoments()
+        self.ref_std = method.ref_std
+        self.stream: PromptStream | None = None
+        super().__init__(config, reward_fn, metric_fn, stop_sequences)
+        self.source = RolloutSource(
+            self.backend,
+            self.scorer,
+            self.sampling(method.sampling),
+            self.tokenizer.eos_token_id,
+            score_on_each_rank=config.train.reward_on == "each_rank",
+        )
+        self.log = RolloutLog(config, self.tokenizer)
+
+    def needs(self) -> ModelNeeds:
+        return ModelNeeds(
+            value_head=True,
+            value_layers=self.method.num_value_layers_unfrozen,
+            reference=True,
+            # a dropped unit would make the policy that is trained another than the one that sampled
+            dropout=False,
+            temperature=self.sampling(self.method.sampling).logprob_temperature,
+        )
+
+    def add_prompt_pipeline(self, pipeline: PromptPipeline) -> None:
+        """Sets the prompts that rollouts start from."""
+        self.stream = PromptStream(pipeline, self.config.train.seed)
+        self.prompt_digest = pipeline.digest()
+
+    @property
+    def sampling_kwargs(self) -> dict[str, Any]:
+        return self.method.sampling
+
+    @property
+    def rows_per_epoch(self) -> int:
+        size = self.backend.data_size
+        return -(-self.method.num_rollouts // size) * size
+
+    @property
+    def data_digest(self) -> str:
+        return self.prompt_digest
+
+    def loss(self, scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        method = self.method
+        return ppo_loss(scores, batch, method.cliprange, method.cliprange_value, method.vf_coef, method.dual_clip)
+
+    def collect(self) -> TokenBatch:
+        began = time.perf_counter()
+        rollouts, seconds = self.source.collect(self._chunks())
+        batch = self._with_model_columns(self.backend.layout.collate(rollouts, self.source.sampling.pad_token_id))
+        batch, score_stats = self._with_scaled_scores(batch)
+        batch, kl_stats = self._with_advantages(batch)
+        self.pending = {
+            **score_stats,
+            **kl_stats,
+            **seconds,
+            **_shape_stats(rollouts, self.source.sampling.eos_token_ids),
+        }
+        self.pending["time/rollout_time"] = time.perf_counter() - began
+        if self.backend.is_main:
+            self.log.write(rollouts, self.tracker, self.state.step)
+        return batch
+
+    def after_step(self, metrics: dict[str, float]) -> None:
+        if self.state.step == 1:
+            self._check_first_ratio(metrics)
+
+    def method_state(self) -> dict[str, Any]:
+        return {
+            "kl": self.kl.state(),
+            "moments": self.moments.state(),
+            "ref_std": self.ref_std,
+            "prompts_drawn": self.stream.position,
+        }
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        self.kl.load(state["kl"])
+        self.moments.load(state["moments"])
+        self.ref_std = state["ref_std"]
+        self.stream.position = state["prompts_drawn"]
+
+    def _chunks(self) -> Iterator[list[Prompt]]:
+        """The prompts of one collection, in the pieces that all processes generate at once."""
+        missing = self.rows_per_epoch
+        while missing:
+            chunk = self.stream.take(min(self.method.chunk_size * self.backend.data_size, missing))
+            missing -= len(chunk)
+            yield chunk
+
+    def _with_model_columns(self, batch: TokenBatch) -> TokenBatch:
+        """Log-probabilities and values under policy and reference; every process scores its share of rows."""
+        rows = own_rows(len(batch), self.backend.data_rank, self.backend.data_size)
+        mine = TokenBatch(**{name: column[rows] for name, column in batch.columns().items()})
+        policy, reference = self.backend.score(mine), self.backend.score(mine, reference=True)
+        columns = [policy.logprobs, policy.values, reference.logprobs]
+        if self.backend.data_size > 1:
+            pieces = self.backend.gather_objects([columns])
+            columns = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+        return batch.replace(old_logprobs=columns[0], old_values=columns[1], ref_logprobs=columns[2])
+
+    def _with_scaled_scores(self, batch: TokenBatch) -> tuple[TokenBatch, dict[str, float]]:
+        method = self.method
+        totals = batch.scores.sum(dim=1)
+        mean, std = self.moments.update(totals)
+        if self.ref_std is None:
+            self.ref_std = std
+        divisor = {"running": self.moments.std, "ref": self.ref_std}.get(method.scale_reward)
+        scores = scale_scores(batch.scores, method.cliprange_reward, divisor)
+        if method.missing_eos_penalty:
+            scores = missing_eos_penalty(
+                scores,
+                batch.tokens,
+                batch.response_mask,
+                self.source.sampling.eos_token_ids,
+                method.missing_eos_penalty,
+            )
+        stats = {
+            "rollout_scores/mean": mean,
+            "rollout_scores/std": std,
+            "rollout_scores/running_mean": self.moments.mean,
+            "rollout_scores/running_std": self.moments.std,
+        }
+        return batch.replace(scores=scores), stats
+
+    def _with_advantages(self, batch: TokenBatch) -> tuple[TokenBatch, dict[str, float]]:
+        mask, method = batch.response_mask, self.method
+        coefficient = self.kl.coef
+        rewards = token_rewards(
+            batch.scores, batch.old_logprobs, batch.ref_logprobs, mask, coefficient, estimator=method.kl_estimator
+        )
+        advantages, returns = gae(rewards, batch.old_values, mask, method.gamma, method.lam)
+        kl = kl_penalty(batch.old_logprobs, batch.ref_logprobs, "k3") * mask
+        per_sequence = float(kl.sum(dim=1).mean())
+        if self.state.step == 0:
+            self._check_first_kl(per_sequence)
+        self.kl.update(per_sequence, len(batch))
+        stats = finish(*pack({"policy/kl_per_token": mean_of(kl, mask)}))
+        stats |= {
+            "policy/kl": per_sequence,
+            "policy/sqrt_kl": max(per_sequence, 0.0) ** 0.5,
+            "kl_ctl_value": coefficient,
+        }
+        return batch.replace(advantages=whiten(advantages, mask), returns=returns), stats
+
+    def _check_first_kl(self, kl: float) -> None:
+        """Before any update policy and reference are one; anything but 0 means that one is not what it should be."""
+        if kl != 0.0 and self.backend.starts_at_reference:
+            raise RuntimeError(
+                f"Before the first update the KL between policy and reference is {kl:.3g} instead of 0: this model has "
+                "two answers to one input (random routing, or a buffer that changes in forward), so PPO would train on "
+                "noise"
+            )
+
+    def _check_first_ratio(self, metrics: dict[str, float]) -> None:
+        """On the first minibatch the probability ratio is 1."""
+        deviation = metrics["policy/ratio_deviation/max"]
+        if deviation > FIRST_RATIO_TOLERANCE:
+            logger.warning(
+                f"On the first minibatch the probability ratio is up to {deviation:.3g} away from 1: the policy that "
+                "is trained is not quite the one that sampled (low precision, or a module that is another in training)"
+            )
+
+
+def _shape_stats(rollouts: list[Rollout], eos_ids: list[int]) -> dict[str, float]:
+    count = len(rollouts)
+    return {
+        "rollouts/response_length": sum(len(r.response) for r in rollouts) / count,
+        "rollouts/ended": sum(r.response[-1] in eos_ids for r in rollouts) / count,
+    }

@@ -1,0 +1,106 @@
+"""Rollouts of the online methods: sampled by all processes, scored meanwhile, and a few of them shown."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trlx.backends.base import Backend
+from trlx.batch import Rollout
+from trlx.config import TRLConfig
+from trlx.data.prompts import Prompt
+from trlx.data.store import own_rows
+from trlx.rollout.sampling import SamplingConfig
+from trlx.rollout.scoring import Score, Scorer
+from trlx.tracking import Tracker
+from trlx.trainer.together import on_each_rank, on_main
+
+SAMPLES_ON_DISK = 8
+"""Rollouts of each collection that are written beside the metrics, to look at."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSource:
+    """Turns prompts into scored rollouts, the same list on every process and for any number of them."""
+
+    backend: Backend
+    scorer: Scorer
+    sampling: SamplingConfig
+    eos_token_id: int
+    score_on_each_rank: bool
+    """Every process calls reward_fn on its own rollouts; else the main one does on all."""
+
+    def collect(self, chunks: Iterable[list[Prompt]]) -> tuple[list[Rollout], dict[str, float]]:
+        """One rollout per prompt, in order, and the seconds it took.
+
+        Each chunk of prompts is shared by the processes; while it is scored the next one is generated.
+
+        Raises:
+            RewardError: on every process, see `Scorer.score`.
+        """
+        rollouts, jobs, generating = [], [], 0.0
+        for prompts in chunks:
+            began = time.perf_counter()
+            mine = self._sample(prompts)
+            generating += time.perf_counter() - began
+            chunk = self.backend.gather_objects(mine)
+            rollouts += chunk
+            to_score = mine if self.score_on_each_rank else chunk
+            wanted = to_score and (self.score_on_each_rank or self.backend.is_main)
+            jobs.append(self.scorer.submit(to_score).result if wanted else list)
+        began = time.perf_counter()
+        for rollout, score in zip(rollouts, self._wait(jobs), strict=True):
+            rollout.score = score
+        return rollouts, {"time/rollout_generate": generating, "time/rollout_score": time.perf_counter() - began}
+
+    def _sample(self, prompts: list[Prompt]) -> list[Rollout]:
+        """Unscored rollouts of this process's consecutive share of `prompts`."""
+        mine = prompts[own_rows(len(prompts), self.backend.data_rank, self.backend.data_size)]
+        responses = self.backend.generate([prompt.ids for prompt in mine], self.sampling)
+        return [
+            Rollout(prompt.ids, self._finished(response), metadata=prompt.metadata)
+            for prompt, response in zip(mine, responses, strict=True)
+        ]
+
+    def _finished(self, response: list[int]) -> list[int]:
+        stop = self.sampling.stop
+        return stop.finish(response, self.eos_token_id) if stop else response
+
+    def _wait(self, jobs: list) -> list[Score]:
+        """The scores of all chunks, in the order of the gathered rollouts."""
+        if self.score_on_each_rank:
+            return [score for job in jobs for score in on_each_rank(self.backend, job)]
+        return on_main(self.backend, lambda: [score for job in jobs for score in job()])
+
+
+class RolloutLog:
+    """Writes rollouts down: a few as text beside the metrics, all token ids in ``train.rollout_logging_dir``."""
+
+    def __init__(self, config: TRLConfig, tokenizer: Any):
+        self.config = config
+        self.tokenizer = tokenizer
+
+    def write(self, rollouts: list[Rollout], tracker: Tracker | None, step: int) -> None:
+        """To be called on the main process, once per collection."""
+        if tracker is not None:
+            tracker.log_samples("rollout", step, [self._texts(rollout) for rollout in rollouts[:SAMPLES_ON_DISK]])
+        if self.config.train.rollout_logging_dir is not None:
+            rows = [{"query_tensor": r.prompt, "response_tensor": r.response, "score": r.score} for r in rollouts]
+            (self._folder / f"epoch-{time.time_ns()}.json").write_text(json.dumps(rows))
+
+    def _texts(self, rollout: Rollout) -> dict[str, Any]:
+        prompt, response = self.tokenizer.decode(rollout.prompt), self.tokenizer.decode(rollout.response)
+        return {"prompt": prompt, "response": response, "score": rollout.score}
+
+    @cached_property
+    def _folder(self) -> Path:
+        folder = Path(self.config.train.rollout_logging_dir) / f"run-{uuid.uuid4()}"
+        folder.mkdir()
+        (folder / "config.json").write_text(str(self.config))
+        return folder

@@ -1,0 +1,52 @@
+"""What of a run goes into a checkpoint, and how a run takes it up again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trlx import checkpoint, logging
+from trlx.checkpoint import RandomState
+
+if TYPE_CHECKING:
+    from trlx.trainer.base import Trainer
+
+logger = logging.get_logger(__name__)
+
+
+def write_run(trainer: Trainer, target: Path) -> None:
+    """Puts everything `read_run` needs into a folder that takes the place of `target`. Called on every process."""
+    backend = trainer.backend
+    with checkpoint.replacing(target, backend.is_main, backend.barrier) as folder:
+        backend.save(folder, optimizer=trainer.config.train.save_optimizer)
+        RandomState.capture().write(folder, backend.data_rank)
+        if backend.is_main:
+            (folder / "hf_model").mkdir()
+            checkpoint.write_state(folder, trainer.state, identity(trainer))
+            trainer.write_rollouts(folder)
+        backend.barrier()
+        backend.export_hf(folder / "hf_model")
+
+
+def read_run(trainer: Trainer, directory: Path) -> None:
+    """Makes `trainer` the run that wrote the checkpoint, or warns of each difference that keeps it from being that."""
+    folder = checkpoint.existing(directory)
+    trainer.state, saved = checkpoint.read_state(folder)
+    for difference in checkpoint.differences(saved, identity(trainer)):
+        logger.warning(f"Resuming {folder}, but the numbers will not be the interrupted run's: {difference}")
+    trainer.backend.load(folder)
+    trainer.load_method_state(trainer.state.method)
+    trainer.read_rollouts(folder)
+    randomness = RandomState.read(folder, trainer.backend.data_rank)
+    if randomness is not None:
+        randomness.restore()
+
+
+def identity(trainer: Trainer) -> dict[str, Any]:
+    """What must be the same for a resumed run to give the same numbers."""
+    return {
+        "config": trainer.config.to_json(),
+        "model": trainer.backend.fingerprint(),
+        "data": trainer.data_digest,
+        "data_processes": trainer.backend.data_size,
+    }

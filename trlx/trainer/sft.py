@@ -1,0 +1,27 @@
+"""Supervised fine-tuning on texts and dialogues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from trlx.backends.base import ModelNeeds
+from trlx.batch import TokenBatch, TokenScores
+from trlx.methods.masked import Metrics
+from trlx.methods.sft import sft_loss
+from trlx.trainer.offline import OfflineTrainer
+
+
+class SFTTrainer(OfflineTrainer):
+    """Cross-entropy on the outputs of dialogues, or on all of a plain text."""
+
+    def needs(self) -> ModelNeeds:
+        return ModelNeeds()
+
+    def make_experience(self, samples: list[Any], seq_length: int) -> None:
+        """Tokenizes the samples: texts, or alternating prompts and outputs; at most `seq_length` tokens each."""
+        self.learn_from(self.tokenize(samples, seq_length))
+
+    def loss(self, scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        return sft_loss(scores, batch)
