@@ -1,0 +1,65 @@
+"""SIGKILL at random moments: no checkpoint is ever unreadable, and the run ends as if nothing had happened."""
+
+import random
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.processes import kill, start, together
+from tests.runs import metrics, run, weights
+from trlx import checkpoint
+
+pytestmark = pytest.mark.distributed
+
+KILLS = 6
+"""For each kind of run, 36 in all."""
+RUNS = [("PPO", 1), ("PPO", 2), ("SFT", 1), ("SFT", 2), ("ILQL", 1), ("RFT", 1)]
+"""Method and number of processes."""
+SETTINGS = {"checkpoint_interval": 1, "eval_interval": 3, "total_steps": 24, "epochs": 100}
+
+
+def check_readable(folder):
+    """Everything that looks like a checkpoint loads."""
+    found = [path for path in folder.iterdir() if path.name.startswith(("checkpoint_", "best_checkpoint"))]
+    for path in found:
+        state, _ = checkpoint.read_state(path)
+        load_file(path / "policy.safetensors")
+        checkpoint.read_optimizer(path / "optimizer.safetensors")
+        checkpoint.read_rollouts(path)
+        assert state.step >= 0
+    if found:
+        AutoModelForCausalLM.from_pretrained(max(found) / "hf_model")
+
+
+def lines(folder):
+    path = folder / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+
+
+def wait_for_a_random_moment(dice, ranks, folder):
+    """Some steps from now, or at any time while the run is still starting; then somewhere within a step."""
+    target = lines(folder) + dice.choice([0, 1, 2, 3])
+    while lines(folder) < target and all(process.is_alive() for process in ranks):
+        time.sleep(0.001)
+    time.sleep(dice.uniform(0, 0.1))
+
+
+@pytest.mark.parametrize(("method", "size"), RUNS)
+def test_a_run_killed_again_and_again_ends_like_one_left_in_peace(tmp_path, method, size):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    together(size, run, method, whole, train=SETTINGS)
+    killed.mkdir()
+    dice = random.Random(f"{method} {size}")
+    for _ in range(KILLS):
+        ranks = start(size, run, method, killed, train={**SETTINGS, "resume_from_checkpoint": "auto"})
+        wait_for_a_random_moment(dice, ranks, killed)
+        assert all(process.is_alive() for process in ranks), "the run ended before it could be killed"
+        kill(dice.sample(ranks, size))
+        check_readable(killed)
+    together(size, run, method, killed, train={**SETTINGS, "resume_from_checkpoint": "auto"})
+    expected, found = weights(whole), weights(killed)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert metrics(killed) == metrics(whole)

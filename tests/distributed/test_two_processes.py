@@ -1,0 +1,174 @@
+"""Two processes give what one gives with twice the batch; an error on one is an error on both."""
+
+import json
+import os
+
+import pytest
+
+from tests.builders import tiny_gpt2_config
+from tests.processes import finish, start, together
+from tests.runs import PROMPTS, metrics, run, share_of_a, tiny_config, weights
+
+pytestmark = pytest.mark.distributed
+
+GREEDY = {"gen_kwargs": {"do_sample": False}}
+"""Each process draws its own random numbers, so only greedy rollouts are the same for any number of them."""
+
+
+CALM = {"kwargs": {"eps": 1e-4}}
+"""Adam divides by the size of a gradient: where that is 0 but for rounding (attention's key bias), it trains."""
+
+
+def close(first, second, tolerance=1e-5):
+    assert first.keys() == second.keys()
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < tolerance
+
+
+NO_DROPOUT = {"model_path": tiny_gpt2_config()}
+
+
+@pytest.mark.parametrize("minibatch_size", [None, 1])
+def test_ppo_on_two_processes_equals_one_with_twice_the_batch(tmp_path, minibatch_size):
+    together(
+        1, run, "PPO", tmp_path / "one", optimizer=CALM, method={**GREEDY, "chunk_size": 8}, train={"batch_size": 6}
+    )
+    changes = {"batch_size": 3, "minibatch_size": minibatch_size}
+    together(2, run, "PPO", tmp_path / "two", optimizer=CALM, method=GREEDY, train=changes)
+    close(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.keys() == theirs.keys()
+        shown = [name for name in mine if name != "padding_percentage"]  # each process trims its own rows
+        assert [theirs[name] for name in shown] == pytest.approx([mine[name] for name in shown], abs=1e-4)
+
+
+def test_sft_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
+    # 8 samples in batches of 6: the last batch is a short one
+    changes = {"model": NO_DROPOUT, "optimizer": CALM}
+    together(1, run, "SFT", tmp_path / "one", train={"batch_size": 6}, **changes)
+    together(2, run, "SFT", tmp_path / "two", train={"batch_size": 3}, **changes)
+    close(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
+def test_ilql_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
+    # 7 samples in batches of 6: the last batch is a single one
+    changes = {"model": NO_DROPOUT, "optimizer": CALM}
+    together(1, run, "ILQL", tmp_path / "one", train={"batch_size": 6}, **changes)
+    together(2, run, "ILQL", tmp_path / "two", train={"batch_size": 3}, **changes)
+    close(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
+def run_and_tell(folder, prompts=PROMPTS, **changes):
+    """A run of RFT whose processes each write down what they selected last."""
+    import trlx
+
+    trainer = trlx.train(config=tiny_config(folder, "RFT", **changes), reward_fn=share_of_a, prompts=prompts)
+    rollouts = [[r.prompt, r.response, r.score] for r in trainer._selected().rollouts]
+    (folder / f"told_{os.environ.get('RANK', 0)}.json").write_text(json.dumps(rollouts))
+
+
+def test_rft_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
+    changes = {"model": NO_DROPOUT, "optimizer": CALM, "method": {**GREEDY, "n_generations_per_prompt": 1}}
+    together(1, run_and_tell, tmp_path / "one", train={"batch_size": 6}, **changes)
+    together(2, run_and_tell, tmp_path / "two", train={"batch_size": 3}, **changes)
+    close(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    (alone,) = [json.loads(path.read_text()) for path in (tmp_path / "one").glob("told_*.json")]
+    assert told(tmp_path / "two") == [alone, alone]
+
+
+@pytest.mark.parametrize("reward_on", ["main", "each_rank"])
+def test_rft_selects_the_same_on_both_processes_also_where_a_share_is_empty(tmp_path, reward_on):
+    # 5 prompts in chunks of 2 x 2: of the last one the second process gets nothing
+    method = {"n_generations_per_prompt": 1, "n_improve_steps": 1}
+    train = {"batch_size": 2, "reward_on": reward_on}
+    together(2, run_and_tell, tmp_path, method=method, train=train, prompts=PROMPTS[:5])
+    first, second = told(tmp_path)
+    assert first == second and len(first) > 0
+
+
+@pytest.mark.parametrize("method", ["PPO", "SFT", "ILQL", "RFT"])
+def test_two_processes_resume_bit_for_bit(tmp_path, method):
+    every = {"checkpoint_interval": 1}
+    together(2, run, method, tmp_path / "whole", train=every)
+    together(2, run, method, tmp_path / "parts", train={**every, "total_steps": 3})
+    together(2, run, method, tmp_path / "parts", train={**every, "resume_from_checkpoint": "auto"})
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all((whole[name] == parts[name]).all() for name in whole)
+
+
+def wrong_reward(samples, outputs, **kwargs):
+    return [1.0]
+
+
+def fails_on_the_second(samples, outputs, **kwargs):
+    if os.environ["RANK"] == "1":
+        raise KeyError("no such answer")
+    return [0.0] * len(outputs)
+
+
+def train_and_report(folder, reward_fn, **changes):
+    """Writes down what each process was told."""
+    import trlx
+
+    try:
+        trlx.train(config=tiny_config(folder, "PPO", **changes), reward_fn=reward_fn, prompts=PROMPTS)
+        told = "nothing"
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    (folder / f"told_{os.environ['RANK']}.json").write_text(json.dumps(told))
+
+
+def told(folder):
+    return [json.loads((folder / f"told_{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_an_error_in_the_reward_reaches_every_process(tmp_path):
+    together(2, train_and_report, tmp_path, wrong_reward)
+    first, second = told(tmp_path)
+    assert first == second and first.startswith("RewardError") and "1" in first
+
+
+def test_rewards_can_be_computed_by_each_process(tmp_path):
+    (tmp_path / "a").mkdir()
+    together(2, run, "PPO", tmp_path / "main", method=GREEDY)
+    together(2, run, "PPO", tmp_path / "each", method=GREEDY, train={"reward_on": "each_rank"})
+    assert metrics(tmp_path / "main") == metrics(tmp_path / "each")
+    together(2, train_and_report, tmp_path / "a", fails_on_the_second, train={"reward_on": "each_rank"})
+    first, second = told(tmp_path / "a")
+    assert first == second and "no such answer" in first
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer": {"kwargs": {"learning_rate": 1.0}}}, "optimizer.kwargs do not fit"),
+        ({"train": {"seq_length": 6}}, "leaves no room for a prompt"),
+        ({"model": {"num_layers_unfrozen": 9}}, "ValueError"),
+    ],
+)
+def test_bad_settings_are_told_on_every_process(tmp_path, changes, words):
+    together(2, train_and_report, tmp_path, share_of_a, **changes)
+    assert all(words in message for message in told(tmp_path))
+
+
+def terminate_soon(folder, **changes):
+    """A run whose second process alone gets SIGTERM in the first collection."""
+    import signal
+
+    import trlx
+
+    def reward(samples, outputs, **kwargs):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return share_of_a(samples, outputs=outputs, prompts=None)
+
+    config = tiny_config(folder, "PPO", train={"reward_on": "each_rank", "checkpoint_interval": 100})
+    trlx.train(config=config, reward_fn=reward, prompts=PROMPTS)
+
+
+def test_a_signal_to_one_process_stops_both_after_a_save(tmp_path):
+    from trlx.checkpoint import newest
+
+    assert finish(start(2, terminate_soon, tmp_path)) == [75, 75]
+    assert newest(tmp_path).name == "checkpoint_1"

@@ -1,0 +1,9 @@
+"""What every process of a test needs, imported once by the fork server that starts them."""
+
+import torch
+import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
+import trlx.api  # noqa: F401
+
+# two cores serve several processes at once, and one thread each makes sums come out the same on every machine
+torch.set_num_threads(1)

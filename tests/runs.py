@@ -1,0 +1,112 @@
+"""Whole training runs of seconds, on tiny random models; importable by processes that tests start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.builders import char_tokenizer, tiny_gpt2_config
+from trlx.config import TRLConfig
+
+PROMPTS = ["ab", "b", "cab", "da", "e", "fed", "gab", "h"]
+TEXTS = ["abc abc", "bcd", "cde cde cde", "aaa", "dcba", "hello", "fade", "bead bead"]
+DIALOGUES = [
+    ["ab", "ca"],
+    ["b", "bcd"],
+    ["cab", "aaa"],
+    ["da", "a"],
+    ["e", "fg", "h", "aa"],
+    ["fed", "cab"],
+    ["g", "e"],
+]
+REWARDS = [0.5, 0.0, 1.0, 1.0, 0.7, 0.3, 0.0]
+
+
+def tiny_config(folder: str | Path, algorithm: str, **changes: Any) -> TRLConfig:
+    """A config that trains a two-layer GPT-2 on characters for 8 steps; `changes` as in ``evolve``."""
+    tokenizer = char_tokenizer()
+    config = TRLConfig.from_dict(
+        {
+            "method": {"name": f"{algorithm}Config", "gen_kwargs": {"max_new_tokens": 6}, **_METHODS[algorithm]},
+            "model": {"model_path": tiny_gpt2_config(resid_pdrop=0.1)},
+            "tokenizer": {"tokenizer_path": tokenizer},
+            "optimizer": {"name": "adamw", "kwargs": {"lr": 3e-3}},
+            "scheduler": {"name": "cosine_annealing", "kwargs": {"T_max": 50, "eta_min": 1e-4}},
+            "train": {
+                "total_steps": 8,
+                "seq_length": 16,
+                "epochs": 20,
+                "batch_size": 4,
+                "checkpoint_interval": 4,
+                "eval_interval": 4,
+                "pipeline": "PromptPipeline",
+                "trainer": f"Accelerate{algorithm}Trainer",
+                "tracker": None,
+                "checkpoint_dir": str(folder),
+            },
+        }
+    )
+    return config.evolve(**changes)
+
+
+_METHODS: dict[str, dict[str, Any]] = {
+    "PPO": {
+        "num_rollouts": 8,
+        "chunk_size": 4,
+        "ppo_epochs": 2,
+        "init_kl_coef": 0.05,
+        "target": 1.0,
+        "scale_reward": "running",
+    },
+    "SFT": {},
+    "ILQL": {
+        "alpha": 0.5,
+        "steps_for_target_q_sync": 2,
+        "gen_kwargs": {"max_new_tokens": 6, "beta": [0, 2], "top_k": 10},
+    },
+    "RFT": {"n_improve_steps": 2, "n_generations_per_prompt": 4, "start_percentile": 0.5},
+}
+
+
+def share_of_a(samples, prompts, outputs, **kwargs) -> list[float]:
+    """A reward that a tiny model learns at once: how much of the output is the letter a."""
+    return [output.count("a") / max(len(output), 1) for output in outputs]
+
+
+def length(samples, **kwargs) -> dict[str, list[int]]:
+    """A metric."""
+    return {"length": [len(sample) for sample in samples]}
+
+
+ONLINE = {"reward_fn": share_of_a, "prompts": PROMPTS}
+DATA: dict[str, dict[str, Any]] = {
+    "PPO": ONLINE,
+    "SFT": {"samples": TEXTS, "eval_prompts": PROMPTS},
+    "ILQL": {"samples": DIALOGUES, "rewards": REWARDS, "eval_prompts": PROMPTS},
+    "RFT": ONLINE,
+}
+"""What each algorithm learns from in these runs."""
+
+
+def run(algorithm: str, folder: str | Path, **changes: Any):
+    """Trains; returns the trainer."""
+    import trlx
+
+    config = tiny_config(folder, algorithm, **changes)
+    return trlx.train(config=config, metric_fn=length, **DATA[algorithm])
+
+
+def metrics(folder: str | Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what a clock measured."""
+    lines = (json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+
+
+def weights(folder: str | Path):
+    """The trained weights of the newest checkpoint, by name."""
+    from safetensors.torch import load_file
+
+    from trlx.checkpoint import newest
+
+    return load_file(newest(folder) / "policy.safetensors")

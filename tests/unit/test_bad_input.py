@@ -1,0 +1,114 @@
+"""Each mistake gets one clear sentence, before the first update."""
+
+import math
+
+import pytest
+
+import trlx
+from tests.builders import char_tokenizer
+from tests.runs import PROMPTS, TEXTS, share_of_a, tiny_config
+from trlx.rollout.scoring import RewardError
+
+
+def train(tmp_path, method="PPO", changes=None, **arguments):
+    config = tiny_config(tmp_path, method, **{"train": {"total_steps": 1}, **(changes or {})})
+    data = {"reward_fn": share_of_a, "prompts": PROMPTS} if method == "PPO" else {"samples": TEXTS}
+    return trlx.train(config=config, **{**data, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("reward_fn", "words"),
+    [
+        (lambda outputs, **kw: [1.0], "returned 1 entries for 4 samples"),
+        (lambda outputs, **kw: [math.nan] * len(outputs), "nan"),
+        (lambda outputs, **kw: [math.inf] * len(outputs), "inf"),
+        (lambda outputs, **kw: ["good"] * len(outputs), "good"),
+        (lambda outputs, **kw: None, "None"),
+        (lambda outputs, **kw: [[1.0] * 99 for _ in outputs], "99"),
+        (lambda outputs, **kw: 1 / 0, "ZeroDivisionError"),
+        (lambda samples, prompts: [], "TypeError"),
+    ],
+)
+def test_a_reward_that_is_not_one_number_per_sample_is_refused(tmp_path, reward_fn, words):
+    with pytest.raises(RewardError, match=words):
+        train(tmp_path, reward_fn=reward_fn)
+
+
+def test_a_reward_that_takes_too_long_stops_the_run(tmp_path):
+    import time
+
+    def slow(outputs, **kwargs):
+        time.sleep(1)
+        return [0.0] * len(outputs)
+
+    with pytest.raises(RewardError, match="reward_timeout"):
+        train(tmp_path, reward_fn=slow, changes={"train": {"total_steps": 1, "reward_timeout": 0.05}})
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "words"),
+    [
+        ("PPO", {"prompts": []}, "list of prompts is empty"),
+        ("PPO", {"prompts": ["ab", ""]}, "Prompt 1 has no tokens"),
+        ("PPO", {"prompts": ["ab", 3]}, "Prompt 1 must be a text"),
+        ("PPO", {"prompts": [{"text": "ab"}]}, 'Prompt 0 is a dict without the key "prompt"'),
+        ("PPO", {"reward_fn": None}, "needs reward_fn"),
+        ("SFT", {"samples": []}, "at least one of them"),
+        ("SFT", {"samples": [["a", "b", "c"]]}, "Sample 0 has 3 messages"),
+        ("SFT", {"samples": None}, "needs reward_fn"),
+        ("SFT", {"rewards": [1.0]}, "8 samples but 1 rewards"),
+    ],
+)
+def test_wrong_data_is_refused(tmp_path, method, arguments, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        train(tmp_path, method, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": {"trainer": "AccelerateTrainer"}}, "Unknown trainer 'AccelerateTrainer'. Did you mean"),
+        ({"train": {"pipeline": "Promptpipelin"}}, "Unknown pipeline"),
+        ({"train": {"seq_length": 6}}, "leaves no room for a prompt"),
+        ({"optimizer": {"kwargs": {"learning_rate": 1.0}}}, "optimizer.kwargs do not fit"),
+        ({"scheduler": {"name": "linear", "kwargs": {"T_max": 1}}}, "scheduler.kwargs do not fit"),
+        ({"model": {"num_layers_unfrozen": 9}}, "num_layers_unfrozen.*9|9.*2"),
+        ({"method": {"gen_kwargs": {"temperature": [1.0, 2.0]}}}, "temperature"),
+        ({"method": {"gen_kwargs": {"max_new_tokens": 0}}}, "max_new_tokens"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        train(tmp_path, changes=changes)
+
+
+def test_sft_with_nothing_to_train_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Nothing trains"):
+        train(tmp_path, "SFT", changes={"model": {"num_layers_unfrozen": 0}})
+
+
+def test_a_tokenizer_without_eos_is_refused_and_one_without_pad_is_not(tmp_path):
+    with pytest.raises(ValueError, match="eos"):
+        train(tmp_path, changes={"tokenizer": {"tokenizer_path": char_tokenizer(eos=False)}})
+    trainer = train(
+        tmp_path, changes={"tokenizer": {"tokenizer_path": char_tokenizer(pad=False)}, "train": {"total_steps": 1}}
+    )
+    assert trainer.tokenizer.pad_token_id == trainer.tokenizer.eos_token_id
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    wide = char_tokenizer()
+    wide.add_special_tokens({"pad_token": "<padding>"})
+    with pytest.raises(ValueError, match="pad_token '<padding>' has id 38, but the model has embeddings for 38"):
+        train(tmp_path, changes={"tokenizer": {"tokenizer_path": wide}})
+
+
+def test_prompts_that_are_too_long_are_cut_with_one_warning(tmp_path, caplog):
+    train(tmp_path, prompts=["abcdefgh" * 3, "a"])
+    assert sum("10" in record.message and "train.seq_length" in record.message for record in caplog.records) >= 1
+
+
+def test_method_and_trainer_that_do_not_fit_are_refused(tmp_path):
+    config = tiny_config(tmp_path, "SFT", train={"trainer": "AcceleratePPOTrainer"})
+    with pytest.raises(ValueError, match="needs method.name PPOConfig"):
+        trlx.train(config=config, reward_fn=share_of_a, prompts=PROMPTS)

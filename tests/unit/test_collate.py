@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from trlx.batch import Rollout
+from trlx.data.collate import collate, left_pad, pad_columns
+
+
+def test_a_scalar_score_lands_on_the_last_response_token():
+    batch = collate([Rollout([7, 8], [3, 4], score=5.0), Rollout([7], [3], score=1.0)], pad_id=0)
+    assert batch.scores.tolist() == [[0, 0, 0, 5.0], [0, 1.0, 0, 0]]
+
+
+def test_rows_are_prompt_response_padding_and_masks_come_from_lengths():
+    batch = collate([Rollout([7, 8], [3, 2]), Rollout([7], [2])], pad_id=2)
+    assert batch.tokens.tolist() == [[7, 8, 3, 2], [7, 2, 2, 2]]
+    assert batch.attention_mask.tolist() == [[True] * 4, [True, True, False, False]]
+    assert batch.response_mask.tolist() == [[False, False, True, True], [False, True, False, False]]
+
+
+def test_columns_have_the_types_that_batch_promises():
+    batch = collate([Rollout([7], [3], score=1)], pad_id=0)
+    assert {name: column.dtype for name, column in batch.columns().items()} == {
+        "tokens": torch.int64,
+        "attention_mask": torch.bool,
+        "response_mask": torch.bool,
+        "scores": torch.float32,
+    }
+
+
+def test_dense_scores_stand_at_the_response_tokens_and_missing_ones_count_zero():
+    batch = collate([Rollout([7, 8], [3, 4, 5], score=[1, 2.5])], pad_id=0)
+    assert batch.scores.tolist() == [[0, 0, 1.0, 2.5, 0]]
+
+
+def test_untrained_response_tokens_are_masked_and_the_score_stands_at_the_last_trained_one():
+    batch = collate([Rollout([7], [3, 4, 5, 6], score=2.0, trained=[True, False, True, False])], pad_id=0)
+    assert batch.response_mask.tolist() == [[False, True, False, True, False]]
+    assert batch.attention_mask.all()
+    assert batch.scores.tolist() == [[0, 0, 0, 2.0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        (Rollout([7], [3], score=[1.0, 2.0]), "Rollout 1 has 2 scores for 1 response tokens"),
+        (Rollout([], [3]), "Rollout 1 has an empty prompt"),
+        (Rollout([7], []), "Rollout 1 has no response token"),
+        (Rollout([7], [3], trained=[False]), "Rollout 1 has no response token"),
+        (Rollout([7], [3], trained=[True, True]), "Rollout 1 has 2 flags"),
+    ],
+)
+def test_a_rollout_that_makes_no_row_is_named(rollout, message):
+    with pytest.raises(ValueError, match=message):
+        collate([Rollout([7], [3]), rollout], pad_id=0)
+
+
+def test_no_rollouts_make_no_batch():
+    with pytest.raises(ValueError, match="no rollouts"):
+        collate([], pad_id=0)
+
+
+def test_pad_columns_pads_lists_and_tensors_on_the_right_and_keeps_their_type():
+    assert pad_columns([[1], [2, 3]], 3, 9).tolist() == [[1, 9, 9], [2, 3, 9]]
+    padded = pad_columns([torch.tensor([0.5], dtype=torch.float64), torch.tensor([])], 2, 0.0)
+    assert padded.tolist() == [[0.5, 0], [0, 0]]
+    assert padded.dtype == torch.float64
+
+
+def test_left_pad_ends_all_prompts_in_one_column():
+    tokens, mask = left_pad([[7], [8, 9]], pad_id=5)
+    assert tokens.tolist() == [[5, 7], [8, 9]]
+    assert mask.tolist() == [[0, 1], [1, 1]]
+    assert tokens.dtype == mask.dtype == torch.int64

@@ -1,0 +1,126 @@
+"""The configuration is strict at every depth and never shares state with what it was made from."""
+
+import pytest
+from transformers import GPT2Config
+
+from trlx.config import TRLConfig
+from trlx.presets import load_preset
+from trlx.strict import ConfigError
+
+MINIMAL = {
+    "method": {"name": "PPOConfig"},
+    "model": {"model_path": "gpt2"},
+    "tokenizer": {"tokenizer_path": "gpt2"},
+    "train": {
+        "total_steps": 10,
+        "seq_length": 32,
+        "epochs": 1,
+        "batch_size": 4,
+        "checkpoint_interval": 5,
+        "eval_interval": 5,
+        "pipeline": "PromptPipeline",
+        "trainer": "AcceleratePPOTrainer",
+    },
+}
+
+
+def minimal(**changes) -> TRLConfig:
+    return TRLConfig.from_dict(MINIMAL).evolve(**changes)
+
+
+@pytest.mark.parametrize("method", ["ppo", "ilql", "sft", "rft"])
+def test_every_method_has_a_default_preset(method):
+    assert load_preset(method).method.name.lower() == f"{method}config"
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="Did you mean 'ppo'.*Known:.*ilql"):
+        load_preset("ppoo")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": {"gama": 0.9}}, "Unknown key 'method.gama'. Did you mean 'gamma'"),
+        ({"methd": {"gamma": 0.9}}, "Unknown section 'methd'. Did you mean 'method'"),
+        ({"train": {"sed": 1}}, "Unknown key 'train.sed'. Did you mean 'seed'"),
+        ({"train": {"seed": "one"}}, "train.seed must be int, got 'one'"),
+        ({"train": {"epochs": True}}, "train.epochs must be int, got True"),
+        ({"train": {"batch_size": 0}}, "train.batch_size must be at least 1, got 0"),
+        ({"train": {"minibatch_size": 3}}, r"train.minibatch_size must divide train.batch_size \(4\), got 3"),
+        ({"method": {"gamma": 1.5}}, "method.gamma must be between 0 and 1"),
+        ({"method": {"scale_reward": "runing"}}, "method.scale_reward: unknown value 'runing'. Did you mean 'running'"),
+        ({"optimizer": {"name": "adanw"}}, "optimizer.name: unknown value 'adanw'. Did you mean 'adamw'"),
+        ({"scheduler": {"name": "cosin"}}, "scheduler.name: unknown value 'cosin'"),
+        ({"model": {"num_layers_unfrozen": -2}}, "model.num_layers_unfrozen must be -1"),
+        ({"model": {"model_path": 3}}, "model.model_path must be a path, hub name or PretrainedConfig"),
+        ({"train": {"tracker": "tensorbord"}}, "Did you mean 'tensorboard'"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_to_write_instead(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        minimal(**changes)
+
+
+def test_missing_settings_are_listed():
+    without = {**MINIMAL, "train": {"total_steps": 1}}
+    with pytest.raises(ConfigError, match="Missing: train.seq_length, train.epochs"):
+        TRLConfig.from_dict(without)
+
+
+def test_a_section_built_in_python_is_checked_too():
+    from trlx.method_configs import PPOConfig
+
+    with pytest.raises(ConfigError, match="method.lam must be between 0 and 1"):
+        PPOConfig(lam=2.0)
+
+
+def test_yaml_files_and_overrides_merge_left_to_right(tmp_path):
+    (tmp_path / "a.yaml").write_text("method: {gamma: 0.5, lam: 0.5}\ntrain: {seed: 1}\n")
+    (tmp_path / "b.yaml").write_text("method: {gamma: 0.6}\ntrain: {tags: [x, y], total_steps: 2e3}\n")
+    config = load_preset("ppo", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), overrides=["method.lam=0.75"])
+    assert (config.method.gamma, config.method.lam, config.train.seed) == (0.6, 0.75, 1)
+    assert config.train.tags == ["x", "y"] and config.train.total_steps == 2000
+
+
+def test_an_override_without_a_value_is_refused():
+    with pytest.raises(ConfigError, match="section.key=value"):
+        load_preset("ppo", overrides=["method.gamma"])
+
+
+def test_to_dict_shares_nothing_with_the_config():
+    config = minimal(method={"gen_kwargs": {"eos_token_id": [1, 2]}})
+    config.to_dict()["method"]["gen_kwargs"]["eos_token_id"].append(3)
+    assert config.method.gen_kwargs["eos_token_id"] == [1, 2]
+
+
+def test_evolve_merges_nested_dicts_into_a_copy():
+    config = minimal()
+    changed = config.evolve(method={"gen_kwargs": {"top_k": 5}}, train={"seed": 7})
+    assert changed.method.gen_kwargs == {**config.method.gen_kwargs, "top_k": 5}
+    assert config.method.gen_kwargs["top_k"] == 0 and config.train.seed == 1000
+
+
+def test_update_takes_dotted_and_nested_keys_and_leaves_its_base_alone():
+    base = minimal()
+    changed = TRLConfig.update(base, {"method.gamma": 0.5, "train": {"seed": 3}, "optimizer.kwargs.lr": 0.1})
+    assert (changed.method.gamma, changed.train.seed, changed.optimizer.kwargs) == (0.5, 3, {"lr": 0.1})
+    assert (base.method.gamma, base.train.seed, base.optimizer.kwargs) == (1.0, 1000, {})
+
+
+@pytest.mark.parametrize("key", ["method.gama", "seed", "trian.seed"])
+def test_update_refuses_unknown_keys_at_every_depth(key):
+    with pytest.raises(ConfigError, match="Unknown"):
+        TRLConfig.update(minimal(), {key: 0.5})
+
+
+def test_numbers_written_as_the_other_kind_are_understood():
+    assert minimal(method={"gamma": 1}).method.gamma == 1.0
+    assert minimal(train={"total_steps": 1e3}).train.total_steps == 1000
+
+
+def test_a_model_config_object_survives_and_prints():
+    config = minimal(model={"model_path": GPT2Config(n_layer=2)})
+    assert config.evolve(train={"seed": 2}).model.model_path.n_layer == 2
+    assert config.to_json()["model"]["model_path"]["n_layer"] == 2
+    assert '"n_layer": 2' in str(config)

@@ -1,0 +1,82 @@
+"""The documentation says what the code does."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.config_reference import MARK, page
+from tests.runs import DATA, run
+from trlx.compat import OLD_PATHS
+
+DOCS = Path(__file__).parents[2] / "docs"
+CODE = re.compile(r"`([^`\n]+)`")
+
+
+def documented_statistics() -> set[str]:
+    """The names in the first column of the tables of statistics.md, with {a,b} written out."""
+    rows = (line.split("|")[1] for line in (DOCS / "statistics.md").read_text().splitlines() if line.startswith("| `"))
+    return {name for cell in rows for pattern in CODE.findall(cell) for name in written_out(pattern)}
+
+
+def written_out(pattern: str) -> list[str]:
+    """`a/{b,c}` as a/b and a/c."""
+    pieces = [piece.strip("{}").split(",") for piece in re.split(r"(\{[^}]*\})", pattern)]
+    return ["".join(choice) for choice in itertools.product(*pieces)]
+
+
+def as_regex(name: str) -> str:
+    """`metrics/<name>` stands for any name there."""
+    return re.sub(r"<\w+>", r"[^/@]+", name)
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory) -> dict[str, set[str]]:
+    """By algorithm, the names that a run writes, without the suffix of a sweep."""
+    names = {}
+    for algorithm in DATA:
+        folder = tmp_path_factory.mktemp(algorithm)
+        run(algorithm, folder, train={"total_steps": 2, "eval_interval": 2})
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        names[algorithm] = {name.split("@")[0] for line in lines for name in json.loads(line)}
+    return names
+
+
+@pytest.mark.parametrize("algorithm", DATA)
+def test_every_statistic_that_is_logged_is_documented(logged, algorithm):
+    known = [re.compile(as_regex(name)) for name in documented_statistics()]
+    assert {name for name in logged[algorithm] if not any(pattern.fullmatch(name) for pattern in known)} == set()
+
+
+def test_every_documented_statistic_is_logged(logged):
+    names = set().union(*logged.values())
+    assert {
+        name for name in documented_statistics() if not any(re.fullmatch(as_regex(name), n) for n in names)
+    } == set()
+
+
+def test_the_tables_of_settings_are_those_of_the_code():
+    written = (DOCS / "config.md").read_text()
+    assert written.partition(MARK)[2] == page().partition(MARK)[2], "run: python -m docs.config_reference"
+
+
+def test_every_old_import_path_stands_in_the_migration_page():
+    text = (DOCS / "migration.md").read_text()
+    assert [path for path in OLD_PATHS if f"`{path}`" not in text] == []
+
+
+def test_links_between_pages_lead_somewhere():
+    broken = []
+    for file in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "examples" / "README.md"]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", file.read_text()):
+            if "://" not in target and not (file.parent / target).exists():
+                broken.append(f"{file.name}: {target}")
+    assert broken == []
+
+
+@pytest.mark.parametrize("file", sorted(DOCS.glob("*.md")), ids=lambda file: file.name)
+def test_python_in_the_documentation_compiles(file):
+    for block in re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL):
+        compile(block, file.name, "exec")

@@ -1,0 +1,134 @@
+"""The rules of the code's layout that linters cannot see, and what the installed package contains."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import trlx
+
+ROOT = Path(__file__).parents[2]
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+HOMES = {
+    "accelerate": "trlx.backends",
+    "megatron": "trlx.backends",
+    "nemo": "trlx.backends",
+    "torch.distributed": "trlx.backends",
+    "wandb": "trlx.tracking",
+    "ray": "trlx.launch.sweep",
+}
+"""The one place that may use a package, also through an attribute of torch or a name in a string."""
+
+
+def sources(*folders: str) -> list[Path]:
+    """Every Python file of the repository under `folders`."""
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def inside(name: str, package: str) -> bool:
+    return f"{name}.".startswith(f"{package}.")
+
+
+def used_modules(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, imports by a name in a string, or reaches as attributes of torch."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node) if ast.unparse(node).startswith("torch.") else ""
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("optional_import", "import_module")):
+            yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
+
+
+def test_no_file_is_longer_than_400_lines():
+    files = sources("trlx", "examples", "benchmarks", "tests")
+    lengths = {shown(path): len(path.read_text().splitlines()) for path in files}
+    assert {path: length for path, length in lengths.items() if length > MAX_FILE_LINES} == {}
+
+
+def test_no_function_is_longer_than_60_lines():
+    long = {}
+    for path in sources("trlx", "examples", "benchmarks"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = node.end_lineno - node.lineno + 1
+                long |= {f"{shown(path)}:{node.name}": length} if length > MAX_FUNCTION_LINES else {}
+    assert long == {}
+
+
+def test_no_check_of_complexity_is_silenced():
+    silenced = re.compile(r"#\s*(ruff: *)?noqa(?!: *[A-Z])|noqa[^\n]*\b(C90|PLR09)")
+    files = [path for path in sources("trlx", "examples", "benchmarks", "tests") if path != Path(__file__)]
+    assert [shown(path) for path in files if silenced.search(path.read_text())] == []
+
+
+def test_nothing_is_called_utils():
+    assert [shown(path) for path in sources("trlx") if "utils" in module_of(path)] == []
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_a_package_is_used_only_in_its_one_place(package):
+    users = [path for path in sources("trlx") if any(inside(name, package) for name in used_modules(path))]
+    assert [shown(path) for path in users if not inside(module_of(path), HOMES[package])] == []
+
+
+def test_methods_know_nothing_but_torch_and_the_batch():
+    allowed = ("torch", "trlx.batch", "trlx.methods", *sys.stdlib_module_names)
+    for path in sources("trlx/methods"):
+        names = [name for name in used_modules(path) if name]
+        assert [name for name in names if not any(inside(name, package) for package in allowed)] == [], shown(path)
+
+
+def test_every_folder_of_the_package_is_a_package():
+    folders = {path.parent for path in sources("trlx")}
+    assert [shown(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_importing_trlx_loads_no_torch():
+    code = "import sys, trlx; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'not lazy'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_public_name_is_there():
+    for name in trlx.__all__:
+        assert getattr(trlx, name) is not None
+    assert set(trlx.__all__) <= set(dir(trlx))
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        trlx.trian  # noqa: B018
+
+
+def test_the_wheel_holds_every_module_and_every_preset(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in ("trlx", "configs"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    # --no-deps and --no-build-isolation: nothing is fetched
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("trlx-*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    presets = {f"trlx/{shown(path)}" for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".yml")}
+    assert names == presets | {shown(path) for path in sources("trlx")}
+    assert trlx.__version__ in wheel.name

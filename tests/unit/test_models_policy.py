@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.unit.tiny_models import FAMILIES, ragged_batch, tiny_config, tiny_model
+from trlx.models.heads import QHeads, ValueBranch, ValueHead
+from trlx.models.policy import HEADS_FILE, build_policy, load_heads, load_model, save_hf
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def randomize(module: nn.Module) -> None:
+    torch.manual_seed(7)
+    for weight in module.parameters():
+        nn.init.normal_(weight, std=0.3)
+
+
+@every_family
+def test_logprobs_are_those_of_the_whole_models_logits(name):
+    model = tiny_model(name)
+    tokens, attention_mask, response_mask = ragged_batch()
+    with torch.no_grad():
+        found = build_policy(model, temperature=0.7)(tokens, attention_mask, response_mask).logprobs
+        logits = model(tokens, attention_mask=attention_mask.long()).logits
+    expected = (logits[:, :-1] / 0.7).log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+    expected = nn.functional.pad(expected, (1, 0)) * response_mask
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert found.dtype == torch.float32 and (found[~response_mask] == 0).all()
+
+
+@every_family
+def test_garbage_in_the_padding_changes_nothing(name):
+    tokens, attention_mask, response_mask = ragged_batch()
+    policy = build_policy(tiny_model(name), value_head=True, value_layers=1)
+    randomize(policy.heads["value"].head)
+    garbage = torch.where(attention_mask, tokens, tokens.flip(0).flip(1))
+    with torch.no_grad():
+        clean, dirty = policy(tokens, attention_mask, response_mask), policy(garbage, attention_mask, response_mask)
+    torch.testing.assert_close(clean.logprobs, dirty.logprobs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(clean.values, dirty.values, rtol=0, atol=1e-6)
+
+
+def test_a_value_is_of_the_state_before_its_token_and_is_zero_elsewhere():
+    tokens, attention_mask, response_mask = ragged_batch()
+    policy = build_policy(tiny_model("llama"), value_head=True)
+    randomize(policy.heads)
+    values = policy(tokens, attention_mask, response_mask).values
+    states = policy.model.model(tokens)[0]
+    row, at = 1, 6
+    torch.testing.assert_close(values[row, at], policy.heads["value"](states[row, at - 1]), rtol=0, atol=1e-6)
+    assert (values[~response_mask] == 0).all() and (values[response_mask] != 0).all()
+
+
+def test_values_are_left_out_when_not_asked_for_or_when_there_is_no_head():
+    policy = build_policy(tiny_model(), value_head=True, q_heads=2)
+    assert policy(*ragged_batch(), values=False).values is None
+    assert policy(*ragged_batch(), values=False).q is None
+    assert build_policy(tiny_model())(*ragged_batch()).values is None
+
+
+def test_q_columns_have_one_row_per_head_and_are_zero_outside_responses():
+    tokens, attention_mask, response_mask = ragged_batch()
+    scores = build_policy(tiny_model(), value_head=True, q_heads=2)(tokens, attention_mask, response_mask)
+    for column in (scores.q, scores.target_q, scores.q_logprobs):
+        assert column.shape == (2, 3, 9)
+        assert (column[:, ~response_mask] == 0).all() and (column[:, response_mask] != 0).all()
+
+
+def test_the_first_token_of_a_row_cannot_be_scored():
+    tokens, attention_mask, response_mask = ragged_batch()
+    with pytest.raises(AssertionError, match="no state before it"):
+        build_policy(tiny_model())(tokens, attention_mask, torch.ones_like(response_mask))
+
+
+@pytest.mark.parametrize("value_layers", [0, 2])
+@pytest.mark.parametrize("k", [-1, 0, 1])
+def test_a_batch_without_response_tokens_still_gives_every_trainable_weight_a_zero_gradient(k, value_layers):
+    tokens, attention_mask, response_mask = ragged_batch()
+    policy = build_policy(tiny_model("llama"), num_layers_unfrozen=k, value_head=True, value_layers=value_layers)
+    scores = policy(tokens, attention_mask, torch.zeros_like(response_mask))
+    (scores.logprobs.sum() + scores.values.sum()).backward()
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    assert trained and all(weight.grad is not None and (weight.grad == 0).all() for weight in trained)
+
+
+def test_a_copy_of_a_policy_scores_with_its_own_weights():
+    policy = build_policy(tiny_model("llama"))
+    twin = copy.deepcopy(policy)
+    before = policy(*ragged_batch()).logprobs
+    nn.init.zeros_(policy.model.lm_head.weight)
+    assert torch.equal(twin(*ragged_batch()).logprobs, before)
+
+
+def test_each_head_asked_for_is_built():
+    bare = build_policy(tiny_model())
+    assert bare.heads is None and bare.value_head is None and bare.q_heads is None
+    assert isinstance(build_policy(tiny_model(), value_head=True).heads["value"], ValueHead)
+    assert isinstance(build_policy(tiny_model(), value_head=True, value_layers=1).heads["value"], ValueBranch)
+    assert isinstance(build_policy(tiny_model(), q_heads=1).heads["q"], QHeads)
+
+
+def test_without_dropout_a_training_forward_equals_an_evaluation_forward():
+    policy = build_policy(tiny_model(resid_pdrop=0.5), value_head=True, value_layers=1, dropout=False)
+    randomize(policy.heads["value"].head)
+    training, evaluation = policy.train()(*ragged_batch()), policy.eval()(*ragged_batch())
+    torch.testing.assert_close(training.logprobs, evaluation.logprobs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(training.values, evaluation.values, rtol=0, atol=1e-6)
+
+
+def test_dropout_stays_on_in_training_unless_switched_off():
+    policy = build_policy(tiny_model(resid_pdrop=0.5)).train()
+    assert not torch.equal(policy(*ragged_batch()).logprobs, policy(*ragged_batch()).logprobs)
+
+
+@every_family
+def test_an_exported_folder_loads_in_plain_transformers_with_identical_logits(name, tmp_path):
+    policy = build_policy(tiny_model(name), value_head=True, dropout=False)
+    save_hf(policy, None, tmp_path)
+    reloaded, tokens = AutoModelForCausalLM.from_pretrained(tmp_path), ragged_batch()[0]
+    with torch.no_grad():
+        assert torch.equal(reloaded(tokens).logits, policy.model(tokens).logits)
+
+
+@pytest.mark.parametrize("needs", [{"value_head": True}, {"value_head": True, "value_layers": 2}, {"q_heads": 2}])
+def test_heads_come_back_from_an_exported_folder(needs, tmp_path):
+    policy = build_policy(tiny_model(), **needs)
+    randomize(policy.heads)
+    save_hf(policy, None, tmp_path)
+    again = build_policy(load_model(tmp_path, {}), **needs)
+    load_heads(again, tmp_path)
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+
+
+def test_an_export_holds_the_tokenizer_and_the_dropout_the_model_came_with_and_no_heads_it_has_not(tmp_path):
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    policy = build_policy(tiny_model(resid_pdrop=0.25), dropout=False)
+    save_hf(policy, PreTrainedTokenizerFast(tokenizer_object=words), tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("b") == 1
+    assert json.loads((tmp_path / "config.json").read_text())["resid_pdrop"] == 0.25
+    assert not (tmp_path / HEADS_FILE).exists()
+
+
+def test_new_heads_stay_as_they_are_where_a_folder_holds_none(tmp_path):
+    save_hf(build_policy(tiny_model()), None, tmp_path)
+    policy = build_policy(tiny_model(), value_head=True)
+    before = copy.deepcopy(policy.heads.state_dict())
+    load_heads(policy, tmp_path)
+    load_heads(policy, "a-name-on-the-hub")
+    assert all(torch.equal(policy.heads.state_dict()[name], weight) for name, weight in before.items())
+
+
+def test_heads_in_a_folder_are_ignored_by_a_model_without_heads(tmp_path):
+    save_hf(build_policy(tiny_model(), value_head=True), None, tmp_path)
+    load_heads(build_policy(tiny_model()), tmp_path)
+
+
+def test_heads_of_another_kind_are_refused(tmp_path):
+    save_hf(build_policy(tiny_model(), value_head=True), None, tmp_path)
+    with pytest.raises(ValueError, match="not those this method needs"):
+        load_heads(build_policy(tiny_model(), q_heads=1), tmp_path)
+
+
+def test_weights_load_in_float32_unless_a_dtype_is_named(tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    config = tiny_config(dtype="bfloat16")
+    for source in (str(tmp_path), config):
+        assert load_model(source, {}).dtype == torch.float32
+        assert load_model(source, {"dtype": "bfloat16"}).dtype == torch.bfloat16
+        assert load_model(source, {"torch_dtype": "bfloat16"}).dtype == torch.bfloat16
+
+
+def test_the_config_a_model_is_made_from_is_not_changed():
+    config = tiny_config(dtype="bfloat16")
+    load_model(config, {"attn_implementation": "eager"})
+    assert config.dtype == torch.bfloat16
+
+
+def test_extra_settings_reach_the_config_of_the_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert load_model(tmp_path, {"attn_implementation": "eager"}).config._attn_implementation == "eager"
+
+
+def test_a_path_that_leads_nowhere_is_named(tmp_path):
+    with pytest.raises(OSError, match="No model at .*nowhere.*neither a folder"):
+        load_model(tmp_path / "nowhere", {})

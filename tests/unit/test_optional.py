@@ -1,0 +1,116 @@
+"""A missing package explains itself; a broken one, or a typo of ours, comes through as it is."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from types import ModuleType
+
+import pytest
+
+from trlx import logging
+from trlx.optional import is_available, optional_import, require
+from trlx.registry import trainers
+from trlx.trainer import nemo
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Writes a module, given by its dotted name and source, where Python finds it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+
+    def write(name: str, source: str = "") -> None:
+        folder = tmp_path.joinpath(*name.split("."))
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(textwrap.dedent(source))
+
+    yield write
+    for name in set(sys.modules) - before:
+        if name.split(".")[0].startswith("fake_"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def no_toolkit(monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    monkeypatch.setitem(sys.modules, "einops", None)
+
+
+@pytest.fixture
+def toolkit(monkeypatch):
+    for name in ("megatron", "megatron.core", "einops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+
+def test_an_installed_package_is_the_package_itself(install):
+    install("fake_tracker", "answer = 42")
+    assert optional_import("fake_tracker", extra="x").answer == 42
+
+
+def test_a_missing_package_is_false_and_explains_itself_on_first_use():
+    module = optional_import("fake_missing", extra="wandb")
+    assert not module
+    with pytest.raises(ImportError, match=r'needs fake_missing, which is not installed: pip install "trlx\[wandb\]"'):
+        module.init()
+
+
+def test_a_missing_part_of_an_installed_package_counts_as_missing(install):
+    install("fake_megatron")
+    assert not is_available("fake_megatron.core")
+    assert not optional_import("fake_megatron.core", extra="nemo")
+
+
+def test_availability_does_not_import(install):
+    install("fake_heavy", "raise RuntimeError('imported')")
+    assert is_available("fake_heavy")
+    assert not is_available("fake_absent.deep.inside")
+
+
+@pytest.mark.parametrize(
+    "source, message", [("import fake_dependency", "fake_dependency"), ("from math import tpyo", "tpyo")]
+)
+def test_an_import_error_inside_an_installed_package_is_not_taken_for_its_absence(install, source, message):
+    install("fake_broken", source)
+    with pytest.raises(ImportError, match=message):
+        optional_import("fake_broken", extra="x")
+    with pytest.raises(ImportError, match=message) as caught:
+        require("fake_broken.part", extra="x", purpose="This")
+    assert "pip install" not in str(caught.value)
+
+
+def test_require_names_everything_that_is_missing_and_keeps_the_cause(install):
+    install("fake_present")
+    with pytest.raises(ImportError, match="Training needs fake_one and fake_two, which are not installed") as caught:
+        require("fake_one", "fake_present", "fake_two", extra="nemo", purpose="Training")
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_the_original_traceback_is_logged_at_debug_verbosity(caplog):
+    before = logging.get_verbosity()
+    logging.set_verbosity("debug")
+    optional_import("fake_missing", extra="x")
+    logging.set_verbosity(before)
+    assert "No module named 'fake_missing'" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["NeMoPPOTrainer", "NeMoILQLTrainer", "NeMoSFTTrainer"])
+def test_without_the_toolkit_a_nemo_trainer_is_registered_and_says_what_to_install(name, no_toolkit):
+    trainer = trainers.get(name)
+    with pytest.raises(ImportError) as caught:
+        trainer(config=None)
+    for word in ("NeMo", "Megatron-Core", "megatron.core", "einops", 'pip install "trlx[nemo]"'):
+        assert word in str(caught.value)
+
+
+def test_with_the_toolkit_a_nemo_trainer_does_not_ask_to_install_it(toolkit):
+    with pytest.raises(NotImplementedError, match="Megatron backend"):
+        trainers.get("NeMoPPOTrainer")()
+
+
+def test_a_typo_of_ours_is_not_reported_as_a_missing_toolkit(no_toolkit, install, monkeypatch):
+    install("fake_ours", "from math import tpyo")
+    monkeypatch.setattr(nemo, "TOOLKIT", ("fake_ours.megatron",))
+    with pytest.raises(ImportError, match="tpyo") as caught:
+        trainers.get("NeMoPPOTrainer")()
+    assert "NeMo" not in str(caught.value)

@@ -1,0 +1,134 @@
+"""Mixed precision, and which optimizer a name stands for."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch.nn import Parameter
+
+from tests.builders import tiny_gpt2_config
+from tests.runs import metrics, run
+from trlx.backends import optimizer as optimizers
+from trlx.backends.optimizer import make_optimizer
+from trlx.config import OptimizerConfig
+
+BF16 = {"train": {"mixed_precision": "bf16"}, "model": {"model_path": tiny_gpt2_config()}}
+
+
+@pytest.fixture(autouse=True)
+def no_precision_chosen_yet():
+    """Accelerate chooses it once in a process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """The dtypes of what linear layers return, of any run in the test."""
+    seen = set()
+    linear = torch.nn.functional.linear
+
+    def watched(*args):
+        result = linear(*args)
+        seen.add(result.dtype)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    return seen
+
+
+def test_ppo_in_bf16_starts_at_the_reference_with_a_ratio_of_one(tmp_path, multiplied):
+    trainer = run("PPO", tmp_path, **BF16)
+    assert torch.bfloat16 in multiplied
+    first = next(line for line in metrics(tmp_path) if "policy/kl" in line)
+    assert first["policy/kl"] == 0.0
+    assert first["policy/ratio_deviation/max"] < 1e-5
+    assert all(weight.dtype == torch.float32 for weight in trainer.backend.policy.parameters())
+    assert all(line["skipped_steps"] == 0 for line in metrics(tmp_path) if "skipped_steps" in line)
+
+
+def test_sft_in_bf16_learns_as_in_float32(tmp_path):
+    longer = {"total_steps": 20}
+    losses = {}
+    for precision in ("bf16", "no"):
+        AcceleratorState._reset_state(True)
+        run("SFT", tmp_path / precision, train={**longer, "mixed_precision": precision}, model=BF16["model"])
+        losses[precision] = [line["loss"] for line in metrics(tmp_path / precision) if "loss" in line]
+    assert losses["bf16"] != losses["no"]
+    assert losses["bf16"] == pytest.approx(losses["no"], abs=0.05)
+    assert losses["bf16"][-1] < 0.9 * losses["bf16"][0]
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="fp16 needs a GPU: write bf16"):
+        run("SFT", tmp_path, train={"mixed_precision": "fp16"})
+
+
+def test_deepspeed_is_refused_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(NotImplementedError, match="zero3.yaml"):
+        run("SFT", tmp_path)
+
+
+def made(name: str, *parameters: Parameter, **kwargs):
+    return make_optimizer(OptimizerConfig(name, kwargs), parameters or [Parameter(torch.ones(2))])
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
+)
+def test_torch_optimizers_are_fused_unless_told_otherwise(name, cls):
+    assert type(made(name, lr=0.1)) is cls
+    assert made(name, lr=0.1).defaults["fused"] is True
+    assert made(name, lr=0.1, fused=False).defaults["fused"] is False
+
+
+@pytest.mark.parametrize("name", ["adam_8bit_bnb", "adamw_8bit_bnb"])
+def test_8_bit_optimizers_say_what_to_install(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r'needs bitsandbytes, .* pip install "trlx\[bnb\]"'):
+        made(name, lr=0.1)
+
+
+class OnGPU(Parameter):
+    """A parameter that says it is on a GPU."""
+
+    is_cuda = True
+
+
+class FusedAdam(torch.optim.SGD):
+    """Stands for apex's."""
+
+    def __init__(self, parameters, lr, adam_w_mode):
+        super().__init__(parameters, lr)
+        self.adam_w_mode = adam_w_mode
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    package, module = ModuleType("apex"), ModuleType("apex.optimizers")
+    module.FusedAdam = FusedAdam
+    monkeypatch.setitem(sys.modules, "apex", package)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+
+
+def test_apex_is_used_on_a_gpu_where_it_is_installed(apex):
+    weight = OnGPU(torch.ones(2))
+    assert made("adamw", weight, lr=0.1).adam_w_mode is True
+    assert made("adam", weight, lr=0.1).adam_w_mode is False
+    assert type(made("adamw", weight, lr=0.1, fused=False)) is torch.optim.AdamW
+    assert type(made("adamw", weight, lr=0.1, amsgrad=True, fused=False)) is torch.optim.AdamW
+    assert type(made("adamw", lr=0.1)) is torch.optim.AdamW  # on a CPU
+
+
+def test_apex_is_not_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", None)
+    assert type(made("adamw", OnGPU(torch.ones(2)), lr=0.1, fused=False)) is torch.optim.AdamW
+    with monkeypatch.context() as context:
+        context.setattr(optimizers.torch.optim, "AdamW", lambda parameters, **kwargs: kwargs)
+        assert made("adamw", OnGPU(torch.ones(2)), lr=0.1) == {"lr": 0.1, "fused": True}

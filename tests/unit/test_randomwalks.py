@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+
+from examples.randomwalks import RandomWalks
+from examples.randomwalks.tokenizer import letter_tokenizer
+
+
+def hand_made_graph():
+    """d <-> c -> b -> a, a shortcut d -> a, and e -> e from where nothing leads on."""
+    task = RandomWalks(num_nodes=5, num_walks=0)
+    task.edges = np.zeros((5, 5), dtype=bool)
+    for start, end in ("ba", "cb", "cd", "dc", "da", "ee"):
+        task.edges[ord(start) - ord("a"), ord(end) - ord("a")] = True
+    return task
+
+
+def test_shortest_walks_are_counted_in_nodes_and_letters_without_a_way_are_absent():
+    assert hand_made_graph().shortest == {"a": 1, "b": 2, "c": 3, "d": 2}
+
+
+def test_a_shortest_walk_scores_one_and_a_longer_one_its_share():
+    # (10 - length) / (10 - shortest)
+    assert hand_made_graph().optimality(["da", "cba", "dcba", "cda", "a"]) == [1.0, 1.0, 6 / 8, 1.0, 1.0]
+
+
+def test_a_walk_that_breaks_the_rules_or_never_arrives_scores_zero():
+    task = hand_made_graph()
+    no_such_edge, never_arrives, no_letter, empty, stuck = "dba", "dcb", "d?a", "", "eea"
+    assert task.optimality([no_such_edge, never_arrives, no_letter, empty, stuck]) == [0.0] * 5
+
+
+def test_a_letter_that_is_no_node_is_not_taken_for_the_last_node():
+    task = hand_made_graph()
+    task.edges[4, 0] = True  # e -> a
+    assert task.optimality(["ea", "?a", "za"]) == [1.0, 0.0, 0.0]
+
+
+def test_a_walk_of_the_greatest_length_scores_zero_and_a_longer_one_no_less():
+    assert hand_made_graph().optimality(["dcdcdcda", "dcdcdcdcba", "dcdcdcdcdcba"]) == [2 / 8, 0.0, 0.0]
+
+
+def test_what_follows_the_goal_does_not_count_and_the_end_token_is_no_letter():
+    assert hand_made_graph().reward_fn(["da</s>", "dabcx", "d</s>"], prompts=None) == [1.0, 1.0, 0.0]
+
+
+def test_metrics_tell_arrival_from_optimality():
+    metrics = hand_made_graph().metric_fn(["dcba", "dcb", "dcdcdcdcba"], outputs=None)
+    assert metrics == {"optimality": [6 / 8, 0.0, 0.0], "arrived": [1.0, 0.0, 1.0]}
+
+
+def test_random_walks_follow_edges_from_any_letter_but_the_goals_and_stop_there():
+    task = RandomWalks()
+    edges = {(task.letters[a], task.letters[b]) for a, b in np.argwhere(task.edges)}
+    assert {walk[0] for walk in task.walks} == set(task.prompts) == set("bcdefghijklmnopqrstu")
+    assert all(set(zip(walk, walk[1:], strict=False)) <= edges for walk in task.walks)
+    assert all("a" not in walk[:-1] and (walk[-1] == "a" or len(walk) == 10) for walk in task.walks)
+    assert not task.edges[0].any()
+    assert len(task.walks) == 1000
+
+
+def test_the_graph_is_the_originals_on_which_random_walks_score_about_a_third():
+    task = RandomWalks()
+    assert task.walks[:4] == ["sda", "fda", "ebjnbdtkna", "jnbjna"]
+    assert np.mean(task.optimality(task.walks)) == pytest.approx(0.35151, abs=1e-5)
+
+
+def test_the_mask_says_which_token_is_forbidden_after_which():
+    forbidden = hand_made_graph().forbidden(vocab_size=8, eos_token_id=6)
+    allowed = ~forbidden
+    assert np.flatnonzero(allowed[3]).tolist() == [0, 2]  # d: a or c
+    assert np.flatnonzero(allowed[0]).tolist() == [6]  # after the goal only the end
+    assert np.flatnonzero(allowed[5]).tolist() == [0, 1, 2, 3, 4]  # after bos any letter
+
+
+def test_a_letter_is_the_token_of_its_node_and_text_comes_back_unchanged(tmp_path):
+    letter_tokenizer("abcd").save_pretrained(tmp_path)
+    from trlx.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("dcba").input_ids == [3, 2, 1, 0]
+    assert tokenizer.decode([3, 2, 1, 0]) == "dcba"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (4, 5, 6)
+    assert tokenizer.decode([3, 0, 5], skip_special_tokens=True) == "da"
+
+
+def test_more_nodes_than_letters_are_refused():
+    with pytest.raises(ValueError, match="one letter a node"):
+        RandomWalks(num_nodes=27)

@@ -1,0 +1,52 @@
+"""Names find classes in any case; an unknown name lists the known ones."""
+
+import pytest
+
+import trlx
+from trlx.method_configs import MethodConfig, get_method
+from trlx.registry import Registry
+
+
+def test_a_class_registers_bare_or_under_a_name_and_is_found_in_any_case():
+    registry = Registry("thing")
+
+    @registry.register
+    class Bare:
+        pass
+
+    @registry.register("OtherName")
+    class Named:
+        pass
+
+    @registry.register()
+    class Called:
+        pass
+
+    assert registry.get("bare") is Bare and registry.get("OTHERNAME") is Named and registry.get("Called") is Called
+    assert registry.names() == ["Bare", "Called", "OtherName"]
+
+
+def test_an_unknown_name_lists_the_known_and_suggests_the_nearest():
+    registry = Registry("thing")
+    registry.register("Hammer")(int)
+    with pytest.raises(ValueError, match="Unknown thing 'hamer'. Did you mean 'Hammer'. Known: Hammer"):
+        registry.get("hamer")
+
+
+def test_an_own_method_section_is_chosen_by_its_name():
+    from dataclasses import dataclass
+
+    @dataclass
+    @trlx.register_method
+    class MyOwnConfig(MethodConfig):
+        name: str = "MyOwnConfig"
+        strength: float = 1.0
+
+    assert get_method("myownconfig") is MyOwnConfig
+
+
+def test_the_nemo_trainers_are_always_registered():
+    import trlx.trainer.nemo  # noqa: F401
+    from trlx.registry import trainers
+
+    assert {"NeMoPPOTrainer", "NeMoILQLTrainer", "NeMoSFTTrainer"} <= set(trainers.names())

@@ -1,0 +1,106 @@
+import pytest
+
+from trlx.rollout.sampling import SamplingConfig, cut_at_eos, sweep, sweep_variants
+from trlx.rollout.stopping import Stopper
+
+
+def test_settings_are_completed_with_the_tokenizers_tokens(tokenizer):
+    stop = Stopper(tokenizer, ["#"])
+    sampling = SamplingConfig.from_kwargs({"max_new_tokens": 8, "beta": 1, "top_p": 0.9}, tokenizer, stop)
+    assert sampling == SamplingConfig(
+        max_new_tokens=8, top_p=0.9, eos_token_id=2, pad_token_id=0, stop=stop, extra={"beta": 1}
+    )
+    assert sampling.do_sample
+    assert sampling.eos_token_ids == [2]
+
+
+def test_own_tokens_win_over_the_tokenizers_and_eos_may_be_several(tokenizer):
+    sampling = SamplingConfig.from_kwargs({"max_new_tokens": 8, "eos_token_id": [2, 9], "pad_token_id": 7}, tokenizer)
+    assert (sampling.eos_token_ids, sampling.pad_token_id) == ([2, 9], 7)
+
+
+def test_no_eos_ends_nothing():
+    assert SamplingConfig().eos_token_ids == []
+
+
+def test_whole_numbers_may_be_written_as_floats(tokenizer):
+    sampling = SamplingConfig.from_kwargs({"max_new_tokens": 8.0, "top_k": 0.0}, tokenizer)
+    assert [type(sampling.max_new_tokens), type(sampling.top_k)] == [int, int]
+
+
+def test_none_stands_for_the_default(tokenizer):
+    sampling = SamplingConfig.from_kwargs({"max_new_tokens": 8, "top_k": None, "penalty_alpha": None}, tokenizer)
+    assert (sampling.top_k, sampling.extra) == (0, {})
+
+
+def test_what_a_backend_decides_by_itself_is_left_to_it(tokenizer):
+    assert SamplingConfig.from_kwargs({"max_new_tokens": 8, "use_cache": True}, tokenizer).extra == {}
+
+
+def test_temperature_zero_is_greedy(tokenizer):
+    sampling = SamplingConfig.from_kwargs({"max_new_tokens": 8, "temperature": 0.0}, tokenizer)
+    assert (sampling.do_sample, sampling.temperature) == (False, 1.0)
+
+
+def test_logprobs_are_taken_at_the_temperature_sampled_with():
+    assert SamplingConfig(temperature=0.7).logprob_temperature == 0.7
+    assert SamplingConfig(temperature=0.7, do_sample=False).logprob_temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": None}, "max_new_tokens is missing"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be"),
+        ({"max_new_tokens": True}, "max_new_tokens must be"),
+        ({"max_new_tokens": "8"}, "max_new_tokens must be"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be"),
+        ({"top_k": -1}, "top_k must be"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"beta": [0, 1]}, "beta is the list .*gen_experience_kwargs"),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused(tokenizer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig.from_kwargs({"max_new_tokens": 8, **changes}, tokenizer)
+
+
+def test_the_callers_settings_are_not_changed(tokenizer):
+    mine = {"max_new_tokens": 8.0, "temperature": 0}
+    SamplingConfig.from_kwargs(mine, tokenizer)
+    assert mine == {"max_new_tokens": 8.0, "temperature": 0}
+    assert type(mine["max_new_tokens"]) is float
+
+
+def test_a_list_of_values_is_a_sweep():
+    settings = {"max_new_tokens": 8, "beta": [0, 1]}
+    assert sweep(settings) == ("beta", [0, 1])
+    assert sweep_variants(settings) == [
+        ("@beta=0", {"max_new_tokens": 8, "beta": 0}),
+        ("@beta=1", {"max_new_tokens": 8, "beta": 1}),
+    ]
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "bad_words_ids", "suppress_tokens"])
+def test_a_list_that_is_one_value_is_no_sweep(tokenizer, name):
+    settings = {"max_new_tokens": 8, name: [1, 2]}
+    assert sweep(settings) == (None, [])
+    assert sweep_variants(settings) == [("", settings)]
+    assert SamplingConfig.from_kwargs(settings, tokenizer).max_new_tokens == 8
+
+
+def test_only_one_argument_can_be_swept():
+    with pytest.raises(ValueError, match="beta and top_k"):
+        sweep({"beta": [0, 1], "top_k": [1, 2]})
+    with pytest.raises(ValueError, match="empty list"):
+        sweep({"beta": []})
+
+
+def test_a_response_ends_with_its_first_eos():
+    assert cut_at_eos([5, 2, 6, 2], [2]) == [5, 2]
+    assert cut_at_eos([5, 6, 9], [2, 6]) == [5, 6]
+    assert cut_at_eos([5, 6], [2]) == [5, 6]
+    assert cut_at_eos([5, 2], []) == [5, 2]

@@ -1,0 +1,293 @@
+"""Whole runs: what is logged, saved, resumed and refused."""
+
+import os
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trlx
+from tests.builders import tiny_gpt2_config
+from tests.runs import PROMPTS, TEXTS, length, metrics, run, share_of_a, tiny_config, weights
+from trlx import checkpoint
+from trlx.rollout.scoring import RewardError
+from trlx.trainer.guards import SkippedSteps
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_before_the_first_update_kl_is_0_and_the_ratio_is_1(tmp_path):
+    run("PPO", tmp_path, train={"total_steps": 2})
+    first = next(line for line in metrics(tmp_path) if "ratio" in line)
+    assert first["step"] == 1
+    assert first["policy/kl"] == 0.0 and first["policy/kl_per_token"] == 0.0 and first["policy/sqrt_kl"] == 0.0
+    assert abs(first["ratio"] - 1) < 1e-5 and first["policy/ratio_deviation/max"] < 1e-5
+
+
+def test_ppo_learns_what_the_reward_asks_for(tmp_path):
+    method = {"init_kl_coef": 0.0, "target": None, "scale_reward": None, "num_rollouts": 32, "chunk_size": 32}
+    changes = {"train": {"total_steps": 80, "eval_interval": 80}, "optimizer": {"kwargs": {"lr": 1e-2}}}
+    run("PPO", tmp_path, method=method, **changes)
+    rewards = [line["reward/mean"] for line in metrics(tmp_path) if "reward/mean" in line]
+    assert rewards[-1] > rewards[0] + 0.3
+
+
+def test_sft_learns_its_samples(tmp_path):
+    run("SFT", tmp_path, train={"total_steps": 40, "eval_interval": 40})
+    losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
+    assert losses[-1] < losses[0] - 1.0
+
+
+COMMON_STATISTICS = "time/forward time/backward learning_rate_group_0"
+STATISTICS = {
+    "PPO": """
+losses/total_loss losses/policy_loss losses/value_loss values/mean values/min values/max values/std values/values_error
+values/values_mape_error values/clipfrac old_values/mean old_values/min old_values/max old_values/std returns/mean
+returns/min returns/max returns/std policy/approx_kl policy/clipfrac policy/sqrt_kl policy/kl_per_token ratio
+padding_percentage rollout_scores/mean rollout_scores/std rollout_scores/running_mean rollout_scores/running_std
+kl_ctl_value time/rollout_generate time/rollout_score time/rollout_time""",
+    "SFT": "loss",
+    "ILQL": """
+losses/loss losses/loss_q losses/loss_v losses/loss_cql losses/loss_awac values/mean values/min values/max values/std
+qvalues/0/mean qvalues/0/min qvalues/0/max qvalues/0/std qvalues/1/mean qvalues/1/min qvalues/1/max qvalues/1/std
+awac_weight/mean awac_weight/min awac_weight/max awac_weight/std""",
+    "RFT": """
+loss scores_mean len_samples_selected thresholds scores_dist/mean scores_dist/min scores_dist/max scores_dist/std
+time/rollout_generate time/rollout_score time/rollout_time""",
+}
+
+
+@pytest.mark.parametrize("method", STATISTICS)
+def test_statistics_have_the_names_scripts_know(tmp_path, method):
+    import json
+
+    run(method, tmp_path, train={"total_steps": 4})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    step = next(line for line in lines if "grad_norm" in line)
+    assert [name for name in (STATISTICS[method] + " " + COMMON_STATISTICS).split() if name not in step] == []
+    evaluations = [line for line in lines if "time/generate" in line]
+    assert [line["step"] for line in evaluations] == [0, 4]
+    suffix = "@beta=2" if method == "ILQL" else ""
+    assert {f"metrics/length{suffix}", "time/metric"} <= evaluations[0].keys()
+    assert ("reward/mean" in evaluations[0]) == (method in ("PPO", "RFT"))
+
+
+def test_the_saved_folder_loads_in_plain_transformers_with_identical_logits(tmp_path):
+    trainer = run("PPO", tmp_path / "run", train={"total_steps": 2})
+    trainer.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "model")("abc", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trainer.backend.policy.model.eval()(ids).logits)
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint_2" / "hf_model")
+        assert torch.equal(saved(ids).logits, loaded(ids).logits)
+
+
+def test_heads_reload_through_trlx(tmp_path):
+    trainer = run("PPO", tmp_path / "run", train={"total_steps": 4})
+    trainer.save_pretrained(tmp_path / "model")
+    again = run("PPO", tmp_path / "again", model={"model_path": str(tmp_path / "model")}, train={"total_steps": 0})
+    same(dict(trainer.backend.policy.heads.state_dict()), dict(again.backend.policy.heads.state_dict()))
+
+
+@pytest.mark.parametrize("method", ["PPO", "SFT", "ILQL", "RFT"])
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, method, stop):
+    every = {"checkpoint_interval": 1}
+    run(method, tmp_path / "whole", train=every)
+    run(method, tmp_path / "parts", train={**every, "total_steps": stop})
+    run(method, tmp_path / "parts", train={**every, "resume_from_checkpoint": "auto"})
+    same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    # the shorter run evaluates at its own last step as well; nothing else may differ
+    whole = metrics(tmp_path / "whole")
+    assert [line for line in metrics(tmp_path / "parts") if line in whole] == whole
+
+
+def test_resuming_from_nothing_starts_afresh(tmp_path):
+    trainer = run("SFT", tmp_path, train={"total_steps": 1, "resume_from_checkpoint": "auto"})
+    assert trainer.state.step == 1
+
+
+def test_a_resume_that_cannot_give_the_same_numbers_says_what_differs(tmp_path, caplog):
+    run("SFT", tmp_path, train={"total_steps": 2})
+    run("SFT", tmp_path, train={"total_steps": 3, "resume_from_checkpoint": "auto", "seed": 7})
+    assert "config.train.seed: 1000 then, 7 now" in caplog.text
+
+
+def test_evaluations_leave_the_numbers_alone(tmp_path):
+    run("PPO", tmp_path / "often", train={"eval_interval": 1})
+    run("PPO", tmp_path / "seldom", train={"eval_interval": 100})
+    same(weights(tmp_path / "often"), weights(tmp_path / "seldom"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_next_boundary_and_exits_for_a_requeue(tmp_path, number):
+    calls = []
+
+    def interrupting(samples, prompts, outputs, **kwargs):
+        calls.append(len(samples))
+        if len(calls) == 6:  # two evaluations' calls and two collections of two chunks
+            os.kill(os.getpid(), number)
+        return share_of_a(samples, prompts, outputs)
+
+    config = tiny_config(tmp_path / "stopped", "PPO", train={"checkpoint_interval": 100})
+    with pytest.raises(SystemExit) as stopped:
+        trlx.train(config=config, reward_fn=interrupting, prompts=PROMPTS, metric_fn=length)
+    assert stopped.value.code == 75 and checkpoint.newest(tmp_path / "stopped") is not None
+    assert signal.getsignal(number) is signal.SIG_DFL
+    run("PPO", tmp_path / "stopped", train={"resume_from_checkpoint": "auto"})
+    run("PPO", tmp_path / "whole")
+    same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+
+
+def test_a_failing_reward_stops_the_run_and_loses_nothing(tmp_path):
+    calls = []
+
+    def failing(samples, prompts, outputs, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise ZeroDivisionError("division by zero")
+        return share_of_a(samples, prompts, outputs)
+
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
+        trlx.train(config=tiny_config(tmp_path / "a", "PPO"), reward_fn=failing, prompts=PROMPTS, metric_fn=length)
+    assert checkpoint.read_state(checkpoint.newest(tmp_path / "a"))[0].step == 4
+    run("PPO", tmp_path / "a", train={"resume_from_checkpoint": "auto"})
+    run("PPO", tmp_path / "whole")
+    same(weights(tmp_path / "whole"), weights(tmp_path / "a"))
+
+
+def test_metadata_reaches_reward_and_metric_and_the_callers_dicts_stay(tmp_path):
+    prompts = [{"prompt": text, "number": i} for i, text in enumerate(PROMPTS)]
+    seen = {"reward": [], "metric": []}
+
+    def reward(samples, prompts, outputs, tokenizer, number):
+        assert [PROMPTS[i] for i in number] == prompts
+        assert all(sample.startswith(prompt) for sample, prompt in zip(samples, prompts, strict=True))
+        seen["reward"] += number
+        return [float(i) for i in number]
+
+    def metric(samples, prompts, outputs, number):
+        seen["metric"] += number
+        return {"number": number, "constant": 2.5}
+
+    config = tiny_config(tmp_path, "PPO", train={"total_steps": 1})
+    trlx.train(config=config, reward_fn=reward, metric_fn=metric, prompts=prompts, eval_prompts=prompts[:3])
+    assert prompts[2] == {"prompt": "cab", "number": 2}
+    assert seen["metric"] == [0, 1, 2, 0, 1, 2] and set(seen["reward"]) == set(range(8))
+    evaluation = metrics(tmp_path)[0]
+    assert (evaluation["metrics/number"], evaluation["metrics/constant"], evaluation["reward/mean"]) == (1.0, 2.5, 1.0)
+
+
+def test_dense_rewards_land_on_their_tokens(tmp_path):
+    def dense(samples, prompts, outputs, tokenizer, **kwargs):
+        return [[0.5] * len(tokenizer(output)["input_ids"]) for output in outputs]
+
+    method = {"scale_reward": None, "init_kl_coef": 0.0, "gamma": 1.0, "lam": 1.0}
+    # without the tokens that leave no text behind, the text has as many characters as the response has tokens
+    method["gen_kwargs"] = {"suppress_tokens": [0, 1, 2, 3]}
+    config = tiny_config(tmp_path, "PPO", method=method, train={"total_steps": 1})
+    trainer = trlx.train(config=config, reward_fn=dense, prompts=PROMPTS)
+    batch = trainer.store
+    assert torch.equal(batch.scores != 0, batch.response_mask)
+    # with gamma and lambda 1 the return of a token is the sum of the rewards from it on
+    row, mask = batch.returns[0], batch.response_mask[0]
+    count = int(mask.sum())
+    assert torch.allclose(row[mask], 0.5 * torch.arange(count, 0, -1.0), atol=1e-5)
+
+
+def test_stop_sequences_end_responses(tmp_path):
+    def reward(samples, outputs, tokenizer, **kwargs):
+        assert not any("a" in output or "b" in output for output in outputs)
+        return [float(len(output)) for output in outputs]
+
+    config = tiny_config(tmp_path, "PPO", train={"total_steps": 2})
+    trainer = trlx.train(config=config, reward_fn=reward, prompts=PROMPTS, stop_sequences=["a", "b"])
+    assert trainer.state.step == 2
+
+
+def test_one_list_valued_argument_is_swept_at_evaluation(tmp_path):
+    config = tiny_config(
+        tmp_path, "PPO", train={"total_steps": 1}, method={"gen_experience_kwargs": {"max_new_tokens": 6}}
+    ).evolve(method={"gen_kwargs": {"temperature": [0.5, 1.5]}})
+    trainer = trlx.train(config=config, reward_fn=share_of_a, prompts=PROMPTS)
+    evaluation = metrics(tmp_path)[0]
+    assert {"reward/mean@temperature=0.5", "reward/mean@temperature=1.5"} <= evaluation.keys()
+    assert trainer.state.best_reward is not None and (tmp_path / "best_checkpoint" / "hf_model").is_dir()
+
+
+def test_the_best_checkpoint_is_the_one_with_the_highest_reward(tmp_path):
+    rewards = iter([1.0, 3.0, 2.0])
+
+    def metric(samples, **kwargs):
+        return {"reward": next(rewards)}
+
+    config = tiny_config(tmp_path, "SFT", train={"total_steps": 2, "eval_interval": 1})
+    trlx.train(config=config, samples=TEXTS, metric_fn=metric)
+    state, _ = checkpoint.read_state(checkpoint.existing(tmp_path / "best_checkpoint"))
+    assert (state.step, state.best_reward) == (1, 3.0)
+
+
+def test_generate_takes_tensors_with_masks_and_returns_prompts_with_responses(tmp_path):
+    trainer = run("SFT", tmp_path, train={"total_steps": 1})
+    batch = trainer.tokenizer(["abc", "d"], padding=True, return_tensors="pt")
+    sequences = trainer.generate(**batch, max_new_tokens=3, do_sample=False)
+    alone = trainer.generate([trainer.tokenizer("d")["input_ids"]], max_new_tokens=3, do_sample=False)
+    assert sequences.shape[1] <= 6 and sequences[:, :3].tolist() == batch["input_ids"].tolist()
+    assert sequences[1, 3:].tolist()[: alone.shape[1] - 1] == alone[0, 1:].tolist()
+
+
+def test_a_run_keeps_its_settings_beside_its_metrics(tmp_path):
+    import json
+
+    run("SFT", tmp_path, train={"total_steps": 1, "seed": 7})
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["seed"] == 7
+
+
+def test_rollouts_are_written_where_asked(tmp_path):
+    import json
+
+    (tmp_path / "log").mkdir()
+    run("PPO", tmp_path / "run", train={"total_steps": 1, "rollout_logging_dir": str(tmp_path / "log")})
+    (folder,) = (tmp_path / "log").glob("run-*")
+    (epoch,) = folder.glob("epoch-*.json")
+    assert len(json.loads(epoch.read_text())) == 8 and (folder / "config.json").is_file()
+    assert len((tmp_path / "run" / "samples" / "rollout_00000000.jsonl").read_text().splitlines()) == 8
+
+
+def test_microbatches_change_nothing(tmp_path):
+    trained = {}
+    for size in (1, 2, 4):
+        run("PPO", tmp_path / str(size), train={"minibatch_size": size, "total_steps": 3})
+        trained[size] = weights(tmp_path / str(size))
+    for size in (1, 2):
+        assert max(float((trained[4][name] - trained[size][name]).abs().max()) for name in trained[4]) < 1e-5
+
+
+def test_steps_with_gradients_that_are_not_finite_change_nothing_and_are_counted(tmp_path):
+    trainer = run("SFT", tmp_path, train={"total_steps": 0})
+    before = {name: tensor.clone() for name, tensor in trainer.backend.policy.state_dict().items()}
+
+    def broken(scores, batch):
+        return scores.logprobs.sum() * float("nan"), {"loss": (torch.tensor(1.0), torch.tensor(1.0))}
+
+    guard = SkippedSteps()
+    for _ in range(24):
+        guard.count(trainer.backend.train_step(trainer.store.rows([0, 1]), broken), trainer.state)
+    same(before, dict(trainer.backend.policy.state_dict()))
+    assert trainer.state.skipped_steps == 24
+    with pytest.raises(FloatingPointError, match="25 steps in a row"):
+        guard.count(trainer.backend.train_step(trainer.store.rows([0, 1]), broken), trainer.state)
+
+
+@pytest.mark.parametrize("method", ["PPO", "SFT", "ILQL"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, method):
+    no_dropout = {"model_path": tiny_gpt2_config()}
+    run(method, tmp_path / "plain", model=no_dropout, train={"total_steps": 3})
+    run(method, tmp_path / "recomputed", model=no_dropout, train={"total_steps": 3, "gradient_checkpointing": True})
+    plain, recomputed = weights(tmp_path / "plain"), weights(tmp_path / "recomputed")
+    assert max(float((plain[name] - recomputed[name]).abs().max()) for name in plain) < 1e-6
