@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
-def start(size: int, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[BaseProcess]:
+class Job(list[BaseProcess]):
+    """The processes of a job, and the store where they meet, which, as torchrun's, outlives each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
+
+    def environment(self, rank: int, size: int) -> dict[str, str]:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": 1}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        return {name: str(value) for name, value in {**names, **meeting}.items()}
+
+
+def start(size: int, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Job:
     """`fn(*args, **kwargs)` as a job of `size` processes that find each other through the usual environment."""
-    port = _free_port()
-    ranks = [
-        CONTEXT.Process(target=_as_rank, args=(rank, size, port, fn, args, kwargs), daemon=True) for rank in range(size)
-    ]
-    for process in ranks:
+    job = Job()
+    for rank in range(size):
+        environment = job.environment(rank, size) if size > 1 else {}
+        job.append(CONTEXT.Process(target=_as_rank, args=(environment, fn, args, kwargs), daemon=True))
+    for process in job:
         process.start()
-    return ranks
+    return job
 
 
 def finish(ranks: list[BaseProcess], timeout: float = 120) -> list[int | None]:
@@ -51,16 +66,6 @@ def together(size: int, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> No
     assert finish(start(size, fn, *args, **kwargs)) == [0] * size
 
 
-def _as_rank(rank: int, size: int, port: int, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
-    if size > 1:
-        job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-        os.environ.update(
-            {name: str(value) for name, value in job.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1"
-        )
+def _as_rank(environment: dict[str, str], fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
+    os.environ.update(environment)
     fn(*args, **kwargs)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
