@@ -72,7 +72,15 @@ def digest(policy: Policy) -> str:
 
 
 def _bits(value: Tensor) -> list[int]:
-    # Integer addition has one result in any order, which float addition has not.
-    bits = value.flatten().view(_INTEGER_OF_WIDTH[value.element_size()])
+    bits = _as_integers(value)
     stride = max(1, len(bits) // _SAMPLES)
-    return [int(bits.sum(dtype=torch.int64)), *bits[::stride].tolist()]
+    return [sum_of_bits(value), *bits[::stride].tolist()]
+
+
+def sum_of_bits(value: Tensor) -> int:
+    """The sum of the bit patterns as integers: unlike a sum of floats it has one result in any order."""
+    return int(_as_integers(value).sum(dtype=torch.int64))
+
+
+def _as_integers(value: Tensor) -> Tensor:
+    return value.flatten().view(_INTEGER_OF_WIDTH[value.element_size()])

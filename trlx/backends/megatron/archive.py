@@ -1,0 +1,335 @@
+"""`.nemo` archives in and out: a tar file with ``model_config.yaml`` and the weights of every model-parallel rank.
+
+The format is that of NVIDIA NeMo. One rank's weights stand at the root, those of several in a folder each::
+
+    model_config.yaml
+    model_weights.ckpt                             tensor parallel 1, pipeline parallel 1
+    mp_rank_03/model_weights.ckpt                  tensor parallel only
+    tp_rank_03_pp_rank_001/model_weights.ckpt      tensor and pipeline parallel
+    0b1c..._tokenizer.model                        files that the config names as "nemo:0b1c..._tokenizer.model"
+
+An archive comes from somebody else: nothing is written outside a temporary folder, no link is made, no code in a pickle
+or a YAML tag is run, and no interpolation may call a function.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from io import BytesIO
+from pathlib import Path, PureWindowsPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+CONFIG_FILE = "model_config.yaml"
+WEIGHTS_FILE = "model_weights.ckpt"
+
+Rank = tuple[int, int]
+"""Tensor-parallel rank, pipeline-parallel rank."""
+
+SHARDS = (
+    re.compile(WEIGHTS_FILE),
+    re.compile(rf"mp_rank_(?P<tp>\d+)/{WEIGHTS_FILE}"),
+    re.compile(rf"tp_rank_(?P<tp>\d+)_pp_rank_(?P<pp>\d+)/{WEIGHTS_FILE}"),
+)
+"""The three ways of naming a rank's weights."""
+REFERENCE = re.compile(r"\$\{\.*[\w\[\].-]+\}")
+"""An interpolation that names another entry: ``${model.hidden_size}`` or ``${..seed}``, but no ``${function:...}``."""
+NOT_WEIGHTS = "_extra_state"
+"""Ending of a state dict's keys under which NeMo's layers keep their own settings, not parameters."""
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Archive]:
+    """A `.nemo` file (a tar, also compressed) or the folder it was unpacked into.
+
+    From a file only what is asked for is unpacked, when it is asked for, into a temporary folder that goes with the
+    block (``TMPDIR`` says where). Weights that were read inside the block stay valid after it.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`, or it holds no ``model_config.yaml``.
+        ValueError: the file is no tar, is cut off, or has a member that is a link, a device or outside its folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = (file for depth in ("*", "*/*") for file in path.glob(depth) if file.is_file())
+        yield Archive(path, path, {file.relative_to(path).as_posix() for file in files}, path.joinpath)
+        return
+    if not path.exists():
+        raise FileNotFoundError(f"There is no .nemo file or folder at {path}")
+    with _open_tar(path) as tar, TemporaryDirectory(prefix="nemo-archive-") as temporary:
+        members, folder = _members(tar, path), Path(temporary)
+        yield Archive(path, folder, members, partial(_unpacked, tar, members, folder))
+
+
+def write_archive(
+    path: str | Path,
+    config: Mapping[str, Any],
+    weights: Mapping[Rank, Mapping[str, Tensor]],
+    files: Mapping[str, Path | bytes] | None = None,
+) -> None:
+    """Writes a `.nemo` file as NeMo does: a plain tar. It takes the place of `path` only when it is complete.
+
+    For one process to call. The same model gives the same bytes.
+
+    Args:
+        config: what ``model_config.yaml`` is to say.
+        weights: parameters by name, for every pair of tensor and pipeline rank. Each rank's are fetched once and let go
+            before the next, so a mapping that loads them on demand need not fit into memory as a whole.
+        files: more files by their names in the archive, such as the tokenizer's.
+
+    Raises:
+        ValueError: a pair of ranks is missing, or a file's name is taken or leads out of the archive.
+    """
+    path = Path(path)
+    names = _shard_names(weights.keys(), path)
+    extra = {_safe_name(name, path): content for name, content in (files or {}).items()}
+    if taken := extra.keys() & {CONFIG_FILE, *names.values()}:
+        raise ValueError(f"{sorted(taken)} cannot be among the files of {path}: the archive's own have these names")
+    temporary = path.parent / f".{path.name}.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with tarfile.open(temporary / "archive", "w:") as tar:
+            _add(tar, CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
+            for name, content in extra.items():
+                _add(tar, name, content)
+            for rank, name in names.items():
+                torch.save(_compact(weights[rank]), temporary / WEIGHTS_FILE)
+                _add(tar, name, temporary / WEIGHTS_FILE)
+        (temporary / "archive").replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Archive:
+    """What a `.nemo` file or an unpacked one holds.
+
+    Raises:
+        FileNotFoundError: it holds no ``model_config.yaml``.
+        ValueError: the config is not plain YAML with keys and values.
+    """
+
+    def __init__(self, source: Path, folder: Path, names: Collection[str], fetch: Callable[[str], Path]):
+        self.source = source
+        """The path the archive was opened by."""
+        self.folder = folder
+        """Where its files lie once they were asked for."""
+        self.names = names
+        """The files it holds, relative to its root."""
+        self._fetch = fetch
+        self.config: dict[str, Any] = _read_config(self.file(CONFIG_FILE), source)
+        """``model_config.yaml`` with references to other entries filled in, where what they name is there."""
+
+    def file(self, name: str) -> Path:
+        """The path of one file of the archive, also by the ``nemo:<name>`` that a config calls it by.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        name = name.removeprefix("nemo:")
+        if name not in self.names:
+            raise FileNotFoundError(f"{self.source} has no {name}: it holds {', '.join(sorted(self.names)[:20])}")
+        return self._fetch(name)
+
+    def layout(self) -> tuple[int, int]:
+        """The numbers of tensor-parallel and pipeline-parallel ranks that the weights are divided over.
+
+        Raises:
+            ValueError: there are no weights, or not those of every rank.
+        """
+        return _sizes(self._shards().keys())
+
+    def weights(self, tp_rank: int = 0, pp_rank: int = 0) -> dict[str, Tensor]:
+        """One rank's parameters by name, on the CPU and, where the file allows it, read only when they are touched.
+
+        Raises:
+            ValueError: there are no weights of that rank, or they are not a plain dict of tensors.
+        """
+        shards = self._shards()
+        if (tp_rank, pp_rank) not in shards:
+            tp, pp = _sizes(shards.keys())
+            raise ValueError(
+                f"{self.source} has weights of {tp} tensor-parallel and {pp} pipeline-parallel ranks, counted from 0: "
+                f"there is no tensor rank {tp_rank} with pipeline rank {pp_rank}"
+            )
+        return _read_weights(self.file(shards[tp_rank, pp_rank]), shards[tp_rank, pp_rank], self.source)
+
+    def _shards(self) -> dict[Rank, str]:
+        kinds = [{_rank(m): m[0] for name in self.names if (m := kind.fullmatch(name))} for kind in SHARDS]
+        present = [shards for shards in kinds if shards]
+        if not present and any(name.startswith("model_weights/") for name in self.names):
+            raise ValueError(
+                f"The weights in {self.source} are a distributed checkpoint (a folder model_weights/), which is not "
+                f"read here; save the model with NeMo as {WEIGHTS_FILE}, one file for each rank"
+            )
+        if len(present) != 1:
+            found = "in more than one layout" if present else f"nowhere (no {WEIGHTS_FILE})"
+            raise ValueError(f"{self.source} holds weights {found}; one layout is needed: {_layouts()}")
+        _check_complete(present[0].keys(), self.source)
+        return present[0]
+
+
+def _open_tar(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path)
+    except tarfile.ReadError as error:
+        raise ValueError(f"{path} is not a .nemo file: it is no tar archive ({error})") from error
+
+
+def _members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
+    """The files in a tar by their names. One suspicious member spoils the whole archive, also if nobody asks for it."""
+    try:
+        members = tar.getmembers()
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is cut off or damaged: {error}") from error
+    for member in members:
+        if not (member.isreg() or member.isdir()):
+            kind = "a link" if member.islnk() or member.issym() else "a device or another special file"
+            raise ValueError(f"{path} was refused: its member {member.name!r} is {kind}, not a file or a folder")
+    named = {_safe_name(member.name, path): member for member in members}
+    return {name: member for name, member in named.items() if member.isreg()}
+
+
+def _safe_name(name: str, path: Path) -> str:
+    """The name as written without ``./``; Windows' rules see every separator and drive letter, and POSIX's as well."""
+    parts = PureWindowsPath(name)
+    if parts.anchor or ".." in parts.parts:
+        raise ValueError(f"{path} was refused: the name {name!r} leads out of the archive; write one inside it")
+    return parts.as_posix()
+
+
+def _unpacked(tar: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], folder: Path, name: str) -> Path:
+    target = folder / name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tar.extractfile(members[name]) as source, target.open("xb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+    return target
+
+
+def _read_config(file: Path, source: Path) -> dict[str, Any]:
+    content = BytesIO(file.read_bytes())
+    try:
+        tree = OmegaConf.load(content)  # makes no objects from tags, and reads 1e-5 as a number
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(
+            f"{CONFIG_FILE} of {source} was refused: it has a tag or a key that plain YAML has not: {error}"
+        ) from error
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:  # OSError: one number or date, no container
+        raise ValueError(f"{CONFIG_FILE} of {source} is not a YAML file of keys with values: {error}") from error
+    if not OmegaConf.is_dict(tree):
+        raise ValueError(f"{CONFIG_FILE} of {source} must hold keys with values, not a list")
+    raw = OmegaConf.to_container(tree, resolve=False)
+    return _resolved(raw, OmegaConf.create(_without_calls(raw)))
+
+
+def _without_calls(node: Any) -> Any:
+    """The same config with OmegaConf's mark of a missing value for every text that could call a function."""
+    if isinstance(node, dict):
+        return {key: _without_calls(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_calls(value) for value in node]
+    calls = isinstance(node, str) and "${" in REFERENCE.sub("", node)
+    return "???" if calls else node
+
+
+def _resolved(node: Any, tree: Any) -> Any:
+    """`node` with references filled in from its counterpart `tree`; one that leads nowhere stays as it is written."""
+    if isinstance(node, dict):
+        return {key: _resolved_entry(value, tree, key) for key, value in node.items()}
+    return [_resolved_entry(value, tree, index) for index, value in enumerate(node)]
+
+
+def _resolved_entry(value: Any, tree: Any, key: Any) -> Any:
+    if isinstance(value, (dict, list)):
+        return _resolved(value, tree[key])
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    try:
+        if OmegaConf.is_config(found := tree[key]):
+            return OmegaConf.to_container(found, resolve=True, throw_on_missing=True)
+        return found
+    except (OmegaConfBaseException, RecursionError):  # the latter where two sections name each other
+        return value
+
+
+def _read_weights(file: Path, name: str, source: Path) -> dict[str, Tensor]:
+    try:
+        # files from before torch 1.6 are no zip files and cannot be mapped into memory
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{name} in {source} was refused: it is damaged or holds more than tensors, and reading other objects "
+            "could run code hidden in them. Save it again with torch.save(model.state_dict(), ...)"
+        ) from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"{name} in {source} holds a {type(weights).__name__}, not a dict of parameters by name")
+    weights = {key: value for key, value in weights.items() if not str(key).endswith(NOT_WEIGHTS)}
+    if others := [key for key, value in weights.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{name} in {source} must hold tensors only, and {others[:5]} are none")
+    return weights
+
+
+def _rank(match: re.Match[str]) -> Rank:
+    groups = match.groupdict()
+    return int(groups.get("tp", 0)), int(groups.get("pp", 0))
+
+
+def _check_complete(ranks: Collection[Rank], path: Path) -> None:
+    tp, pp = _sizes(ranks)
+    missing = ((t, p) for t in range(tp) for p in range(pp) if (t, p) not in ranks)
+    if (first := next(missing, None)) is not None:
+        raise ValueError(
+            f"{path} is to hold {tp} tensor-parallel times {pp} pipeline-parallel ranks, "
+            f"and the weights of tensor rank {first[0]} with pipeline rank {first[1]} are missing"
+        )
+
+
+def _sizes(ranks: Collection[Rank]) -> tuple[int, int]:
+    return max(tp for tp, _ in ranks) + 1, max(pp for _, pp in ranks) + 1
+
+
+def _layouts() -> str:
+    return f"{WEIGHTS_FILE}, mp_rank_00/{WEIGHTS_FILE} ... or tp_rank_00_pp_rank_000/{WEIGHTS_FILE} ..."
+
+
+def _shard_names(ranks: Collection[Rank], path: Path) -> dict[Rank, str]:
+    """Every rank's file, by NeMo's names."""
+    if not ranks:
+        raise ValueError(f"There are no weights to write into {path}")
+    _check_complete(ranks, path)
+    tp, pp = _sizes(ranks)
+    if pp > 1:
+        return {rank: f"tp_rank_{rank[0]:02d}_pp_rank_{rank[1]:03d}/{WEIGHTS_FILE}" for rank in sorted(ranks)}
+    return {rank: f"mp_rank_{rank[0]:02d}/{WEIGHTS_FILE}" if tp > 1 else WEIGHTS_FILE for rank in sorted(ranks)}
+
+
+def _compact(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU; a slice is copied, as saving it would write the whole tensor it was cut from."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    return {
+        name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _add(tar: tarfile.TarFile, name: str, content: Path | bytes) -> None:
+    """Adds a file without date and owner, which would make equal models differ and tell who wrote them."""
+    info = tarfile.TarInfo(f"./{name}")
+    info.size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    with BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+        tar.addfile(info, file)

@@ -1,0 +1,218 @@
+"""The Megatron backend: one decoder over tensor ranks and pipeline stages, with copies for data ranks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from trlx.backends.base import Backend, LossFn, ModelNeeds
+from trlx.backends.megatron.drawing import check_settings
+from trlx.backends.megatron.generation import generate
+from trlx.backends.megatron.mapping import entries, padded_vocab
+from trlx.backends.megatron.model import ScoringModel, build_chunks, freeze, language_model
+from trlx.backends.megatron.origin import find_origin
+from trlx.backends.megatron.parallel import arrange
+from trlx.backends.megatron.schedule import run_forward, run_forward_backward
+from trlx.backends.megatron.settings import check_layout, read_settings
+from trlx.backends.megatron.stage import Randomness, StageWeights
+from trlx.backends.megatron.updates import Updates
+from trlx.batch import TokenBatch, TokenScores
+from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
+from trlx.methods.masked import finish, merge_packed, pack
+from trlx.models.reference import Reference
+from trlx.rollout.sampling import SamplingConfig
+
+UPDATES_FILE = "updates.json"
+
+
+class MegatronBackend(Backend):
+    """One decoder on Megatron-Core, in the layout that ``train.trainer_kwargs`` asks for."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        scheduler: SchedulerConfig,
+        train: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        needs: ModelNeeds,
+    ):
+        _refuse(model, needs)
+        settings = read_settings(
+            train.trainer_kwargs, train=train, model=model, optimizer=optimizer, scheduler=scheduler
+        )
+        self.origin = find_origin(model, settings, tokenizer, train)
+        shape, vocab = self.origin.shape, self.origin.shape.vocab_size
+        self.place = arrange(settings.parallel, train.seed)
+        check_layout(settings, shape, dist.get_world_size(), vocab, train.batch_size)
+        self.device, self.is_main, self.leads = self.place.device, self.place.is_main, self.place.leads
+        self.data_rank, self.data_size = self.place.data_rank, self.place.data_size
+        self.tokenizer, self.needs = tokenizer, needs
+        self.microbatch_size = settings.micro_batch_size
+        self.divisor = settings.parallel.tensor if settings.parallel.sequence else 1
+
+        rows = padded_vocab(vocab, settings.make_vocab_size_divisible_by * settings.parallel.tensor)
+        self.stage = build_chunks(shape, settings, rows, needs, train.seed, self.device)
+        self.weights = StageWeights(self.stage, entries(shape, self.origin.family, rows), self.place)
+        self.origin.load(self.weights)
+        self.initial_digest = self.weights.digest()
+        freeze(self.stage, model.num_layers_unfrozen)
+        self.reference = Reference(_language_models(self.stage)) if needs.reference else None
+        self.wrapped = [_wrapped(chunk, settings.optim.distributed) for chunk in self.stage]
+        self.updates = Updates(self.wrapped, settings)
+        self.randomness = Randomness(self.place)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
+        check_settings(sampling, bool(self.needs.q_heads), self.origin.shape.vocab_size)
+        seed = self.place.from_leader(int(torch.randint(2**62, ())))
+        self._train_mode(False)
+        return generate(self.stage, self.place, prompts, sampling, seed)
+
+    def score(self, batch: TokenBatch, reference: bool = False) -> TokenScores:
+        if reference and self.reference is None:
+            raise ValueError("This method was built without a reference policy")
+        self._train_mode(False)
+        pieces = self._pieces(batch)
+        with self.reference.active() if reference else nullcontext():
+            found = run_forward(self.stage, pieces)
+        logprobs = self._collected([scores.logprobs for scores in found], pieces, batch)
+        has_values = self.needs.value_head and not reference
+        return TokenScores(
+            logprobs, self._collected([s.values for s in found], pieces, batch) if has_values else None
+        )
+
+    def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
+        self._train_mode(True)
+        units = max(float(self.sum_across(batch.response_mask.sum())), 1.0)
+        # the engine averages gradients over data ranks; the loss is a global sum, so undo its mean
+        scale = self.data_size / units
+
+        def on_scores(scores: TokenScores, piece: TokenBatch) -> tuple[Tensor, Any]:
+            loss, metrics = loss_fn(scores, piece)
+            return loss * scale, pack(metrics)
+
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.updates.clear()
+        began = time.perf_counter()
+        found, forward = run_forward_backward(self.wrapped, self._pieces(batch), on_scores)
+        backward = time.perf_counter() - began - forward
+        return self._means(found) | self.updates.apply() | {"time/forward": forward, "time/backward": backward}
+
+    @torch.no_grad()
+    def update_heads(self, fn: Callable[[nn.Module], None]) -> None:
+        for chunk in self.stage:
+            if chunk.heads is not None:
+                fn(chunk.heads)
+
+    def sum_across(self, tensor: Tensor) -> Tensor:
+        return self.place.sum_over_data(tensor)
+
+    def any_process(self, flag: bool) -> bool:
+        found = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
+
+    def gather_objects(self, objects: list[Any]) -> list[Any]:
+        found: list[Any] = [None] * self.data_size
+        dist.all_gather_object(found, objects, group=parallel_state.get_data_parallel_group())
+        # each process has gathered what its own neighbours hold; what the leading ones hold is what counts
+        return self.place.from_leader([each for of_rank in found for each in of_rank])
+
+    def broadcast_object(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def save(self, folder: Path, optimizer: bool = True) -> None:
+        self.weights.save_trained(folder)
+        self.randomness.save(folder)
+        if optimizer:
+            self.weights.save_moments(folder, self.updates)
+            if self.is_main:
+                (folder / UPDATES_FILE).write_text(json.dumps(self.updates.state()))
+
+    def load(self, folder: Path) -> None:
+        self.weights.load_trained(folder)
+        self.randomness.load(folder)
+        if (folder / UPDATES_FILE).is_file():
+            self.updates.load(json.loads((folder / UPDATES_FILE).read_text()))
+            self.weights.load_moments(folder, self.updates)
+
+    def export_hf(self, folder: Path) -> None:
+        self.origin.export(self.weights, folder, self.tokenizer)
+
+    def fingerprint(self) -> str:
+        return self.initial_digest
+
+    def _pieces(self, batch: TokenBatch) -> list[TokenBatch]:
+        """Microbatches on the device, of widths that tensor ranks can share."""
+        return [_widened(piece, self.divisor).to(self.device) for piece in batch.split(self.microbatch_size)]
+
+    def _collected(self, found: list[Tensor], pieces: list[TokenBatch], batch: TokenBatch) -> Tensor:
+        """Per-token numbers of all microbatches as one [B, T] of the batch's own width, on every stage."""
+        whole = torch.zeros(batch.tokens.shape, device=self.device)
+        starts = range(0, len(batch), self.microbatch_size)
+        for start, piece, scores in zip(starts, pieces, found, strict=False):
+            width = min(scores.shape[1], whole.shape[1])
+            whole[start : start + len(piece), :width] = scores[:, :width]
+        return self.place.from_last_stage(whole).cpu()
+
+    def _means(self, found: list[tuple[list[str], Tensor]]) -> dict[str, float]:
+        """The global means of what the last stage measured, on every process."""
+        means = None
+        if found:
+            packed = merge_packed(torch.stack([rows for _, rows in found]))
+            if self.data_size > 1:
+                packed = merge_packed(self.place.gather_over_data(packed))
+            means = finish(found[0][0], packed)
+        return self.place.object_from_last_stage(means)
+
+    def _train_mode(self, mode: bool) -> None:
+        for chunk in self.wrapped:
+            chunk.train(mode)
+
+
+def _refuse(model: ModelConfig, needs: ModelNeeds) -> None:
+    """Says what this backend does not do before anything is built."""
+    if model.model_arch_type != "causal":
+        raise ValueError("NeMo trainers train decoders only: set model.model_arch_type to causal, or train.trainer to Accelerate")
+    if model.peft_config is not None:
+        raise ValueError("NeMo trainers train no adapters: remove model.peft_config, or set train.trainer to Accelerate's")
+    if needs.value_layers:
+        raise ValueError("method.num_value_layers_unfrozen must be 0 with a NeMo trainer: values come from a head alone")
+
+
+def _language_models(stage: list[ScoringModel]) -> SimpleNamespace:
+    return SimpleNamespace(model=nn.ModuleList(language_model(chunk) for chunk in stage))
+
+
+def _wrapped(chunk: ScoringModel, distributed_optimizer: bool) -> DistributedDataParallel:
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
+    )
+    return DistributedDataParallel(chunk.config, config, chunk)
+
+
+def _widened(piece: TokenBatch, divisor: int) -> TokenBatch:
+    """`piece` with padding columns up to a multiple of `divisor`."""
+    missing = -piece.tokens.shape[1] % divisor
+    if not missing:
+        return piece
+    return TokenBatch(**{name: nn.functional.pad(column, (0, missing)) for name, column in piece.columns().items()})

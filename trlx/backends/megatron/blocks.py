@@ -1,0 +1,108 @@
+"""The parts of a decoder block that Megatron-Core leaves to others: norms, attention, the parallel residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from trlx.backends.megatron.shape import Shape
+
+
+def block_spec(shape: Shape, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+    """What `num_layers` blocks of this shape are made of."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization=config.normalization)
+    norm = OffsetNorm if shape.norm_offset else Norm
+    spec.module = ParallelResidualLayer if shape.parallel_residual else TransformerLayer
+    parts = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    parts.self_attention.submodules.core_attention = Attention
+    if shape.qk_norm:
+        parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = norm
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
+
+
+class Norm:
+    """torch's LayerNorm or RMSNorm, its weights marked for sequence parallelism, which the engine's own refuses."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> nn.Module:
+        kind = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}[config.normalization]
+        return _marked(kind(hidden_size, eps=eps, dtype=config.params_dtype), config)
+
+
+class OffsetNorm(nn.Module):
+    """RMSNorm that multiplies with 1 + weight, as Gemma's."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+        _marked(self, config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight = 1 + self.weight.float()
+        return F.rms_norm(hidden.float(), weight.shape, weight, self.eps).type_as(hidden)
+
+
+class Attention(MegatronModule):
+    """Causal attention by torch's fused kernel: queries [T, B, heads, d], keys and values [S, B, groups, d].
+
+    Without a mask every query sees the keys up to its own position; a mask is bool [B, 1, T, S], True where hidden.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any):
+        super().__init__(config)
+        self.scale = softmax_scale if softmax_scale is not None else config.softmax_scale
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        heads = [each.permute(1, 2, 0, 3) for each in (query, key, value)]
+        settings = {
+            "attn_mask": None if attention_mask is None else ~attention_mask,
+            "is_causal": attention_mask is None,
+            "scale": self.scale,
+            "enable_gqa": query.shape[2] != key.shape[2],
+        }
+        if self.training and self.dropout:
+            # every tensor rank has other heads, and so drops by its own random numbers
+            with get_cuda_rng_tracker().fork():
+                context = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout, **settings)
+        else:
+            context = F.scaled_dot_product_attention(*heads, **settings)
+        return context.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """Attention and feed-forward both read the block's input x: x + attention(x) + feedforward(x) (GPT-NeoX)."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        kwargs.pop("dynamic_inference_decode_only", None)
+        attended, context = self._forward_attention(hidden_states, *args, **kwargs)
+        return attended + self._forward_mlp(hidden_states) - hidden_states, context
+
+
+def _marked(norm: nn.Module, config: TransformerConfig) -> nn.Module:
+    # under sequence parallelism every tensor rank sees a part of the tokens, and gradients of norms are summed
+    for weight in norm.parameters():
+        weight.sequence_parallel = config.sequence_parallel
+    return norm
+

@@ -1,0 +1,325 @@
+"""Which Hugging Face models the engine computes, and the way between their configuration and a `Shape`.
+
+A configuration that asks for something the engine would compute in another way is refused, never approximated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+
+from trlx.backends.megatron.shape import Shape
+
+
+def shape_of(config: PretrainedConfig) -> Shape:
+    """The shape of the decoder that a Hugging Face configuration describes.
+
+    Raises:
+        ValueError: the architecture is not one of `FAMILIES`, or the configuration asks for a variant of it that the
+            engine does not compute; the message names the field.
+    """
+    family = _family(config.model_type)
+    for name, wanted in family.fixed.items():
+        got = getattr(config, name, wanted)
+        if bool(got) != wanted:
+            raise ValueError(_refusal(config, name, got, f"it must be {wanted}"))
+    if getattr(config, "quantization_config", None):
+        raise ValueError(_refusal(config, "quantization_config", "...", "name the model before it was quantized"))
+    heads = config.num_attention_heads
+    sizes = {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": heads,
+        "num_query_groups": heads,
+        "kv_channels": config.hidden_size // heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "tied": bool(config.tie_word_embeddings),
+        "init_std": config.initializer_range,
+    }
+    return Shape(**{**sizes, **family.read(config)})
+
+
+def config_of(shape: Shape, family: str | None = None) -> PretrainedConfig:
+    """A Hugging Face configuration of this shape, without special tokens; for a model that did not come with one.
+
+    `family` None: the first of `FAMILIES` that can say all of the shape. Dropout and the spread of the first random
+    weights are carried over where the family has a field for them.
+
+    Raises:
+        ValueError: the family is unknown, or cannot say all of the shape; the message names what would differ.
+    """
+    reasons = []
+    for name in FAMILIES if family is None else [family]:
+        config, reason = _written(shape, name)
+        if config is not None:
+            return config
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"A decoder of this shape cannot be written for transformers. {'; '.join(reasons)}")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of transformers."""
+
+    architecture: str
+    read: Callable[[PretrainedConfig], dict[str, Any]]
+    """Fields of the shape that not every family keeps under one name."""
+    write: Callable[[Shape], dict[str, Any]]
+    """Arguments of the configuration."""
+    fixed: Mapping[str, bool]
+    """Switches of the configuration and the only position in which the engine computes the same."""
+
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+"""transformers' names of activations and ours."""
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Constants of Llama-3's stretched rotary embedding, which the engine has built in."""
+
+
+TRAINING_ONLY = ("init_std", "hidden_dropout", "attention_dropout")
+"""Fields of a shape that say nothing about what a trained model computes."""
+
+
+def _read_gpt2(config: PretrainedConfig) -> dict[str, Any]:
+    if config.embd_pdrop != config.resid_pdrop:
+        raise ValueError(_refusal(config, "embd_pdrop", config.embd_pdrop, f"resid_pdrop is {config.resid_pdrop}"))
+    return {
+        "ffn_hidden_size": config.n_inner or 4 * config.n_embd,
+        "norm_epsilon": config.layer_norm_epsilon,
+        "activation": _activation(config, "activation_function"),
+        "hidden_dropout": config.resid_pdrop,
+        "attention_dropout": config.attn_pdrop,
+    }
+
+
+def _write_gpt2(shape: Shape) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocab_size,
+        "n_positions": shape.max_position_embeddings,
+        "n_embd": shape.hidden_size,
+        "n_layer": shape.num_layers,
+        "n_head": shape.num_attention_heads,
+        "n_inner": shape.ffn_hidden_size,
+        "activation_function": _hf_activation(shape),
+        "layer_norm_epsilon": shape.norm_epsilon,
+        "embd_pdrop": shape.hidden_dropout,
+        "resid_pdrop": shape.hidden_dropout,
+        "attn_pdrop": shape.attention_dropout,
+    }
+
+
+def _read_neox(config: PretrainedConfig) -> dict[str, Any]:
+    return {
+        "ffn_hidden_size": config.intermediate_size,
+        "norm_epsilon": config.layer_norm_eps,
+        "activation": _activation(config),
+        "parallel_residual": config.use_parallel_residual,
+        "hidden_dropout": config.hidden_dropout,
+        "attention_dropout": config.attention_dropout,
+        **_rotary(config),
+    }
+
+
+def _write_neox(shape: Shape) -> dict[str, Any]:
+    return {
+        **_sizes(shape),
+        "rope_parameters": _rope(shape) | {"partial_rotary_factor": shape.rotary_percentage},
+        "layer_norm_eps": shape.norm_epsilon,
+        "use_parallel_residual": shape.parallel_residual,
+        "hidden_dropout": shape.hidden_dropout,
+    }
+
+
+def _read_llama(config: PretrainedConfig) -> dict[str, Any]:
+    if config.attention_bias != config.mlp_bias:
+        must = f"mlp_bias is {config.mlp_bias}, and the engine adds biases in both places or in none"
+        raise ValueError(_refusal(config, "attention_bias", config.attention_bias, must))
+    return _read_rms(config) | {"bias": config.mlp_bias, "qkv_bias": config.attention_bias}
+
+
+def _write_llama(shape: Shape) -> dict[str, Any]:
+    return _write_rms(shape) | {"attention_bias": shape.qkv_bias, "mlp_bias": shape.bias}
+
+
+def _read_mistral(config: PretrainedConfig) -> dict[str, Any]:
+    return _read_rms(config) | {"attention_window": config.sliding_window}
+
+
+def _write_mistral(shape: Shape) -> dict[str, Any]:
+    return _write_rms(shape) | {"sliding_window": shape.attention_window}
+
+
+def _read_qwen2(config: PretrainedConfig) -> dict[str, Any]:
+    return _read_rms(config) | {"qkv_bias": True, "attention_window": _window(config)}
+
+
+def _write_qwen2(shape: Shape) -> dict[str, Any]:
+    return _write_rms(shape) | {
+        "use_sliding_window": shape.attention_window is not None,
+        "sliding_window": shape.attention_window,
+        "max_window_layers": 0 if shape.attention_window else shape.num_layers,
+    }
+
+
+def _read_qwen3(config: PretrainedConfig) -> dict[str, Any]:
+    return _read_rms(config) | {"qk_norm": True, "attention_window": _window(config)}
+
+
+def _read_gemma(config: PretrainedConfig) -> dict[str, Any]:
+    return _read_rms(config) | {"norm_offset": 1.0, "embedding_scale": config.hidden_size**0.5}
+
+
+def _read_rms(config: PretrainedConfig) -> dict[str, Any]:
+    """Llama and what descends from it: RMSNorm, rotary positions, gated feed-forward blocks, no biases."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "num_query_groups": config.num_key_value_heads,
+        "kv_channels": width,
+        "ffn_hidden_size": config.intermediate_size,
+        "normalization": "rmsnorm",
+        "norm_epsilon": config.rms_norm_eps,
+        "activation": _activation(config),
+        "gated": True,
+        "bias": False,
+        "qkv_bias": False,
+        "attention_dropout": config.attention_dropout,
+        **_rotary(config),
+    }
+
+
+def _write_rms(shape: Shape) -> dict[str, Any]:
+    return {
+        **_sizes(shape),
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.kv_channels,
+        "rms_norm_eps": shape.norm_epsilon,
+    }
+
+
+def _sizes(shape: Shape) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "hidden_act": _hf_activation(shape),
+        "attention_dropout": shape.attention_dropout,
+        "rope_parameters": _rope(shape),
+    }
+
+
+def _rope(shape: Shape) -> dict[str, Any]:
+    if shape.rotary_scaling is None:
+        return {"rope_type": "default", "rope_theta": shape.rotary_base}
+    return {"rope_type": "llama3", "rope_theta": shape.rotary_base, "factor": shape.rotary_scaling, **LLAMA3}
+
+
+FAMILIES = {
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        _read_gpt2,
+        _write_gpt2,
+        {
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "reorder_and_upcast_attn": False,
+            "add_cross_attention": False,
+        },
+    ),
+    "gpt_neox": Family("GPTNeoXForCausalLM", _read_neox, _write_neox, {"attention_bias": True}),
+    "llama": Family("LlamaForCausalLM", _read_llama, _write_llama, {}),
+    "mistral": Family("MistralForCausalLM", _read_mistral, _write_mistral, {}),
+    "qwen2": Family("Qwen2ForCausalLM", _read_qwen2, _write_qwen2, {}),
+    "qwen3": Family("Qwen3ForCausalLM", _read_qwen3, _write_qwen2, {"attention_bias": False}),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        _read_gemma,
+        _write_rms,
+        {"attention_bias": False, "use_bidirectional_attention": False},
+    ),
+}
+"""By the ``model_type`` of their configuration; in doubt a shape is written as the first that fits."""
+
+
+def _rotary(config: PretrainedConfig) -> dict[str, Any]:
+    rotary = config.rope_parameters
+    percentage = rotary.get("partial_rotary_factor") or 1.0
+    if percentage != 1 and config.model_type != "gpt_neox":
+        must = "this architecture rotates whole heads"
+        raise ValueError(_refusal(config, "rope_parameters.partial_rotary_factor", percentage, must))
+    found = {
+        "position": "rope",
+        "rotary_base": float(rotary["rope_theta"]),
+        "rotary_percentage": float(percentage),
+    }
+    kind = rotary.get("rope_type", "default")
+    if kind == "default":
+        return found
+    if kind != "llama3":
+        raise ValueError(_refusal(config, "rope_parameters.rope_type", kind, "it must be default or llama3"))
+    for name, wanted in LLAMA3.items():
+        if rotary[name] != wanted:
+            raise ValueError(_refusal(config, f"rope_parameters.{name}", rotary[name], f"it must be {wanted}"))
+    return found | {"rotary_scaling": float(rotary["factor"])}
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    # the shape has one window for all layers: the engine takes no sequence that is longer, so the others lose nothing
+    return config.sliding_window if "sliding_attention" in config.layer_types else None
+
+
+def _activation(config: PretrainedConfig, name: str = "hidden_act") -> str:
+    got = getattr(config, name)
+    if got not in ACTIVATIONS:
+        raise ValueError(_refusal(config, name, got, f"it must be one of {', '.join(ACTIVATIONS)}"))
+    return ACTIVATIONS[got]
+
+
+def _hf_activation(shape: Shape) -> str:
+    # of two names for one function the later is torch's own
+    return {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "swish"}.get(shape.activation, "gelu")
+
+
+def _written(shape: Shape, name: str) -> tuple[PretrainedConfig | None, str]:
+    """The configuration that says all of `shape`, or why there is none."""
+    family = _family(name)
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    common = {"tie_word_embeddings": shape.tied, "initializer_range": shape.init_std}
+    arguments = {**special, **common, **family.write(shape), "architectures": [family.architecture]}
+    try:
+        config = AutoConfig.for_model(name, **arguments)
+        said = shape_of(config)
+    except (StrictDataclassError, ValueError) as error:
+        return None, str(error)
+    names = [each.name for each in dataclasses.fields(Shape) if each.name not in TRAINING_ONLY]
+    different = [each for each in names if getattr(said, each) != getattr(shape, each)]
+    return (None, f"{', '.join(different)} would differ") if different else (config, "")
+
+
+def _family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ValueError(
+            f"The Megatron backend does not know the architecture {name!r}, but {', '.join(FAMILIES)}; the Accelerate "
+            "trainers run any model of transformers"
+        )
+    return FAMILIES[name]
+
+
+def _refusal(config: PretrainedConfig, name: str, got: Any, must: str) -> str:
+    return f"The Megatron backend does not compute a {config.model_type} model with {name} {got!r}: {must}"

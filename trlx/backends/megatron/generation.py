@@ -1,0 +1,185 @@
+"""Sampling through the pipeline itself, with a key-value cache on every stage and no copy of the weights.
+
+The rows are divided into as many groups as there are stages, so that while one group is on one stage the others are on
+the others. The last stage draws the tokens and sends them to all. Random numbers are one uniform number per row and
+token, drawn from one seed, so that results do not depend on the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+from trlx.backends.megatron.drawing import Drawing
+from trlx.backends.megatron.model import ScoringModel
+from trlx.backends.megatron.parallel import Place, pipeline_group
+from trlx.data.collate import left_pad
+from trlx.data.store import own_rows
+from trlx.rollout.sampling import SamplingConfig, cut_at_eos
+
+
+def generate(
+    stage: list[ScoringModel], place: Place, prompts: list[list[int]], sampling: SamplingConfig, seed: int
+) -> list[list[int]]:
+    """One response per prompt: ids as sampled, up to and including the first eos. The same on every process that holds
+    a part of the model."""
+    if not prompts:
+        return []
+    uniforms = torch.rand(
+        len(prompts), sampling.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    groups = []
+    for i in range(place.layout.pipeline):
+        rows = own_rows(len(prompts), i, place.layout.pipeline)
+        if prompts[rows]:
+            groups.append(_Group(prompts[rows], sampling, uniforms[rows].to(place.device), place.device))
+    pipeline = _Pipeline(stage, place)
+    with _whole_sequences(stage):
+        for _ in range(sampling.max_new_tokens):
+            for group in groups:
+                pipeline.advance(group)
+        for group in groups:
+            pipeline.receive_tokens(group)
+    pipeline.finish()
+    return [response for group in groups for response in group.responses]
+
+
+@dataclass
+class _Group:
+    """Rows that go through the pipeline together."""
+
+    prompts: list[list[int]]
+    sampling: SamplingConfig
+    uniforms: Tensor
+    device: torch.device
+    context: StaticInferenceContext = field(init=False)
+    drawn: list[Tensor] = field(default_factory=list)
+    """int64 [3, B] for each step: tokens, whether the row was done before, and after."""
+    awaits: bool = False
+    """The tokens of the last step are still on their way from the last stage."""
+
+    def __post_init__(self) -> None:
+        tokens, mask = left_pad(self.prompts, self.sampling.pad_token_id)
+        self.tokens, self.real = tokens.to(self.device), mask.bool().to(self.device)
+        self.context = StaticInferenceContext(len(self.prompts), tokens.shape[1] + self.sampling.max_new_tokens)
+        self.drawing = Drawing(self.sampling, self.prompts, self.uniforms)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row was done with the last tokens drawn."""
+        return bool(self.drawn) and bool(self.drawn[-1][2].all())
+
+    @property
+    def responses(self) -> list[list[int]]:
+        drawn = torch.stack(self.drawn).tolist() if self.drawn else []
+        rows = range(len(self.prompts))
+        ids = [[step[0][row] for step in drawn if not step[1][row]] for row in rows]
+        return [cut_at_eos(each, self.sampling.eos_token_ids) for each in ids]
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with for the tokens that are not in the cache yet."""
+        start, end = self.context.sequence_len_offset, self.tokens.shape[1]
+        real = self.real
+        seen = torch.ones(end - start, end, dtype=torch.bool, device=self.device).tril(start)
+        visible = seen & real[:, None, :]
+        # padding sees itself: a row of attention without anything to see is not a number
+        itself = torch.arange(end, device=self.device) == torch.arange(start, end, device=self.device)[:, None]
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+        return {
+            "tokens": self.tokens[:, start:],
+            "positions": positions[:, start:],
+            "attention_mask": ~(visible | itself)[:, None],
+        }
+
+    def take(self, drawn: Tensor) -> None:
+        """Appends the tokens of a step."""
+        self.drawn.append(drawn)
+        self.tokens = torch.cat([self.tokens, drawn[0][:, None]], dim=1)
+        self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], dim=1)
+        self.awaits = False
+
+
+class _Pipeline:
+    """This process's place in the passage of a group: what comes in, what is computed, what goes out.
+
+    Sends are not waited for, so that no two processes can wait for each other.
+    """
+
+    def __init__(self, stage: list[ScoringModel], place: Place):
+        self.stage, self.place = stage, place
+        self.ranks = dist.get_process_group_ranks(pipeline_group())
+        self.sent: list[tuple[dist.Work, Tensor]] = []
+
+    def advance(self, group: _Group) -> None:
+        """One more token for each row of a group that is not finished."""
+        self.receive_tokens(group)
+        if group.finished:
+            return
+        inputs, size = group.inputs(), len(self.ranks)
+        for number, chunk in enumerate(self.stage):
+            if not chunk.pre_process:
+                chunk.set_input_tensor(self._receive_states(chunk, inputs["tokens"].shape))
+            output = chunk(**inputs, inference_context=group.context)
+            if not chunk.post_process:
+                self._send(output, (self.place.stage + 1) % size)
+                continue
+            # only the last stage gets here, with its last chunk
+            drawn = group.drawing.draw(*output, chunk.heads)
+            for other in range(size - 1):
+                self._send(drawn, other)
+            group.context.sequence_len_offset = group.tokens.shape[1]
+            group.take(drawn)
+            return
+        group.context.sequence_len_offset = group.tokens.shape[1]
+        group.awaits = True
+
+    def receive_tokens(self, group: _Group) -> None:
+        """Waits for what the last stage drew in the group's last step, if that has not come yet."""
+        if not group.awaits:
+            return
+        drawn = torch.empty(3, len(group.prompts), dtype=torch.int64, device=self.place.device)
+        dist.recv(drawn, self.ranks[-1], group=pipeline_group())
+        group.take(drawn)
+
+    def finish(self) -> None:
+        """Waits until everything has been sent."""
+        for work, _ in self.sent:
+            work.wait()
+
+    def _receive_states(self, chunk: ScoringModel, shape: torch.Size) -> Tensor:
+        rows, columns = shape
+        states = torch.empty(
+            columns, rows, chunk.config.hidden_size, dtype=chunk.config.params_dtype, device=self.place.device
+        )
+        dist.recv(states, self.ranks[(self.place.stage - 1) % len(self.ranks)], group=pipeline_group())
+        return states
+
+    def _send(self, tensor: Tensor, stage: int) -> None:
+        self.sent = [(work, kept) for work, kept in self.sent if not work.is_completed()]
+        tensor = tensor.contiguous()
+        self.sent.append((dist.isend(tensor, self.ranks[stage], group=pipeline_group()), tensor))
+
+
+_DIVIDING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+"""Attributes of the engine's modules by which they divide sequences over tensor ranks."""
+
+
+@contextmanager
+def _whole_sequences(stage: list[ScoringModel]) -> Iterator[None]:
+    """Inside the block no sequence is divided over tensor ranks: single tokens cannot be."""
+    modules = [module for chunk in stage for module in chunk.modules()]
+    holders = [*modules, stage[0].config]
+    changed = [(holder, name) for holder in holders for name in _DIVIDING if getattr(holder, name, False) is True]
+    for holder, name in changed:
+        setattr(holder, name, False)
+    try:
+        yield
+    finally:
+        for holder, name in changed:
+            setattr(holder, name, True)

@@ -1,0 +1,216 @@
+"""The policy as Megatron-Core runs it: a GPT model whose last pipeline stage scores tokens instead of giving logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor, nn
+
+from trlx.backends.base import ModelNeeds
+from trlx.backends.megatron.blocks import block_spec
+from trlx.backends.megatron.heads import make_heads
+from trlx.backends.megatron.settings import MegatronSettings
+from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.vocabulary import VocabularyPart
+from trlx.batch import TokenScores
+from trlx.models.logprobs import in_chunks
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+
+
+class ScoringModel(GPTModel):
+    """One pipeline stage, or one of the several chunks of an interleaved one, with the heads on the last.
+
+    Called with tokens [B, T] and their response mask, the last stage returns `TokenScores`, the others hidden states.
+    """
+
+    def __init__(
+        self, shape: Shape, config: TransformerConfig, padded_vocab: int, needs: ModelNeeds, seed: int, chunk: int | None
+    ):
+        is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=chunk is None, vp_stage=chunk)
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=chunk is None, vp_stage=chunk)
+        chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+        super().__init__(
+            config,
+            block_spec(shape, config, config.num_layers // chunks),
+            vocab_size=padded_vocab,
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=is_first,
+            post_process=is_last,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type={"learned": "learned_absolute", "rope": "rope"}[shape.position],
+            rotary_percent=shape.rotary_percentage,
+            rotary_base=shape.rotary_base,
+            rope_scaling=shape.rotary_scaling is not None,
+            rope_scaling_factor=shape.rotary_scaling or 1.0,
+            vp_stage=chunk,
+        )
+        self.to(config.params_dtype)  # norms and position embeddings are torch's own, made in float32
+        self.shape = shape
+        self.temperature = needs.temperature
+        self.first_layer = get_transformer_layer_offset(config, vp_stage=chunk)
+        width = padded_vocab // config.tensor_model_parallel_size
+        part = VocabularyPart(parallel_state.get_tensor_model_parallel_rank() * width, width, shape.vocab_size)
+        self.part = part
+        self.heads = make_heads(shape, part, needs, seed) if is_last else None
+        if is_first and shape.embedding_scale != 1.0:
+            scale = torch.tensor(shape.embedding_scale, dtype=config.params_dtype)
+            self.embedding.register_forward_hook(lambda _, args, embedded: embedded * scale.to(embedded.device))
+
+    def forward(self, tokens: Tensor, response_mask: Tensor | None = None, **kwargs: Any) -> Tensor | TokenScores:
+        """Hidden states of a stage, or on the last one scores where `response_mask` is True; both [B, T].
+
+        With an ``inference_context`` the last stage returns (logits [B, V] of the last column, hidden states [B, d]).
+        """
+        positions = kwargs.pop("positions", None)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        mask = kwargs.pop("attention_mask", None)
+        return super().forward(tokens, positions, mask, loss_mask=response_mask, **kwargs)
+
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        *_: Any,
+        loss_mask: Tensor | None = None,
+        inference_context: Any = None,
+        **__: Any,
+    ) -> Tensor | TokenScores | tuple[Tensor, Tensor]:
+        """What a stage hands on; takes the place of the engine's logits and loss."""
+        if not self.post_process:
+            return hidden_states
+        if inference_context is not None:
+            last = hidden_states[-1]
+            return self.part.gathered(self._logits(last).float()), last
+        if self.config.sequence_parallel:
+            # every rank goes on with all tokens, and back with its own
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, False)
+        return self._scores(hidden_states.transpose(0, 1), input_ids, loss_mask)
+
+    def _scores(self, hidden: Tensor, tokens: Tensor, response_mask: Tensor) -> TokenScores:
+        assert not response_mask[:, 0].any(), "the first token of a row has no state before it"
+        at = response_mask.flatten().nonzero().squeeze(1)
+        chosen = tokens.flatten().index_select(0, at)
+        before = hidden.flatten(0, 1).index_select(0, at - 1)
+        shared = tensor_parallel.copy_to_tensor_model_parallel_region(before)
+        logprobs = in_chunks(self._logprobs, shared, chosen, self._logits)
+        scores = TokenScores(_spread(logprobs, at, tokens.shape))
+        if self.heads is not None and "value" in self.heads:
+            scores.values = _spread(self.heads["value"](before), at, tokens.shape)
+        if self.heads is not None and "q" in self.heads:
+            q = [_spread(each, at, tokens.shape) for each in self.heads["q"](before, chosen)]
+            scores.q, scores.target_q, scores.q_logprobs = q
+        return scores
+
+    def _logprobs(self, hidden: Tensor, chosen: Tensor) -> Tensor:
+        return self.part.logprobs(self._logits(hidden).float() / self.temperature, chosen)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """This tensor rank's columns."""
+        tied = self.share_embeddings_and_output_weights
+        return F.linear(hidden, self.shared_embedding_or_output_weight() if tied else self.output_layer.weight)
+
+
+def engine_config(shape: Shape, settings: MegatronSettings, needs: ModelNeeds) -> TransformerConfig:
+    """The engine's own configuration."""
+    parallel, recompute = settings.parallel, settings.recompute
+    dropout = {"hidden_dropout": shape.hidden_dropout, "attention_dropout": shape.attention_dropout}
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        normalization={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[shape.normalization],
+        layernorm_epsilon=shape.norm_epsilon,
+        activation_func=ACTIVATIONS[shape.activation],
+        gated_linear_unit=shape.gated,
+        add_bias_linear=shape.bias,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        softmax_scale=shape.softmax_scale,
+        init_method_std=shape.init_std,
+        **(dropout if needs.dropout else dict.fromkeys(dropout, 0.0)),
+        params_dtype=settings.dtype,
+        pipeline_dtype=settings.dtype,
+        bf16=settings.dtype == torch.bfloat16,
+        fp16=settings.dtype == torch.float16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual,
+        sequence_parallel=parallel.sequence,
+        recompute_granularity=recompute.granularity,
+        recompute_method=recompute.method,
+        recompute_num_layers=recompute.num_layers,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # microbatches are no wider than their longest row; the engine asks for this odd switch with it
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # with two stages and batched sends an interleaved schedule mixes up its two neighbours, which are one process
+        overlap_p2p_comm=parallel.virtual is not None,
+        batch_p2p_comm=parallel.virtual is None,
+        batch_p2p_sync=False,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def build_chunks(
+    shape: Shape, settings: MegatronSettings, padded_vocab: int, needs: ModelNeeds, seed: int, device: torch.device
+) -> list[ScoringModel]:
+    """This process's pipeline stage: one model, or one per interleaved chunk."""
+    config = engine_config(shape, settings, needs)
+    numbers = [None] if settings.parallel.virtual is None else range(settings.parallel.virtual)
+    return [ScoringModel(shape, config, padded_vocab, needs, seed, chunk).to(device) for chunk in numbers]
+
+
+def freeze(chunks: list[ScoringModel], num_layers_unfrozen: int) -> None:
+    """Leaves the top `num_layers_unfrozen` blocks, what follows them and the heads trainable; see
+    ``trlx.models.decoder.freeze``.
+
+    Raises:
+        ValueError: `num_layers_unfrozen` is below -1 or above the number of blocks.
+    """
+    num_layers = chunks[0].shape.num_layers
+    if not -1 <= num_layers_unfrozen <= num_layers:
+        raise ValueError(
+            f"num_layers_unfrozen is {num_layers_unfrozen}, but the model has {num_layers} blocks: write -1 to train "
+            f"everything, 0 to train the heads only, or 1 to {num_layers}."
+        )
+    if num_layers_unfrozen == -1:
+        return
+    for chunk in chunks:
+        language_model(chunk).requires_grad_(False)
+        if num_layers_unfrozen:
+            for module in _top(chunk, num_layers - num_layers_unfrozen):
+                module.requires_grad_(True)
+
+
+def language_model(chunk: ScoringModel) -> nn.ModuleDict:
+    """The parts of a stage but the heads."""
+    return nn.ModuleDict({name: child for name, child in chunk.named_children() if name != "heads"})
+
+
+def _top(chunk: ScoringModel, first: int) -> list[nn.Module]:
+    blocks = [layer for i, layer in enumerate(chunk.decoder.layers) if chunk.first_layer + i >= first]
+    norm = [chunk.decoder.final_layernorm] if chunk.post_process else []
+    untied = chunk.post_process and not chunk.share_embeddings_and_output_weights
+    return [*blocks, *norm, *([chunk.output_layer] if untied else [])]
+
+
+def _spread(flat: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
+    lead = flat.shape[:-1]
+    return flat.new_zeros(*lead, shape.numel()).index_copy(-1, at, flat).view(*lead, *shape)

@@ -1,0 +1,148 @@
+"""The processes of a run: who holds which part of the model, and who sees which data."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from trlx.backends.megatron.settings import Parallel
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait while the main one scores rollouts."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands. Tensor ranks are neighbours, then data ranks, then pipeline stages."""
+
+    layout: Parallel
+    device: torch.device
+    tensor_rank: int
+    stage: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that talks to the user."""
+        return dist.get_rank() == 0
+
+    @property
+    def leads(self) -> bool:
+        """The first of the processes that hold the model for one data rank."""
+        return self.tensor_rank == 0 and self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.layout.pipeline - 1
+
+    def from_last_stage(self, tensor: Tensor) -> Tensor:
+        """The last stage's `tensor` on every stage; all bring one of the same shape and type."""
+        if self.layout.pipeline == 1:
+            return tensor
+        tensor = tensor.contiguous()  # gloo sends garbage otherwise
+        dist.broadcast(tensor, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline_group())
+        return tensor
+
+    def object_from_last_stage(self, value: Any) -> Any:
+        """The last stage's `value` on every stage."""
+        if self.layout.pipeline == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline_group())
+        return box[0]
+
+    def from_leader(self, value: Any) -> Any:
+        """The value of the leading process of this data rank, on all that hold the model with it."""
+        if self.layout.tensor * self.layout.pipeline == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(
+            box, parallel_state.get_model_parallel_src_rank(), group=parallel_state.get_model_parallel_group()
+        )
+        return box[0]
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """The sum of a small tensor over data ranks."""
+        if self.data_size == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True).contiguous()
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        return total.cpu()
+
+    def gather_over_data(self, tensor: Tensor) -> Tensor:
+        """[data_size, ...]: every data rank's `tensor`."""
+        parts = [torch.empty_like(tensor) for _ in range(self.data_size)]
+        dist.all_gather(parts, tensor.contiguous(), group=parallel_state.get_data_parallel_group())
+        return torch.stack(parts)
+
+    def gather_over_tensor_ranks(self, tensor: Tensor) -> list[Tensor]:
+        """Every tensor rank's part, in rank order; all have one shape."""
+        if self.layout.tensor == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.layout.tensor)]
+        dist.all_gather(parts, tensor.contiguous(), group=tensor_group())
+        return parts
+
+
+def arrange(layout: Parallel, seed: int) -> Place:
+    """Joins the processes that torchrun started, or one alone, and divides them as `layout` says.
+
+    Raises:
+        ValueError: the number of processes is not a multiple of those that one copy of the model takes.
+    """
+    _join()
+    world, size = dist.get_world_size(), layout.tensor * layout.pipeline
+    if world % size:
+        raise ValueError(
+            f"One copy of the model takes {layout.tensor} x {layout.pipeline} processes (tensor x pipeline), but there "
+            f"are {world}: start a multiple of {size}, e.g. torchrun --nproc-per-node {size}"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual,
+        distributed_timeout_minutes=int(PATIENCE.total_seconds() // 60),
+    )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    # hidden units dropped on one stage say nothing about those of another
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * stage)
+    return Place(
+        layout=layout,
+        device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        stage=stage,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """The processes that share every layer."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """The processes whose stages make up one model."""
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def _join() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if dist.is_initialized():
+        return
+    kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(kind, timeout=PATIENCE)
+    else:
+        dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)

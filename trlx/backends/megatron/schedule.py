@@ -1,0 +1,74 @@
+"""Microbatches through the pipeline: forward alone, or forward and backward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from trlx.batch import TokenBatch, TokenScores
+
+Result = Any
+OnScores = Callable[[TokenScores, TokenBatch], tuple[Tensor, Result]]
+"""Takes the scores of one microbatch; returns what to differentiate, and what to keep."""
+
+
+def run_forward(stage: list[nn.Module], pieces: Sequence[TokenBatch]) -> list[TokenScores]:
+    """The scores of each microbatch; empty on all but the last pipeline stage."""
+
+    def keep(scores: TokenScores, non_loss_data: bool = True) -> TokenScores:
+        return scores
+
+    with torch.no_grad():
+        return _run(stage, pieces, lambda _: keep, forward_only=True, collect_non_loss_data=True)
+
+
+def run_forward_backward(
+    stage: list[nn.Module], pieces: Sequence[TokenBatch], on_scores: OnScores
+) -> tuple[list[Result], float]:
+    """Leaves the gradients of the summed losses in the weights, averaged over data ranks and summed where weights are
+    shared. Returns what `on_scores` kept of each microbatch (on the last stage), and the seconds spent going forward.
+    """
+    clock = _Clock()
+    kept = _run(stage, pieces, lambda piece: partial(_undivided, on_scores, piece, len(pieces)), clock=clock)
+    return kept, clock.seconds
+
+
+def _undivided(on_scores: OnScores, piece: TokenBatch, num_pieces: int, scores: TokenScores) -> tuple[Tensor, Result]:
+    loss, kept = on_scores(scores, piece)
+    return loss * num_pieces, kept  # the engine divides by the number of microbatches, in place
+
+
+class _Clock:
+    seconds = 0.0
+
+
+def _run(
+    stage: list[nn.Module],
+    pieces: Sequence[TokenBatch],
+    on_last: Callable[[TokenBatch], Callable],
+    clock: _Clock | None = None,
+    **kwargs: Any,
+) -> list[Any]:
+    clock = clock or _Clock()
+
+    def step(iterator: Iterator[TokenBatch], model: nn.Module) -> tuple[Any, Callable]:
+        piece, began = next(iterator), time.perf_counter()
+        output = model(piece.tokens, piece.response_mask)
+        clock.seconds += time.perf_counter() - began
+        return output, on_last(piece)
+
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(pieces) for _ in stage],
+        model=stage,
+        num_microbatches=len(pieces),
+        seq_length=pieces[0].tokens.shape[1],
+        micro_batch_size=len(pieces[0]),
+        **{"forward_only": False, **kwargs},
+    )

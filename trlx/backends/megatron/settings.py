@@ -1,0 +1,296 @@
+"""What the Megatron backend is to do: read from the config's sections and a file in NeMo's shape, once, at the start.
+
+`read_settings` puts them together and `check_layout` compares them with the model and the processes, before anything is
+built. docs/megatron-config.md lists every key, and which of two places wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trlx import logging
+from trlx.backends.megatron.learning_rate import Schedule, read_schedule
+from trlx.backends.megatron.settings_checks import check_layout
+from trlx.backends.megatron.settings_file import WHERE, Lookup, read_megatron_cfg
+from trlx.backends.megatron.settings_keys import check_keys
+from trlx.backends.megatron.settings_shape import read_shape
+from trlx.backends.megatron.shape import Shape
+from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
+from trlx.strict import ConfigError, suggestion
+
+__all__ = ["MegatronSettings", "Optim", "Parallel", "Recompute", "check_layout", "read_settings"]
+
+logger = logging.get_logger(__name__)
+
+SHORTHANDS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "sequence_parallel",
+)
+"""Keys of ``model`` that may stand in ``train.trainer_kwargs`` themselves, and win there."""
+PRECISIONS = {
+    **dict.fromkeys(("32", "32-true"), torch.float32),
+    **dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16),
+    **dict.fromkeys(("16", "16-mixed"), torch.float16),
+}
+MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How one copy of the model is divided."""
+
+    tensor: int = 1
+    """Processes that share every layer."""
+    pipeline: int = 1
+    """Stages that share the layers out."""
+    virtual: int | None = None
+    """Chunks of layers per stage (interleaved schedule); None: one."""
+    sequence: bool = False
+    """Tensor ranks share norms and dropout out, too."""
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Which activations are computed again in the backward pass."""
+
+    granularity: str | None = None
+    """"selective" (attention only), "full", or None."""
+    method: str | None = None
+    """"uniform" or "block"; full only."""
+    num_layers: int | None = None
+    """Layers per piece (uniform), or layers of a stage that are recomputed (block); full only."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimizer and its learning rate."""
+
+    name: str
+    """"adam" or "sgd"."""
+    lr: float
+    schedule: Schedule
+    """Its ``rate(step, lr)`` is the learning rate of a step."""
+    distributed: bool = False
+    """Every data rank keeps a part of the optimizer's state."""
+    decoupled_weight_decay: bool = True
+    """AdamW, not Adam with weight decay in the gradient."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """The running averages kept of each weight, as torch names them."""
+        if self.name == "adam":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self.momentum else ()
+
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether anything is kept of each weight."""
+        return bool(self.moment_names)
+
+
+@dataclass(frozen=True)
+class MegatronSettings:
+    """Everything the backend is told, with its kind checked."""
+
+    parallel: Parallel
+    recompute: Recompute
+    optim: Optim
+    dtype: torch.dtype
+    """Type of weights and activations; with a half type there are float32 main weights beside."""
+    micro_batch_size: int
+    """Rows per forward pass."""
+    max_grad_norm: float | None
+    """Gradients are clipped to this norm; None: not."""
+    seed: int
+    num_layers_unfrozen: int
+    shape: Shape | None
+    """The model that the file describes, its ``vocab_size`` None until the tokenizer is known; None: as pretrained."""
+    pretrained_model: str | None
+    """Folder, ``.nemo`` archive or hub name; None: random weights of `shape` or of a config in ``model.model_path``."""
+    hidden_dropout: float | None
+    """In place of the pretrained model's own; None: its own."""
+    attention_dropout: float | None
+    make_vocab_size_divisible_by: int = 128
+    devices: int | None = None
+    """Processes per node that the file counts on; None: it does not say."""
+    num_nodes: int | None = None
+
+    def padded_vocab(self, vocab_size: int) -> int:
+        """Rows of the embedding: the next multiple of ``make_vocab_size_divisible_by`` times the tensor size."""
+        multiple = self.make_vocab_size_divisible_by * self.parallel.tensor
+        return -(-vocab_size // multiple) * multiple
+
+
+def read_settings(
+    trainer_kwargs: Mapping[str, Any],
+    *,
+    train: TrainConfig,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    scheduler: SchedulerConfig,
+) -> MegatronSettings:
+    """The settings in ``train.trainer_kwargs`` and the sections of a config.
+
+    Args:
+        trainer_kwargs: ``megatron_cfg`` (see `read_megatron_cfg`), ``pretrained_model`` and `SHORTHANDS`, all optional.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of range, or one that asks for what is not done.
+        ValueError: there is no such file or preset.
+    """
+    _check_supported(trainer_kwargs, model)
+    config = read_megatron_cfg(trainer_kwargs.get("megatron_cfg"))
+    check_keys(config)
+    root = Lookup(config, WHERE)
+    trainer, gpt = root.below("trainer"), root.below("model")
+    shape = read_shape(gpt)
+    return MegatronSettings(
+        parallel=_parallel(gpt, trainer_kwargs),
+        recompute=_recompute(gpt, train),
+        optim=_optim(gpt, optimizer, scheduler, train.total_steps),
+        dtype=_dtype(trainer, gpt, train),
+        micro_batch_size=_micro_batch_size(gpt, train),
+        max_grad_norm=_max_grad_norm(trainer, train),
+        seed=train.seed,
+        num_layers_unfrozen=model.num_layers_unfrozen,
+        shape=shape,
+        pretrained_model=_pretrained_model(trainer_kwargs, model, shape),
+        hidden_dropout=gpt.number("hidden_dropout", least=0, below=1),
+        attention_dropout=gpt.number("attention_dropout", least=0, below=1),
+        make_vocab_size_divisible_by=gpt.integer("make_vocab_size_divisible_by", 128),
+        devices=_count(trainer, "devices"),
+        num_nodes=_count(trainer, "num_nodes"),
+    )
+
+
+def _check_supported(trainer_kwargs: Mapping[str, Any], model: ModelConfig) -> None:
+    known = ("megatron_cfg", "pretrained_model", *SHORTHANDS)
+    for key in trainer_kwargs:
+        if key not in known:
+            near = suggestion(key, known)
+            raise ConfigError(f"Unknown key 'train.trainer_kwargs.{key}'.{near} Known: {', '.join(known)}")
+    advice = "the NeMo trainers cannot: write an Accelerate trainer in train.trainer"
+    if model.model_arch_type != "causal":
+        raise ConfigError(f"model.model_arch_type is {model.model_arch_type!r}; {advice}, or causal")
+    if model.peft_config is not None:
+        raise ConfigError(f"model.peft_config asks for an adapter; {advice}, or leave it out")
+
+
+def _parallel(gpt: Lookup, trainer_kwargs: Mapping[str, Any]) -> Parallel:
+    shorthand = Lookup(trainer_kwargs, "train.trainer_kwargs")
+    tensor, pipeline, virtual, sequence = (shorthand if shorthand.has(key) else gpt for key in SHORTHANDS)
+    size, chunks = tensor.integer(SHORTHANDS[0], 1), virtual.integer(SHORTHANDS[2], 1)
+    shares_sequence = sequence.flag("sequence_parallel", False)
+    if shares_sequence and size == 1:
+        logger.warning("sequence_parallel does nothing where tensor_model_parallel_size is 1, and is off")
+    return Parallel(
+        tensor=size,
+        pipeline=pipeline.integer(SHORTHANDS[1], 1),
+        virtual=None if chunks == 1 else chunks,
+        sequence=shares_sequence and size > 1,
+    )
+
+
+def _recompute(gpt: Lookup, train: TrainConfig) -> Recompute:
+    granularity = gpt.choice("activations_checkpoint_granularity", None, ["selective", "full"])
+    if granularity is None and train.gradient_checkpointing:
+        return Recompute("full", "uniform", 1)
+    if granularity != "full":  # files write a method beside "selective", which has none
+        return Recompute(granularity)
+    method = gpt.choice("activations_checkpoint_method", "uniform", ["uniform", "block"])
+    return Recompute(granularity, method, gpt.integer("activations_checkpoint_num_layers", 1))
+
+
+def _optim(gpt: Lookup, optimizer: OptimizerConfig, scheduler: SchedulerConfig, total_steps: int) -> Optim:
+    section, written = Lookup(optimizer.kwargs, "optimizer.kwargs"), gpt.below("optim")
+    name = optimizer.name
+    if optimizer == OptimizerConfig() and written.values:
+        section = Lookup({key: value for key, value in written.values.items() if key != "sched"}, written.where)
+        name = section.get("name", name)
+    kind = _OPTIMIZERS.get(str(name).lower())
+    if kind is None:
+        near = suggestion(name, _OPTIMIZERS)
+        raise ConfigError(f"Unknown optimizer {name!r}.{near} The NeMo trainers know: {', '.join(_OPTIMIZERS)}")
+    values = kind | (_adam(section) if kind["name"] == "adam" else _sgd(section))
+    values["lr"] = section.number("lr", 1e-3, least=0)
+    values["weight_decay"] = section.number("weight_decay", kind["weight_decay"], least=0)
+    return Optim(**values, schedule=_schedule(written.below("sched"), scheduler, total_steps, values["lr"]))
+
+
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adam": {"name": "adam", "decoupled_weight_decay": False, "weight_decay": 0.0},
+    "adamw": {"name": "adam", "weight_decay": 0.01},
+    "fused_adam": {"name": "adam", "weight_decay": 0.0},
+    "distributed_fused_adam": {"name": "adam", "weight_decay": 0.0, "distributed": True},
+    "sgd": {"name": "sgd", "weight_decay": 0.0},
+}
+"""By the name in a config; defaults as in torch, and in NeMo for its own."""
+
+
+def _adam(section: Lookup) -> dict[str, Any]:
+    section.only("name", "lr", "betas", "eps", "weight_decay")
+    betas = section.get("betas", Optim.betas)
+    is_pair = isinstance(betas, (list, tuple)) and len(betas) == 2
+    section.require(is_pair and all(_is_decay(beta) for beta in betas), "betas", "be two numbers, 0 <= number < 1")
+    return {"betas": tuple(map(float, betas)), "eps": section.number("eps", Optim.eps, least=0)}
+
+
+def _is_decay(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+
+
+def _sgd(section: Lookup) -> dict[str, Any]:
+    section.only("name", "lr", "momentum", "weight_decay")
+    return {"momentum": section.number("momentum", Optim.momentum, least=0, below=1)}
+
+
+def _schedule(written: Lookup, scheduler: SchedulerConfig, total_steps: int, lr: float) -> Schedule:
+    if scheduler != SchedulerConfig() or not written.values:
+        kwargs, where = scheduler.kwargs, "scheduler.kwargs"
+        return read_schedule(scheduler.name, kwargs, where=where, total_steps=total_steps, peak_lr=lr)
+    kwargs = {key: value for key, value in written.values.items() if key != "name"}
+    name = str(written.get("name", "CosineAnnealing"))
+    return read_schedule(name, kwargs, where=written.where, total_steps=total_steps, peak_lr=lr)
+
+
+def _dtype(trainer: Lookup, gpt: Lookup, train: TrainConfig) -> torch.dtype:
+    if train.mixed_precision is not None:
+        return MIXED_PRECISIONS[train.mixed_precision]
+    section = trainer if trainer.has("precision") else gpt
+    written = Lookup({"precision": str(section.get("precision", 32))}, section.where)
+    return PRECISIONS[written.choice("precision", "32", PRECISIONS)]
+
+
+def _micro_batch_size(gpt: Lookup, train: TrainConfig) -> int:
+    written = gpt.integer("micro_batch_size", train.batch_size)
+    # a file's size is for the batches it was written for
+    return train.minibatch_size or min(written, train.batch_size)
+
+
+def _max_grad_norm(trainer: Lookup, train: TrainConfig) -> float | None:
+    if train.max_grad_norm != TrainConfig.max_grad_norm or not trainer.has("gradient_clip_val"):
+        return train.max_grad_norm
+    return trainer.number("gradient_clip_val", least=0) or None
+
+
+def _pretrained_model(trainer_kwargs: Mapping[str, Any], model: ModelConfig, shape: Shape | None) -> str | None:
+    path = trainer_kwargs.get("pretrained_model")
+    if path is None and shape is None and isinstance(model.model_path, str):
+        path = model.model_path
+    return None if path is None else str(path)
+
+
+def _count(trainer: Lookup, key: str) -> int | None:
+    """A count of processes; None for one that is left to the launcher, as in ``devices: auto``."""
+    value = trainer.get(key)
+    return None if value in ("auto", -1, "-1") else trainer.integer(key)

@@ -1,0 +1,129 @@
+"""The arithmetic between the settings, the model and the processes, done before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from trlx.backends.megatron.shape import Shape
+from trlx.strict import ConfigError
+
+if TYPE_CHECKING:
+    from trlx.backends.megatron.settings import MegatronSettings
+
+
+def check_layout(settings: MegatronSettings, shape: Shape, world_size: int, vocab: int, batch_size: int) -> None:
+    """Makes sure that the layout divides what it has to divide.
+
+    Args:
+        shape: the model that is going to be built.
+        world_size: processes that were started.
+        vocab: tokens that the tokenizer knows.
+        batch_size: rows per optimizer step and data rank.
+
+    Raises:
+        ConfigError: something does not fit; the message lists all of it, a sentence each.
+    """
+    problems = [
+        *_processes(settings, world_size),
+        *_tensor(settings, shape),
+        *_pipeline(settings, shape),
+        *_batch(settings, batch_size),
+        *_recompute(settings, shape),
+        *_vocabulary(shape, vocab),
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _processes(settings: MegatronSettings, world_size: int) -> Iterator[str]:
+    tensor, pipeline = settings.parallel.tensor, settings.parallel.pipeline
+    if world_size % (tensor * pipeline):
+        yield (
+            f"One copy of the model takes tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline} "
+            f"= {tensor * pipeline} processes, which do not divide the {world_size} that were started: start a multiple "
+            "of them, or write smaller sizes."
+        )
+    if settings.devices is None or settings.num_nodes is None:
+        return
+    expected = settings.devices * settings.num_nodes
+    if world_size != expected:
+        yield (
+            f"trainer.devices {settings.devices} x trainer.num_nodes {settings.num_nodes} = {expected} processes, but "
+            f"{world_size} were started: start your script with torchrun --nnodes {settings.num_nodes} "
+            f"--nproc-per-node {settings.devices}, or write how many there are."
+        )
+
+
+def _tensor(settings: MegatronSettings, shape: Shape) -> Iterator[str]:
+    tensor = settings.parallel.tensor
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        size = getattr(shape, name)
+        if size % tensor:
+            yield _not_divided(f"The model's {name}", size, "tensor_model_parallel_size", tensor)
+    if shape.num_attention_heads % shape.num_query_groups:
+        yield (
+            f"The model's num_attention_heads {shape.num_attention_heads} is not a multiple of num_query_groups "
+            f"{shape.num_query_groups}: every group serves as many heads."
+        )
+    if settings.parallel.sequence and tensor == 1:
+        yield "sequence_parallel needs tensor_model_parallel_size 2 or more: write sequence_parallel: false."
+
+
+def _pipeline(settings: MegatronSettings, shape: Shape) -> Iterator[str]:
+    pipeline, virtual = settings.parallel.pipeline, settings.parallel.virtual
+    if virtual is None:
+        if shape.num_layers % pipeline:
+            yield _not_divided("The model's num_layers", shape.num_layers, "pipeline_model_parallel_size", pipeline)
+        return
+    if pipeline == 1:
+        yield (
+            f"virtual_pipeline_model_parallel_size {virtual} needs pipeline_model_parallel_size 2 or more: write null, "
+            "or more stages."
+        )
+    if shape.num_layers % (pipeline * virtual):
+        name = "pipeline_model_parallel_size x virtual_pipeline_model_parallel_size"
+        yield _not_divided("The model's num_layers", shape.num_layers, name, pipeline * virtual)
+
+
+def _batch(settings: MegatronSettings, batch_size: int) -> Iterator[str]:
+    rows, pipeline = settings.micro_batch_size, settings.parallel.pipeline
+    if batch_size % rows:
+        yield (
+            f"{rows} rows per microbatch (train.minibatch_size, else model.micro_batch_size) do not divide "
+            f"train.batch_size {batch_size}, the rows of each data rank: write a train.minibatch_size that does."
+        )
+    elif settings.parallel.virtual is not None and (batch_size // rows) % pipeline:
+        yield (
+            f"train.batch_size {batch_size} / {rows} rows per microbatch = {batch_size // rows} microbatches, not a "
+            f"multiple of pipeline_model_parallel_size {pipeline}, as virtual_pipeline_model_parallel_size needs: "
+            "write another train.minibatch_size, or virtual_pipeline_model_parallel_size: null."
+        )
+
+
+def _recompute(settings: MegatronSettings, shape: Shape) -> Iterator[str]:
+    wanted, parallel = settings.recompute.num_layers, settings.parallel
+    in_chunk = shape.num_layers // (parallel.pipeline * (parallel.virtual or 1))
+    if wanted is not None and wanted > in_chunk > 0:
+        yield (
+            f"activations_checkpoint_num_layers is {wanted}, but a stage of the pipeline has {in_chunk} layers at a "
+            f"time: write at most {in_chunk}."
+        )
+
+
+def _vocabulary(shape: Shape, vocab: int) -> Iterator[str]:
+    # the engine takes a token it has no embedding for without a word, and gives it probability 0
+    if shape.vocab_size is not None and vocab > shape.vocab_size:
+        yield (
+            f"The tokenizer knows {vocab} tokens, the model {shape.vocab_size}: take the tokenizer that belongs to the "
+            "model, or resize_token_embeddings and save the model first."
+        )
+
+
+def _not_divided(what: str, size: int, key: str, parts: int) -> str:
+    return f"{what} {size} is not a multiple of {key} {parts}: write one of {_divisors(size)}."
+
+
+def _divisors(size: int) -> str:
+    """ "1, 2, 4, 8": those up to 64, more processes than any layout has."""
+    return ", ".join(str(part) for part in range(1, min(size, 64) + 1) if size % part == 0)

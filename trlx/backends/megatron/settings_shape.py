@@ -1,0 +1,96 @@
+"""The decoder that the ``model`` section of a NeMo-shaped file describes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trlx.backends.megatron.settings_file import Lookup
+from trlx.backends.megatron.shape import Shape
+from trlx.strict import ConfigError
+
+SIZES = ("num_layers", "hidden_size", "num_attention_heads")
+"""The keys that make a section describe a model."""
+ACTIVATIONS: dict[str, tuple[str, bool]] = {
+    "gelu": ("gelu", False),
+    "relu": ("relu", False),
+    "geglu": ("gelu", True),
+    "reglu": ("relu", True),
+    "swiglu": ("silu", True),
+}
+"""NeMo's name: our activation, and whether it gates. NeMo's fast- forms compute the same."""
+NORMS: dict[str, tuple[str, float]] = {
+    "layernorm": ("layernorm", 0.0),
+    "layernorm1p": ("layernorm", 1.0),
+    "rmsnorm": ("rmsnorm", 0.0),
+}
+"""NeMo's name: our norm, and what is added to its weight."""
+POSITIONS = {"learned_absolute": "learned", "rope": "rope"}
+
+
+def read_shape(section: Lookup) -> Shape | None:
+    """The model's shape with NeMo's defaults, its ``vocab_size`` None; None where the section gives no sizes.
+
+    Raises:
+        ConfigError: only some of the sizes are there, or a value is of the wrong type, out of range or unknown.
+    """
+    given = [key for key in SIZES if section.has(key)]
+    if not given:
+        return None
+    if len(given) < len(SIZES):
+        missing = ", ".join(f"{section.where}.{key}" for key in SIZES if key not in given)
+        raise ConfigError(
+            f"Missing: {missing}. Write all of {', '.join(SIZES)}, or none to take the pretrained model's"
+        )
+    normalization, offset = NORMS[section.choice("normalization", "layernorm", NORMS)]
+    position = section.choice("position_embedding_type", "learned_absolute", POSITIONS)
+    return Shape(
+        **_sizes(section),
+        **_feed_forward(section),
+        vocab_size=None,
+        normalization=normalization,
+        norm_epsilon=section.number("layernorm_epsilon", 1e-5, least=0),
+        norm_offset=offset,
+        qkv_bias=section.flag("bias", True),
+        position=POSITIONS[position],
+        rotary_base=section.number("rotary_base", 10_000.0, least=1),
+        rotary_percentage=_rotary_percentage(section),
+        tied=section.flag("share_embeddings_and_output_weights", True),
+        init_std=section.number("init_method_std", 0.02, least=0),
+        hidden_dropout=section.number("hidden_dropout", 0.1, least=0, below=1),
+        attention_dropout=section.number("attention_dropout", 0.1, least=0, below=1),
+    )
+
+
+def _sizes(section: Lookup) -> dict[str, int]:
+    layers, hidden, heads = (section.integer(key) for key in SIZES)
+    if not section.has("kv_channels") and hidden % heads:
+        raise ConfigError(
+            f"{section.where}.hidden_size {hidden} is not a multiple of num_attention_heads {heads}: write "
+            "kv_channels, the width of a head"
+        )
+    return {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": section.integer("num_query_groups", heads),
+        "kv_channels": section.integer("kv_channels", hidden // heads),
+        "ffn_hidden_size": section.integer("ffn_hidden_size", 4 * hidden),
+        "max_position_embeddings": section.integer("max_position_embeddings", 512),
+    }
+
+
+def _feed_forward(section: Lookup) -> dict[str, Any]:
+    names = [*ACTIVATIONS, *(f"fast-{name}" for name, (_, gated) in ACTIVATIONS.items() if gated)]
+    name = section.choice("activation", "gelu", names)
+    activation, gated = ACTIVATIONS[name.removeprefix("fast-")]
+    bias = section.flag("bias", True)
+    is_fused = bias and section.flag("bias_activation_fusion", True)
+    if name == "gelu" and (is_fused or section.flag("openai_gelu", False)):
+        activation = "gelu_tanh"  # NeMo's fused kernel computes this form, whatever its name says
+    return {"activation": activation, "gated": gated, "bias": bias}
+
+
+def _rotary_percentage(section: Lookup) -> float:
+    part = section.number("rotary_percentage", 1.0, least=0)
+    section.require(0 < part <= 1, "rotary_percentage", "be more than 0 and at most 1")
+    return part

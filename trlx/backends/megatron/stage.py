@@ -1,0 +1,199 @@
+"""The weights of this process's pipeline stage by the names they have in the whole model, on disk and on the way there.
+
+On disk every tensor is whole and has its Hugging Face name, so that any layout can read what any other wrote. A stage
+writes its own layers; all it needs from others are the parts of its tensor ranks, one weight at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trlx.backends.megatron.mapping import Entry, Replicated, Vocabulary
+from trlx.backends.megatron.model import ScoringModel
+from trlx.backends.megatron.parallel import Place
+from trlx.backends.megatron.updates import Updates
+from trlx.models.reference import sum_of_bits
+
+HEADS = "heads."
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of this stage, or this tensor rank's part of it."""
+
+    name: str
+    """The engine's name, layers counted over the whole model."""
+    value: nn.Parameter
+    entry: Entry
+    is_copy: bool
+    """The last stage's copy of a tied embedding, which the first stage has too."""
+
+
+class StageWeights:
+    """Reads and writes the weights of a stage. Every method is called on every process.
+
+    Args:
+        entries: for each of the engine's names, layers counted over the whole model, what it is made of.
+    """
+
+    def __init__(self, stage: list[ScoringModel], entries: dict[str, Entry], place: Place):
+        self.place = place
+        self.weights = [weight for chunk in stage for weight in _named(chunk, entries)]
+
+    def load(self, read: Callable[[str], Any], weights: Iterable[Weight]) -> None:
+        """Fills `weights` with their parts of the tensors that `read` gives by name."""
+        with torch.no_grad():
+            for weight in weights:
+                weight.value.copy_(self._part(weight, read))
+
+    def of_model(self) -> list[Weight]:
+        """The language model's."""
+        return [weight for weight in self.weights if not weight.name.startswith(HEADS)]
+
+    def of_heads(self) -> list[Weight]:
+        """Those of the heads; none but on the last stage."""
+        return [weight for weight in self.weights if weight.name.startswith(HEADS)]
+
+    def trained(self) -> list[Weight]:
+        """What a checkpoint needs: what trains, and every head; the rest comes from where training started."""
+        return [w for w in self.weights if w.value.requires_grad or w.name.startswith(HEADS)]
+
+    def whole(self, weights: Iterable[Weight], value: Callable[[Weight], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor on the CPU) of `value(weight)`, which has the weight's own shape.
+
+        Only the first tensor rank of the first data rank gets them; the others help to gather and get nothing.
+        """
+        if self.place.data_rank:
+            return
+        for weight in weights:
+            if weight.is_copy:
+                continue
+            local = value(weight).detach()
+            parts = [local] if weight.entry.split_dim is None else self.place.gather_over_tensor_ranks(local)
+            if self.place.tensor_rank == 0:
+                yield from weight.entry.whole([part.cpu() for part in parts]).items()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what its stage holds."""
+        return self.place.data_rank == 0 and self.place.tensor_rank == 0
+
+    def save_trained(self, folder: Path) -> None:
+        """Writes what trains, as it is."""
+        self._write(folder / f"policy-{self.place.stage:03d}.safetensors", self.whole(self.trained(), lambda w: w.value))
+
+    def load_trained(self, folder: Path) -> None:
+        """Restores `save_trained`, in any layout.
+
+        Raises:
+            ValueError: other weights were trained.
+        """
+        read, names = _reader(folder, "policy")
+        trained = self.trained()
+        missing = [n for w in trained for n in w.entry.hf_names if n not in names]
+        if missing:
+            raise ValueError(f"{folder} holds other trained weights than this config asks for: {missing[0]} is not there")
+        self.load(read, trained)
+
+    def save_moments(self, folder: Path, updates: Updates) -> None:
+        """Writes what the optimizer keeps of every weight."""
+        kept = {w.name: updates.moments(w.value) for w in self.weights if w.value.requires_grad}
+        kinds = sorted({kind for moments in kept.values() for kind in moments})
+        tensors = {}
+        for kind in kinds:
+            weights = [w for w in self.weights if kind in kept.get(w.name, {})]
+            for name, tensor in self.whole(weights, lambda w, kind=kind: kept[w.name][kind]):
+                tensors[f"{kind}/{name}"] = tensor
+        self._write(folder / f"optimizer-{self.place.stage:03d}.safetensors", tensors.items())
+
+    def load_moments(self, folder: Path, updates: Updates) -> None:
+        """Restores `save_moments`, in any layout."""
+        read, _ = _reader(folder, "optimizer")
+        updates.prepare_moments()
+        with torch.no_grad():
+            for weight in (w for w in self.weights if w.value.requires_grad):
+                for kind, moment in updates.moments(weight.value).items():
+                    moment.copy_(self._part(weight, lambda name, kind=kind: read(f"{kind}/{name}")))
+
+    def digest(self) -> str:
+        """A short hash of the language model's weights, the same in every layout."""
+        mine = {}
+        for weight in self.of_model():
+            counts = not weight.is_copy and (weight.entry.split_dim is not None or self.place.tensor_rank == 0)
+            if counts and self.place.data_rank == 0:
+                mine[weight.name] = sum_of_bits(weight.value.detach())
+        found: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, mine)
+        sums: dict[str, int] = {}
+        for each in found:
+            for name, bits in each.items():
+                sums[name] = (sums.get(name, 0) + bits) % 2**64
+        return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _part(self, weight: Weight, read: Callable[[str], Any]) -> Tensor:
+        return weight.entry.part(read, self.place.tensor_rank, self.place.layout.tensor)
+
+    def _write(self, file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        found = dict(tensors)
+        if self.writes:
+            save_file(found, file)
+
+
+class Randomness:
+    """The random numbers of dropout on this process, which depend on its place."""
+
+    def __init__(self, place: Place):
+        self.file = f"dropout-{place.data_rank:05d}-{place.tensor_rank:03d}-{place.stage:03d}.safetensors"
+
+    def save(self, folder: Path) -> None:
+        save_file(dict(tensor_parallel.get_cuda_rng_tracker().get_states()), folder / self.file)
+
+    def load(self, folder: Path) -> None:
+        """Goes on where this place was; in another layout, where it has not been, afresh."""
+        if (folder / self.file).is_file():
+            tensor_parallel.get_cuda_rng_tracker().set_states(load_file(folder / self.file))
+
+
+def _named(chunk: ScoringModel, entries: dict[str, Entry]) -> Iterator[Weight]:
+    for name, value in chunk.named_parameters():
+        if name.startswith(HEADS):
+            yield Weight(name, value, _head_entry(name.removeprefix(HEADS), value, chunk), False)
+            continue
+        name = _in_whole_model(name, chunk.first_layer)
+        is_copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+        yield Weight(name, value, entries[name], is_copy)
+
+
+def _head_entry(name: str, value: Tensor, chunk: ScoringModel) -> Entry:
+    if not getattr(value, "tensor_model_parallel", False):
+        return Replicated(name, tuple(value.shape))
+    width = value.shape[1] if value.dim() == 2 else None
+    return Vocabulary(name, chunk.part.size, width, chunk.vocab_size)
+
+
+def _in_whole_model(name: str, first_layer: int) -> str:
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(int(parts[2]) + first_layer)
+    return ".".join(parts)
+
+
+def _reader(folder: Path, kind: str) -> tuple[Callable[[str], Any], set[str]]:
+    """(gives a slice of a tensor by name, all names) from the files of every stage."""
+    homes = {}
+    for file in sorted(folder.glob(f"{kind}-*.safetensors")):
+        opened = safe_open(file, framework="pt")
+        homes |= {name: opened for name in opened.keys()}
+    return (lambda name: homes[name].get_slice(name)), set(homes)

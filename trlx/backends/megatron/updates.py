@@ -1,0 +1,111 @@
+"""Megatron-Core's optimizer over a stage's weights, and the learning rate it follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor, nn
+
+from trlx.backends.megatron.cpu import cuda_type_names
+from trlx.backends.megatron.settings import MegatronSettings, Optim
+
+
+class Updates:
+    """Clips and applies gradients that are ready, unless they are not finite.
+
+    Args:
+        stage: this process's model chunks, wrapped for data parallelism.
+    """
+
+    def __init__(self, stage: list[nn.Module], settings: MegatronSettings):
+        self.optim: Optim = settings.optim
+        self.max_norm = settings.max_grad_norm
+        self.step_count = 0
+        self.engine = _engine_optimizer(stage, settings)
+        if settings.dtype == torch.float16:
+            for chunk in stage:
+                chunk.config.grad_scale_func = self.engine.scale_loss
+        self._set_rate()
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the coming step."""
+        return self.optim.schedule.rate(self.step_count, self.optim.lr)
+
+    @torch.no_grad()
+    def apply(self) -> dict[str, float]:
+        """One optimizer step: ``grad_norm``, ``skipped_steps`` and ``learning_rate_group_0``; the same on all ranks."""
+        overflow = self.engine.prepare_grads()
+        norm = float("inf") if overflow else self._clipped_norm()
+        rate, skipped = self.rate, not torch.tensor(norm).isfinite()
+        if not skipped:
+            self.engine.step_with_ready_grads()
+            self.step_count += 1
+            self._set_rate()
+        return {"grad_norm": norm, "skipped_steps": float(skipped), "learning_rate_group_0": rate}
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        self.engine.zero_grad()
+
+    def moments(self, weight: Tensor) -> dict[str, Tensor]:
+        """What the optimizer keeps for `weight`, in its shape: a float32 copy under bf16, and running averages."""
+        main = getattr(weight, "main_param", None)
+        kept = {} if main is None else {"main": main}
+        state = self.engine.optimizer.state[weight if main is None else main]
+        return kept | {name: value for name, value in state.items() if torch.is_tensor(value) and value.dim()}
+
+    def prepare_moments(self) -> None:
+        """Makes empty running averages for every weight, to be filled from a checkpoint; none before the first step."""
+        optimizer = self.engine.optimizer
+        if optimizer is None or not self.step_count:
+            return
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                averages = {name: torch.zeros_like(weight) for name in self.optim.moment_names}
+                optimizer.state[weight] = averages | {"step": torch.tensor(float(self.step_count))}
+
+    def state(self) -> dict[str, Any]:
+        """Numbers for a checkpoint."""
+        scaler = getattr(self.engine, "grad_scaler", None)
+        return {"step_count": self.step_count, "scaler": None if scaler is None else scaler.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restores `state`."""
+        self.step_count = state["step_count"]
+        self._set_rate()
+
+    def _clipped_norm(self) -> float:
+        if self.max_norm is None:
+            return float(self.engine.get_grad_norm())
+        return float(self.engine.clip_grad_norm(self.max_norm))
+
+    def _set_rate(self) -> None:
+        for group in self.engine.param_groups:
+            group["lr"] = self.rate
+
+
+def _engine_optimizer(stage: list[nn.Module], settings: MegatronSettings) -> MegatronOptimizer:
+    optim = settings.optim
+    config = OptimizerConfig(
+        optimizer=optim.name,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        decoupled_weight_decay=optim.decoupled_weight_decay,
+        sgd_momentum=optim.momentum,
+        use_distributed_optimizer=optim.distributed,
+        bf16=settings.dtype == torch.bfloat16,
+        fp16=settings.dtype == torch.float16,
+        params_dtype=settings.dtype,
+        clip_grad=settings.max_grad_norm or 0.0,
+    )
+    with cuda_type_names():
+        # no overrides: weight decay reaches every weight, as it does in torch's optimizers
+        optimizer = get_megatron_optimizer(config, stage, config_overrides={})
+    return optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
