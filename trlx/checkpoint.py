@@ -208,18 +208,18 @@ class RandomState:
         if self.cuda is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.cuda)
 
-    def write(self, folder: Path, rank: int) -> None:
+    def write(self, folder: Path, process: str) -> None:
         """Writes one process's states into a checkpoint."""
         tensors = {"torch": self.torch} | ({} if self.cuda is None else {"cuda": self.cuda})
         others = {"python": json.dumps(self.python), "numpy": json.dumps(self.numpy)}
-        save_file(tensors, _random_file(folder, rank), metadata=others)
+        save_file(tensors, _random_file(folder, process), metadata=others)
 
     @classmethod
-    def read(cls, folder: Path, rank: int) -> RandomState | None:
+    def read(cls, folder: Path, process: str) -> RandomState | None:
         """One process's states, or None where the checkpoint has none for it."""
-        if not _random_file(folder, rank).is_file():
+        if not _random_file(folder, process).is_file():
             return None
-        with safe_open(_random_file(folder, rank), framework="pt") as file:
+        with safe_open(_random_file(folder, process), framework="pt") as file:
             others = file.metadata()
             cuda = file.get_tensor("cuda") if "cuda" in file.keys() else None
             return cls(json.loads(others["python"]), json.loads(others["numpy"]), file.get_tensor("torch"), cuda)
@@ -240,5 +240,5 @@ def _displaced(target: Path) -> Path:
     return target.parent / f".{target.name}.replaced"
 
 
-def _random_file(folder: Path, rank: int) -> Path:
-    return folder / f"random_state_{rank:05d}.safetensors"
+def _random_file(folder: Path, process: str) -> Path:
+    return folder / f"random_state_{process}.safetensors"

@@ -173,17 +173,9 @@ def default_nemo_20b_config() -> Any:
 
 
 def _nemo_config(preset: str) -> Any:
-    from omegaconf import OmegaConf
+    from trlx.presets import megatron_preset
 
-    from trlx.presets import preset_path
-
-    try:
-        return OmegaConf.load(preset_path(preset))
-    except ValueError as error:
-        raise NotImplementedError(
-            f"This version of trlx has no preset {preset!r}, because its Megatron backend is not built yet: train with "
-            "an Accelerate trainer"
-        ) from error
+    return megatron_preset(preset)
 
 
 @dataclass

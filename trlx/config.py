@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,13 @@ from trlx.strict import ConfigError, Section, build, suggestion
 
 OPTIMIZERS = ("adam", "adamw", "adam_8bit_bnb", "adamw_8bit_bnb", "sgd")
 SCHEDULERS = ("cosine_annealing", "linear", "constant")
+NEMO_OPTIMIZERS = {"fused_adam": "adamw", "distributed_fused_adam": "adamw"}
+NEMO_SCHEDULERS = {
+    "cosineannealing": "cosine_annealing",
+    "warmupannealing": "linear",
+    "warmuppolicy": "constant",
+}
+"""Names that the NeMo trainers know beside the others, and which of the others is nearest."""
 
 
 @dataclass
@@ -81,7 +90,7 @@ class OptimizerConfig(Section):
 
     def check(self) -> None:
         self.name = self.name.lower()
-        self.require_choice("name", OPTIMIZERS)
+        self.require_choice("name", [*OPTIMIZERS, *NEMO_OPTIMIZERS])
 
 
 @dataclass
@@ -97,7 +106,7 @@ class SchedulerConfig(Section):
 
     def check(self) -> None:
         self.name = self.name.lower()
-        self.require_choice("name", SCHEDULERS)
+        self.require_choice("name", [*SCHEDULERS, *NEMO_SCHEDULERS])
 
 
 @dataclass
@@ -182,6 +191,16 @@ class TRLConfig:
     tokenizer: TokenizerConfig
     train: TrainConfig
 
+    def __post_init__(self):
+        if self.train.trainer.lower().startswith("nemo"):
+            return
+        for section, nearest in ((self.optimizer, NEMO_OPTIMIZERS), (self.scheduler, NEMO_SCHEDULERS)):
+            if section.name in nearest:
+                raise ConfigError(
+                    f"{section.section}.name '{section.name}' is for the NeMo trainers: write {nearest[section.name]}, "
+                    f"or a NeMo trainer in train.trainer, which is {self.train.trainer!r}"
+                )
+
     @classmethod
     def load_yaml(cls, *files: str | Path, overrides: Sequence[str] = ()) -> TRLConfig:
         """Reads YAML files, the later ones over the earlier, then overrides such as ``"method.gamma=0.99"``.
@@ -241,17 +260,45 @@ _SECTIONS: dict[str, type] = {
 
 
 def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """YAML files merged left to right, then dotted overrides, with interpolations resolved."""
-    from omegaconf import OmegaConf
+    """YAML files merged left to right, then dotted overrides, with interpolations resolved.
 
+    Raises:
+        ConfigError: an override has no value, or an interpolation leads nowhere.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError
+
+    register_resolvers()
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"The override {override!r} has no value; write it as section.key=value")
     merged = OmegaConf.merge(*(OmegaConf.load(file) for file in files), OmegaConf.from_dotlist(list(overrides)))
-    return OmegaConf.to_container(merged, resolve=True)
+    try:
+        return OmegaConf.to_container(merged, resolve=True)
+    except InterpolationResolutionError as error:
+        raise ConfigError(f"{', '.join(map(str, files))}: {error}") from error
+
+
+def register_resolvers() -> None:
+    """Teaches OmegaConf the functions that configs may call: ``${multiply:4, ${.hidden_size}}``, as in NeMo, and
+    ``${nemo_trainer:${method.name}}``, the NeMo trainer of a method."""
+    from omegaconf import OmegaConf
+
+    with warnings.catch_warnings():  # 2.4 calls it register_resolver, which in 2.3 is the name of something else
+        warnings.simplefilter("ignore", UserWarning)
+        OmegaConf.register_new_resolver("multiply", operator.mul, replace=True)
+        OmegaConf.register_new_resolver("nemo_trainer", _nemo_trainer, replace=True)
+
+
+def _nemo_trainer(method: str) -> str:
+    return f"NeMo{method.lower().removesuffix('config').upper()}Trainer"
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):  # OmegaConf's
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
     if isinstance(value, (set, frozenset)):  # in a peft config; their order is another in every process
         return sorted(value)
     return value.to_dict() if hasattr(value, "to_dict") else str(value)

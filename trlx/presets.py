@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trlx.config import TRLConfig
-from trlx.strict import suggestion
+from trlx.config import TRLConfig, register_resolvers
+from trlx.strict import ConfigError, suggestion
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+MEGATRON = "megatron_"
+"""Presets that begin so describe a model and its layout, and go over a method's preset."""
 
 
 def load_preset(name: str, *more: str, overrides: tuple[str, ...] | list[str] = ()) -> TRLConfig:
@@ -14,9 +21,28 @@ def load_preset(name: str, *more: str, overrides: tuple[str, ...] | list[str] = 
     Example: ``load_preset("ppo", overrides=["method.gamma=0.99"])``.
 
     Raises:
-        ValueError: there is no such preset; the message lists those there are.
+        ValueError: there is no such preset; the message lists those there are. Or it is only a part of a configuration.
     """
-    return TRLConfig.load_yaml(*(preset_path(part) for part in (name, *more)), overrides=overrides)
+    paths = [preset_path(part) for part in (name, *more)]
+    if len(paths) == 1 and name.startswith(MEGATRON):
+        raise ConfigError(f'{name} has no method: write load_preset("ppo", "{name}"), or another method\'s preset')
+    return TRLConfig.load_yaml(*paths, overrides=overrides)
+
+
+def megatron_preset(name: str | Path) -> DictConfig:
+    """The settings in NeMo's shape (``trainer``, ``exp_manager``, ``model``) of a preset or file, interpolations as
+    they are written. The preset may be called by its file's name, as in ``"megatron_20b.yaml"``.
+
+    Raises:
+        ValueError: there is no such preset or file.
+    """
+    from omegaconf import OmegaConf
+
+    register_resolvers()
+    config = OmegaConf.load(preset_path(str(name) if Path(name).is_file() else str(name).removesuffix(".yaml")))
+    # a preset is a part of a TRLConfig, a file of NeMo's is not
+    inner = OmegaConf.select(config, "train.trainer_kwargs.megatron_cfg")
+    return config if inner is None else OmegaConf.create(OmegaConf.to_container(inner))
 
 
 def preset_path(name: str) -> Path:

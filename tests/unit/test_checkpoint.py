@@ -110,12 +110,12 @@ def test_an_optimizer_goes_on_bit_for_bit(tmp_path, kind):
 def test_random_numbers_go_on_where_they_were(tmp_path):
     checkpoint.seed_everything(5)
     random.gauss(0, 1), np.random.standard_normal(), torch.rand(1)
-    RandomState.capture().write(tmp_path, rank=3)
+    RandomState.capture().write(tmp_path, "00003")
     first = random.gauss(0, 1), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()
     checkpoint.seed_everything(6)
-    RandomState.read(tmp_path, rank=3).restore()
+    RandomState.read(tmp_path, "00003").restore()
     assert (random.gauss(0, 1), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()) == first
-    assert RandomState.read(tmp_path, rank=4) is None
+    assert RandomState.read(tmp_path, "00004") is None
 
 
 def test_own_randomness_is_the_same_each_time_and_disturbs_nothing():

@@ -160,6 +160,9 @@ class AccelerateBackend(Backend):
             return tensor
         return self.accelerator.reduce(tensor.to(self.device), reduction="sum").cpu()
 
+    def any_process(self, flag: bool) -> bool:
+        return bool(self.sum_across(torch.tensor(float(flag))))
+
     def gather_objects(self, objects: list[Any]) -> list[Any]:
         return gather_object(objects) if self.data_size > 1 else list(objects)
 

@@ -53,6 +53,10 @@ class Backend(ABC):
     """Number of processes that see different data."""
     is_main: bool
     """True on the one process that talks to the user: calls reward_fn, writes files, prints."""
+    leads: bool = True
+    """True on one process of each data rank: it speaks for those that hold other parts of the model with it."""
+    part: str = ""
+    """Which part of the model this process holds, as an ending of file names; "" for the one that leads."""
     layout: Layout = OneRow()
     """How rollouts become rows of this model."""
     starts_at_reference: bool = True
@@ -87,8 +91,13 @@ class Backend(ABC):
         """The sum of a small tensor over data ranks."""
 
     @abstractmethod
+    def any_process(self, flag: bool) -> bool:
+        """Whether `flag` is true on any process; the same answer on all."""
+
+    @abstractmethod
     def gather_objects(self, objects: list[Any]) -> list[Any]:
-        """The lists of all data ranks concatenated in rank order, on every process. Picklable objects of ours only."""
+        """The lists of the leading processes of all data ranks concatenated in rank order, on every process. Picklable
+        objects of ours only."""
 
     @abstractmethod
     def broadcast_object(self, value: Any) -> Any:

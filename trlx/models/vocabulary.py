@@ -10,12 +10,16 @@ logger = logging.get_logger(__name__)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warns where the tokenizer knows tokens that the model has no embedding for.
+    """`check_vocabulary_size` of a model."""
+    check_vocabulary_size(model.get_input_embeddings().weight.shape[0], tokenizer)
+
+
+def check_vocabulary_size(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warns where the tokenizer knows tokens that a model of `rows` embeddings has none for.
 
     Raises:
         ValueError: one of them is a special token, which every batch needs.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
     advice = "take the tokenizer that belongs to the model, or resize_token_embeddings and save the model first"
     for name in ("bos_token", "eos_token", "pad_token"):
         token = getattr(tokenizer, f"{name}_id")

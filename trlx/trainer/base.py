@@ -316,7 +316,7 @@ class Trainer(ABC):
 
     def _interrupted(self, interrupts: Interrupts) -> bool:
         """Whether any process was asked to stop; the same answer on all."""
-        return bool(self.backend.sum_across(torch.tensor(float(interrupts.received is not None))))
+        return self.backend.any_process(interrupts.received is not None)
 
     def _keep_best(self, objective: float | None) -> None:
         best = self.state.best_reward

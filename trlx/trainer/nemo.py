@@ -1,45 +1,54 @@
-"""The NeMo trainers: always registered, so that a config naming one gets an explanation where the toolkit is absent."""
+"""The trainers on the Megatron backend. They are always registered, so that a config naming one gets an explanation
+where the toolkit is absent."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from trlx.backends.base import Backend
 from trlx.optional import require
 from trlx.registry import register_trainer
+from trlx.trainer.ilql import ILQLTrainer
+from trlx.trainer.ppo import PPOTrainer
+from trlx.trainer.sft import SFTTrainer
 
 TOOLKIT = ("megatron.core", "einops")
 
 
-def megatron_backend() -> type:
+def megatron_backend() -> type[Backend]:
     """The backend of the NeMo trainers.
 
     Raises:
-        ImportError: the toolkit is not installed.
-        NotImplementedError: it is.
+        ImportError: the toolkit is not installed, or in a version that does not fit.
     """
     require(*TOOLKIT, extra="nemo", purpose="Training with NeMo runs on Megatron-Core and")
-    raise NotImplementedError(
-        "The Megatron backend is not part of this version of trlx; set train.trainer to an Accelerate trainer"
-    )
+    from trlx.backends.megatron.cpu import prepare_engine
+
+    prepare_engine()
+    from trlx.backends.megatron.backend import MegatronBackend
+
+    return MegatronBackend
 
 
-class NeMoTrainer:
-    """What the three have in common."""
+class OnMegatron:
+    """A trainer with another backend. What ``train.trainer_kwargs`` says of the layout and the model is the backend's
+    to read; what is left is the trainer's own."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.backend_class = megatron_backend()
+        super().__init__(*args, **{key: value for key, value in kwargs.items() if key not in self.backend_class.options})
 
 
 @register_trainer
-class NeMoPPOTrainer(NeMoTrainer):
+class NeMoPPOTrainer(OnMegatron, PPOTrainer):
     """PPO with tensor and pipeline parallelism."""
 
 
 @register_trainer
-class NeMoILQLTrainer(NeMoTrainer):
+class NeMoILQLTrainer(OnMegatron, ILQLTrainer):
     """ILQL with tensor and pipeline parallelism."""
 
 
 @register_trainer
-class NeMoSFTTrainer(NeMoTrainer):
+class NeMoSFTTrainer(OnMegatron, SFTTrainer):
     """Supervised fine-tuning with tensor and pipeline parallelism."""

@@ -52,7 +52,7 @@ class RolloutSource:
             chunk = self.backend.gather_objects(mine)
             rollouts += chunk
             to_score = mine if self.score_on_each_rank else chunk
-            wanted = to_score and (self.score_on_each_rank or self.backend.is_main)
+            wanted = to_score and (self.backend.leads if self.score_on_each_rank else self.backend.is_main)
             jobs.append(self.scorer.submit(to_score).result if wanted else list)
         began = time.perf_counter()
         for rollout, score in zip(rollouts, self._wait(jobs), strict=True):

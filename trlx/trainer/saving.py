@@ -19,7 +19,7 @@ def write_run(trainer: Trainer, target: Path) -> None:
     backend = trainer.backend
     with checkpoint.replacing(target, backend.is_main, backend.barrier) as folder:
         backend.save(folder, optimizer=trainer.config.train.save_optimizer)
-        RandomState.capture().write(folder, backend.data_rank)
+        RandomState.capture().write(folder, f"{backend.data_rank:05d}{backend.part}")
         if backend.is_main:
             (folder / "hf_model").mkdir()
             checkpoint.write_state(folder, trainer.state, identity(trainer))
@@ -37,7 +37,9 @@ def read_run(trainer: Trainer, directory: Path) -> None:
     trainer.backend.load(folder)
     trainer.load_method_state(trainer.state.method)
     trainer.read_rollouts(folder)
-    randomness = RandomState.read(folder, trainer.backend.data_rank)
+    own = f"{trainer.backend.data_rank:05d}"
+    # in another layout there may be no such part; then what the leading process drew goes on here
+    randomness = RandomState.read(folder, own + trainer.backend.part) or RandomState.read(folder, own)
     if randomness is not None:
         randomness.restore()
 

@@ -29,16 +29,17 @@ def on_main(backend: Backend, fn: Callable[[], T]) -> T:
 
 
 def on_each_rank(backend: Backend, fn: Callable[[], list[T]]) -> list[T]:
-    """`fn()` called on every process, the lists concatenated in rank order.
+    """`fn()` called on the leading process of every data rank, the lists concatenated in rank order.
 
     Raises:
         RewardError: on every process, when `fn` raised it on any.
     """
     value, error = [], None
-    try:
-        value = fn()
-    except RewardError as raised:
-        error = raised
+    if backend.leads:
+        try:
+            value = fn()
+        except RewardError as raised:
+            error = raised
     messages = [message for message in backend.gather_objects([error and str(error)]) if message]
     _raise(error, messages[0] if messages else None)
     return backend.gather_objects(value)

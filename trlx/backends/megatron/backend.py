@@ -25,7 +25,7 @@ from trlx.backends.megatron.model import ScoringModel, build_chunks, freeze, lan
 from trlx.backends.megatron.origin import find_origin
 from trlx.backends.megatron.parallel import arrange
 from trlx.backends.megatron.schedule import run_forward, run_forward_backward
-from trlx.backends.megatron.settings import check_layout, read_settings
+from trlx.backends.megatron.settings import OPTIONS, check_layout, read_settings
 from trlx.backends.megatron.stage import Randomness, StageWeights
 from trlx.backends.megatron.updates import Updates
 from trlx.batch import TokenBatch, TokenScores
@@ -40,6 +40,8 @@ UPDATES_FILE = "updates.json"
 class MegatronBackend(Backend):
     """One decoder on Megatron-Core, in the layout that ``train.trainer_kwargs`` asks for."""
 
+    options = OPTIONS
+
     def __init__(
         self,
         model: ModelConfig,
@@ -50,14 +52,14 @@ class MegatronBackend(Backend):
         needs: ModelNeeds,
     ):
         _refuse(model, needs)
-        settings = read_settings(
-            train.trainer_kwargs, train=train, model=model, optimizer=optimizer, scheduler=scheduler
-        )
-        self.origin = find_origin(model, settings, tokenizer, train)
+        asked = {key: value for key, value in train.trainer_kwargs.items() if key in OPTIONS}
+        settings = read_settings(asked, train=train, model=model, optimizer=optimizer, scheduler=scheduler)
+        self.origin = find_origin(model, settings, tokenizer, train, needs)
         shape, vocab = self.origin.shape, self.origin.shape.vocab_size
         self.place = arrange(settings.parallel, train.seed)
         check_layout(settings, shape, dist.get_world_size(), vocab, train.batch_size)
         self.device, self.is_main, self.leads = self.place.device, self.place.is_main, self.place.leads
+        self.part = "" if self.leads else f"-{self.place.tensor_rank:03d}-{self.place.stage:03d}"
         self.data_rank, self.data_size = self.place.data_rank, self.place.data_size
         self.tokenizer, self.needs = tokenizer, needs
         self.microbatch_size = settings.micro_batch_size

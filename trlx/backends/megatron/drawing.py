@@ -23,11 +23,11 @@ SETTINGS = ("beta", "logit_mask", "repetition_penalty", "no_repeat_ngram_size")
 """Further generation settings that work here."""
 
 
-def check_settings(sampling: SamplingConfig, has_q: bool) -> None:
+def check_settings(sampling: SamplingConfig, has_q: bool, vocabulary: int) -> None:
     """Refuses generation settings that do not work on this backend.
 
     Raises:
-        ValueError: there is one, or ``beta`` is given without Q heads.
+        ValueError: there is one, or ``beta`` is given without Q heads, or a ``logit_mask`` of another shape.
     """
     for name in sampling.extra:
         if name not in SETTINGS:
@@ -36,6 +36,12 @@ def check_settings(sampling: SamplingConfig, has_q: bool) -> None:
         raise ValueError(
             f"gen_kwargs.beta is {sampling.extra['beta']}, but only ILQL has the Q heads that sampling with beta needs: "
             "remove beta"
+        )
+    mask = sampling.extra.get("logit_mask")
+    if mask is not None and torch.as_tensor(mask).shape != (vocabulary, vocabulary):
+        raise ValueError(
+            f"logit_mask has the shape {list(torch.as_tensor(mask).shape)}, but the model has {vocabulary} tokens: make "
+            f"it [{vocabulary}, {vocabulary}], True where the token of the column must not follow that of the row"
         )
 
 

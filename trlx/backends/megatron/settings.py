@@ -33,6 +33,8 @@ SHORTHANDS = (
     "sequence_parallel",
 )
 """Keys of ``model`` that may stand in ``train.trainer_kwargs`` themselves, and win there."""
+OPTIONS = ("megatron_cfg", "pretrained_model", *SHORTHANDS)
+"""Keys of ``train.trainer_kwargs`` that are read here."""
 PRECISIONS = {
     **dict.fromkeys(("32", "32-true"), torch.float32),
     **dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16),
@@ -125,11 +127,6 @@ class MegatronSettings:
     """Processes per node that the file counts on; None: it does not say."""
     num_nodes: int | None = None
 
-    def padded_vocab(self, vocab_size: int) -> int:
-        """Rows of the embedding: the next multiple of ``make_vocab_size_divisible_by`` times the tensor size."""
-        multiple = self.make_vocab_size_divisible_by * self.parallel.tensor
-        return -(-vocab_size // multiple) * multiple
-
 
 def read_settings(
     trainer_kwargs: Mapping[str, Any],
@@ -174,11 +171,10 @@ def read_settings(
 
 
 def _check_supported(trainer_kwargs: Mapping[str, Any], model: ModelConfig) -> None:
-    known = ("megatron_cfg", "pretrained_model", *SHORTHANDS)
     for key in trainer_kwargs:
-        if key not in known:
-            near = suggestion(key, known)
-            raise ConfigError(f"Unknown key 'train.trainer_kwargs.{key}'.{near} Known: {', '.join(known)}")
+        if key not in OPTIONS:
+            near = suggestion(key, OPTIONS)
+            raise ConfigError(f"Unknown key 'train.trainer_kwargs.{key}'.{near} Known: {', '.join(OPTIONS)}")
     advice = "the NeMo trainers cannot: write an Accelerate trainer in train.trainer"
     if model.model_arch_type != "causal":
         raise ConfigError(f"model.model_arch_type is {model.model_arch_type!r}; {advice}, or causal")

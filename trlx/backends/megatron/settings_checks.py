@@ -38,11 +38,11 @@ def check_layout(settings: MegatronSettings, shape: Shape, world_size: int, voca
 
 def _processes(settings: MegatronSettings, world_size: int) -> Iterator[str]:
     tensor, pipeline = settings.parallel.tensor, settings.parallel.pipeline
-    if world_size % (tensor * pipeline):
+    copy = tensor * pipeline
+    if world_size % copy:
         yield (
-            f"One copy of the model takes tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline} "
-            f"= {tensor * pipeline} processes, which do not divide the {world_size} that were started: start a multiple "
-            "of them, or write smaller sizes."
+            f"tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline} = {copy} processes hold a "
+            f"copy of the model, but {world_size} were started: start a multiple of {copy}, or write smaller sizes."
         )
     if settings.devices is None or settings.num_nodes is None:
         return

@@ -15,7 +15,7 @@ HONOURED: dict[str, str] = {
     "trainer.devices": "processes per node; with `num_nodes` compared with the number of processes that were started",
     "trainer.num_nodes": "nodes",
     "trainer.precision": "32, 32-true; bf16, bf16-mixed; 16, 16-mixed; `train.mixed_precision` wins",
-    "trainer.gradient_clip_val": "gradients are clipped to this norm, 0 is off; `train.max_grad_norm` wins unless it is 1.0",
+    "trainer.gradient_clip_val": "largest norm of the gradients, 0 is off; `train.max_grad_norm` wins unless it is 1.0",
     "model.precision": "where `trainer.precision` is not written",
     "model.micro_batch_size": "rows per forward pass, at most `train.batch_size`; `train.minibatch_size` wins",
     "model.tensor_model_parallel_size": "processes that share every layer",
@@ -206,9 +206,14 @@ def _check_accepted(path: str, value: Any) -> None:
 
 def _check_section(path: str, value: Any) -> None:
     if not any(key.startswith(f"{path}.") for key in KEYS):
-        raise ConfigError(
-            f"Unknown key '{WHERE}.{path}'.{suggestion(path, KEYS)} docs/megatron-config.md lists them all"
-        )
+        near = suggestion(path, _at_depth(path.count("."))) or suggestion(path, _at_depth(path.count(".") + 1))
+        raise ConfigError(f"Unknown key '{WHERE}.{path}'.{near} docs/megatron-config.md lists them all")
     if value is not None and not isinstance(value, Mapping):
         raise ConfigError(f"{WHERE}.{path} must be a mapping of settings, got {value!r}")
     _check_below(f"{path}.", value or {})
+
+
+def _at_depth(depth: int) -> list[str]:
+    """The keys and sections below so many sections."""
+    cut = (".".join(key.split(".")[: depth + 1]) for key in KEYS if key.count(".") >= depth)
+    return list(dict.fromkeys(cut))

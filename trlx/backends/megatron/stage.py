@@ -49,6 +49,7 @@ class StageWeights:
     """
 
     def __init__(self, stage: list[ScoringModel], entries: dict[str, Entry], place: Place):
+        self.entries = entries
         self.place = place
         self.weights = [weight for chunk in stage for weight in _named(chunk, entries)]
 

@@ -1,0 +1,174 @@
+"""Where a model comes from, and how it is written in the same form again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from trlx.backends.base import ModelNeeds
+from trlx.backends.megatron.families import config_of, shape_of
+from trlx.backends.megatron.settings import MegatronSettings
+from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.stage import StageWeights
+from trlx.backends.megatron.weights import Folder, InMemory, ShardWriter, Source, checked_reader, open_source, write_index
+from trlx.config import ModelConfig, TrainConfig
+from trlx.models.policy import HEADS_FILE, load_model, make_heads
+from trlx.models.vocabulary import check_vocabulary_size
+
+
+@dataclass
+class Origin:
+    """A decoder before it is divided: its shape, what its tensors are called, and its first weights."""
+
+    shape: Shape
+    config: PretrainedConfig
+    """For the folders that are written; its ``model_type`` says what tensors are called."""
+    source: Source | None
+    """None: the engine's own random weights."""
+    heads: Source | None = None
+    """None: new heads."""
+
+    @property
+    def family(self) -> str:
+        """Which names the tensors have."""
+        return self.config.model_type
+
+    def load(self, weights: StageWeights) -> None:
+        """Fills a stage with its parts of the first weights.
+
+        Raises:
+            ValueError: tensors are missing, left over or of other shapes than the config says.
+        """
+        if self.source is not None:
+            weights.load(checked_reader(self.source, weights.entries), weights.of_model())
+        if self.heads is not None:
+            weights.load(self.heads.read, _fitting(weights, self.heads))
+        self.source = self.heads = None  # what was made in memory is not needed again
+
+    def export(self, weights: StageWeights, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Writes a folder that plain ``transformers`` loads, and the heads beside; called on every process."""
+        writer = ShardWriter(folder, f"{weights.place.stage:03d}")
+        for name, tensor in weights.whole(weights.of_model(), lambda weight: weight.value):
+            writer.add({name: tensor})
+        heads = dict(weights.whole(weights.of_heads(), lambda weight: weight.value))
+        if heads:
+            save_file(heads, folder / HEADS_FILE)
+        written: list[dict] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(written, writer.close())
+        if weights.place.is_main:
+            write_index(folder, written)
+            self.config.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+
+
+def find_origin(
+    model: ModelConfig,
+    settings: MegatronSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    train: TrainConfig,
+    needs: ModelNeeds,
+) -> Origin:
+    """The model that a config asks for: a pretrained one, a ``transformers`` config's, or that of a NeMo-shaped file.
+
+    Raises:
+        ValueError: the pretrained model is not of the shape in the file, or too small for the tokenizer or
+            ``train.seq_length``.
+        OSError: there is no such model.
+    """
+    if settings.pretrained_model is not None:
+        origin = _pretrained(settings.pretrained_model, model)
+    elif isinstance(model.model_path, PretrainedConfig):
+        origin = _random(model, needs, train.seed)
+    else:
+        shape = dataclasses.replace(settings.shape, vocab_size=len(tokenizer))
+        origin = Origin(shape, config_of(shape), None)
+    _check_same(origin.shape, settings.shape)
+    origin.shape = _with_dropout(origin.shape, settings)
+    origin.config = _for_export(origin.config, settings.dtype)
+    check_vocabulary_size(origin.shape.vocab_size, tokenizer)
+    _check_length(origin.shape, train.seq_length)
+    return origin
+
+
+def _pretrained(path: str, model: ModelConfig) -> Origin:
+    revision = (model.model_extra_configs or {}).get("revision")
+    source = open_source(path, revision)
+    where = source.folder if isinstance(source, Folder) else path
+    config = AutoConfig.from_pretrained(where)
+    heads = Path(where) / HEADS_FILE
+    return Origin(shape_of(config), config, source, InMemory(load_file(heads), str(heads)) if heads.is_file() else None)
+
+
+def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> Origin:
+    """The weights that the other backend makes of the same config and seed, on every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = load_model(model.model_path, model.model_extra_configs)
+        value, q = make_heads(made, needs.value_head, 0, needs.q_heads)
+    tensors = {
+        f"{name}.{key}": tensor
+        for name, head in (("value", value), ("q", q))
+        if head is not None
+        for key, tensor in head.state_dict().items()
+    }
+    return Origin(shape_of(made.config), made.config, open_source(made), InMemory(tensors, "new heads"))
+
+
+def _fitting(weights: StageWeights, heads: Source) -> list:
+    """The heads' weights, where all of them are there: a folder may come from another method."""
+    wanted, names = weights.of_heads(), set(heads.names())
+    missing = [name for weight in wanted for name in weight.entry.hf_names if name not in names]
+    if missing and len(missing) < len(wanted):
+        raise ValueError(
+            f"The heads in {heads.where} are not those this method needs ({missing[0]} is missing); move the file away "
+            "to start with new ones"
+        )
+    return [] if missing else wanted
+
+
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+
+
+def _check_same(found: Shape, wanted: Shape | None) -> None:
+    if wanted is None:
+        return
+    differing = [name for name in _SIZES if getattr(found, name) != getattr(wanted, name)]
+    if differing:
+        said = ", ".join(f"{name} {getattr(wanted, name)} (it has {getattr(found, name)})" for name in differing)
+        raise ValueError(f"The pretrained model is not the one megatron_cfg.model describes: {said}; leave these keys out")
+
+
+def _with_dropout(shape: Shape, settings: MegatronSettings) -> Shape:
+    wanted: Mapping[str, float | None] = {
+        "hidden_dropout": settings.hidden_dropout,
+        "attention_dropout": settings.attention_dropout,
+    }
+    return dataclasses.replace(shape, **{name: value for name, value in wanted.items() if value is not None})
+
+
+def _for_export(config: PretrainedConfig, dtype: torch.dtype) -> PretrainedConfig:
+    config = type(config).from_dict(config.to_dict())
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = dtype
+    return config
+
+
+def _check_length(shape: Shape, seq_length: int) -> None:
+    limits = [shape.attention_window] if shape.attention_window is not None else []
+    if shape.position == "learned":
+        limits.append(shape.max_position_embeddings)
+    if limits and seq_length > min(limits):
+        raise ValueError(
+            f"train.seq_length is {seq_length}, but the model sees {min(limits)} tokens at most: write {min(limits)} or less"
+        )
+
+
