@@ -33,7 +33,11 @@ EXTRAS = {
     "bench": ["matplotlib>=3.8"],
 }
 EXTRAS["dev"] = [
-    *(requirement for name in ("wandb", "tensorboard", "report", "peft", "data") for requirement in EXTRAS[name]),
+    *(
+        requirement
+        for name in ("wandb", "tensorboard", "report", "peft", "data", "nemo")
+        for requirement in EXTRAS[name]
+    ),
     "build>=1.2",
     "import-linter>=2.3",
     "pytest>=8",

@@ -32,6 +32,11 @@ RewardFn = Callable[..., Sequence[Any]]
 
 def arguments(doc: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What ``main`` takes, read from the command line; `doc` is the help text."""
+    return chosen(example_parser(doc).parse_intermixed_args(argv))
+
+
+def example_parser(doc: str) -> argparse.ArgumentParser:
+    """Reads the command line of an example; one that takes more adds it."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help='hub name or folder, or "tiny" for a small random one')
     parser.add_argument("--tokenizer", help="hub name or folder (default: the model's)")
@@ -39,7 +44,11 @@ def arguments(doc: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--reward", default="default", help='"made", or module:function')
     parser.add_argument("--out", help="folder of checkpoints, metrics and samples")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting")
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """``hparams``, ``data`` and ``reward`` of a command line."""
     named = {
         "model.model_path": args.model,
         "tokenizer.tokenizer_path": args.tokenizer or args.model,

@@ -4,6 +4,9 @@ import torch
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
 import trlx.api  # noqa: F401
+from trlx.trainer.nemo import megatron_backend
+
+megatron_backend()
 
 # two cores serve several processes at once, and one thread each makes sums come out the same on every machine
 torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """ILQL on random walks: from a random model and walks of all qualities to shortest ones.
 
 Usage: python -m examples.randomwalks.ilql_randomwalks [--seed N] [--out FOLDER] [method.tau=0.7 ...]
+       torchrun --nproc-per-node 4 -m examples.randomwalks.ilql_randomwalks --backend megatron --tp 2 --pp 2
 
 Evaluations sample at beta 0 (imitation of the walks), 1 and 100 (the step of highest Q).
 """
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import trlx
+from examples.megatron import add_backend, backend
 from examples.randomwalks.sft_randomwalks import EVAL_SAMPLES, small_gpt2
 from examples.randomwalks.task import RandomWalks
 from examples.randomwalks.tokenizer import letter_tokenizer
@@ -40,6 +42,8 @@ if __name__ == "__main__":
     parser.add_argument("--preset", default="randomwalks-ilql", help="randomwalks-ilql, or a YAML file")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--out", default="ckpts/randomwalks/ilql", help="folder of checkpoints, metrics and samples")
+    add_backend(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting of the config")
     args = parser.parse_intermixed_args()
-    main({"train.seed": args.seed, "train.checkpoint_dir": args.out}, args.preset, args.overrides)
+    given = {"train.seed": args.seed, "train.checkpoint_dir": args.out, **backend(args, "ILQL")}
+    main(given, args.preset, args.overrides)

@@ -1,6 +1,7 @@
 """PPO on the pretrained walker (see sft_randomwalks.py), rewarded for short walks to the goal.
 
 Usage: python -m examples.randomwalks.ppo_randomwalks [--preset trlx-2024] [--seed N] [method.gamma=0.99 ...]
+       torchrun --nproc-per-node 4 -m examples.randomwalks.ppo_randomwalks --backend megatron --tp 2 --pp 2
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import trlx
+from examples.megatron import add_backend, backend
 from examples.randomwalks.sft_randomwalks import EVAL_SAMPLES
 from examples.randomwalks.task import RandomWalks
 
@@ -35,7 +37,7 @@ def _hparams(args: argparse.Namespace) -> dict[str, Any]:
         "train.total_steps": args.total_steps,
         "train.checkpoint_dir": args.out,
     }
-    return {key: value for key, value in given.items() if value is not None}
+    return {key: value for key, value in given.items() if value is not None} | backend(args, "PPO")
 
 
 if __name__ == "__main__":
@@ -45,6 +47,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int)
     parser.add_argument("--total-steps", type=int)
     parser.add_argument("--out", help="folder of checkpoints, metrics and samples")
+    add_backend(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting of the config")
     args = parser.parse_intermixed_args()
     main(_hparams(args), args.preset, args.overrides)

@@ -1,16 +1,20 @@
 """Teaches a small random GPT-2 to imitate random walks: the model that PPO, ILQL and RFT start from.
 
 Usage: python -m examples.randomwalks.sft_randomwalks [--out FOLDER] [--total-steps N] [--seed N]
+       torchrun --nproc-per-node 4 -m examples.randomwalks.sft_randomwalks --backend megatron --tp 2 --pp 2
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import GPT2Config
 
 import trlx
+from examples.megatron import add_backend, backend
 from examples.randomwalks.task import RandomWalks
 from examples.randomwalks.tokenizer import letter_tokenizer
 
@@ -20,11 +24,12 @@ EVAL_SAMPLES = 5
 """Samples per start letter at an evaluation."""
 
 
-def pretrain(out: Path = PRETRAINED, total_steps: int = 200, seed: int = 1000) -> Path:
+def pretrain(
+    out: Path = PRETRAINED, total_steps: int = 200, seed: int = 1000, hparams: Mapping[str, Any] | None = None
+) -> Path:
     """Writes model and tokenizer to `out`, a valid model_path and tokenizer_path; its metrics lie in ``<out>/sft``."""
     task = RandomWalks()
     tokenizer = letter_tokenizer(task.letters)
-    tokenizer.save_pretrained(out)
     config = trlx.load_preset("sft").evolve(
         train={
             "seq_length": task.max_length + 1,  # and eos
@@ -37,7 +42,7 @@ def pretrain(out: Path = PRETRAINED, total_steps: int = 200, seed: int = 1000) -
             "save_optimizer": False,
             "seed": seed,
         },
-        tokenizer={"tokenizer_path": str(out)},
+        tokenizer={"tokenizer_path": tokenizer},
         optimizer={"kwargs": {"lr": 1.0e-3}},
         scheduler={"kwargs": {"T_max": total_steps, "eta_min": 1.0e-4}},
         method={"gen_kwargs": {"max_new_tokens": task.max_length - 1}},
@@ -47,7 +52,7 @@ def pretrain(out: Path = PRETRAINED, total_steps: int = 200, seed: int = 1000) -
         samples=[[walk[0], walk[1:]] for walk in task.walks],
         eval_prompts=task.prompts * EVAL_SAMPLES,
         metric_fn=task.metric_fn,
-        config=config,
+        config=trlx.TRLConfig.update(config, hparams or {}),
     )
     trainer.save_pretrained(out)
     return out
@@ -75,5 +80,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=PRETRAINED)
     parser.add_argument("--total-steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1000)
+    add_backend(parser)
     args = parser.parse_args()
-    pretrain(args.out, args.total_steps, args.seed)
+    pretrain(args.out, args.total_steps, args.seed, backend(args, "SFT"))

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,9 @@ class ModelNeeds:
 
 class Backend(ABC):
     """One model with its optimizer on one or many processes."""
+
+    options: ClassVar[tuple[str, ...]] = ()
+    """Keys of ``train.trainer_kwargs`` that are read here, and not by the trainer."""
 
     device: torch.device
     data_rank: int

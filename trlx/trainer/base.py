@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 

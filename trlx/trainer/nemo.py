@@ -36,7 +36,8 @@ class OnMegatron:
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.backend_class = megatron_backend()
-        super().__init__(*args, **{key: value for key, value in kwargs.items() if key not in self.backend_class.options})
+        options = self.backend_class.options
+        super().__init__(*args, **{key: value for key, value in kwargs.items() if key not in options})
 
 
 @register_trainer

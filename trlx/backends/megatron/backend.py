@@ -51,7 +51,7 @@ class MegatronBackend(Backend):
         tokenizer: PreTrainedTokenizerBase,
         needs: ModelNeeds,
     ):
-        _refuse(model, needs)
+        _refuse(needs)
         asked = {key: value for key, value in train.trainer_kwargs.items() if key in OPTIONS}
         settings = read_settings(asked, train=train, model=model, optimizer=optimizer, scheduler=scheduler)
         self.origin = find_origin(model, settings, tokenizer, train, needs)
@@ -92,9 +92,7 @@ class MegatronBackend(Backend):
             found = run_forward(self.stage, pieces)
         logprobs = self._collected([scores.logprobs for scores in found], pieces, batch)
         has_values = self.needs.value_head and not reference
-        return TokenScores(
-            logprobs, self._collected([s.values for s in found], pieces, batch) if has_values else None
-        )
+        return TokenScores(logprobs, self._collected([s.values for s in found], pieces, batch) if has_values else None)
 
     def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
         self._train_mode(True)
@@ -191,14 +189,12 @@ class MegatronBackend(Backend):
             chunk.train(mode)
 
 
-def _refuse(model: ModelConfig, needs: ModelNeeds) -> None:
+def _refuse(needs: ModelNeeds) -> None:
     """Says what this backend does not do before anything is built."""
-    if model.model_arch_type != "causal":
-        raise ValueError("NeMo trainers train decoders only: set model.model_arch_type to causal, or train.trainer to Accelerate")
-    if model.peft_config is not None:
-        raise ValueError("NeMo trainers train no adapters: remove model.peft_config, or set train.trainer to Accelerate's")
     if needs.value_layers:
-        raise ValueError("method.num_value_layers_unfrozen must be 0 with a NeMo trainer: values come from a head alone")
+        raise ValueError(
+            "method.num_value_layers_unfrozen must be 0 with a NeMo trainer: its values come from a head"
+        )
 
 
 def _language_models(stage: list[ScoringModel]) -> SimpleNamespace:

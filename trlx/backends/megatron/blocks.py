@@ -10,7 +10,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -41,17 +40,21 @@ class Norm:
 
 
 class OffsetNorm(nn.Module):
-    """RMSNorm that multiplies with 1 + weight, as Gemma's."""
+    """A norm that multiplies with 1 + weight: Gemma's RMSNorm, NeMo's layernorm1p."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        if config.normalization == "LayerNorm":
+            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         self.eps = eps
         _marked(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        weight = 1 + self.weight.float()
-        return F.rms_norm(hidden.float(), weight.shape, weight, self.eps).type_as(hidden)
+        weight, states = 1 + self.weight.float(), hidden.float()
+        if hasattr(self, "bias"):
+            return F.layer_norm(states, weight.shape, weight, self.bias.float(), self.eps).type_as(hidden)
+        return F.rms_norm(states, weight.shape, weight, self.eps).type_as(hidden)
 
 
 class Attention(MegatronModule):
@@ -105,4 +108,3 @@ def _marked(norm: nn.Module, config: TransformerConfig) -> nn.Module:
     for weight in norm.parameters():
         weight.sequence_parallel = config.sequence_parallel
     return norm
-

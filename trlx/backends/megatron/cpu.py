@@ -4,8 +4,8 @@ Megatron-Core names CUDA in a few places of otherwise portable code. Where there
 others, get a stand-in for the name ``torch`` that forwards everything and answers "cpu" in these places. torch itself
 stays as it is: Accelerate and transformers live in the same process.
 
-The list fits the engine versions of `VERSIONS`; another version is refused, as a place left out could be silently
-wrong. With CUDA nothing here is touched.
+The list fits the engine version `VERSION`; another one is refused, as a place left out could be silently wrong. With
+CUDA nothing here is touched.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSIONS = ("0.16.1",)
-"""Versions of megatron-core whose uses of CUDA are those below."""
+VERSION = "0.16"
+"""The version of megatron-core, without its last number, whose uses of CUDA are those below."""
 
 MODULES = """
     utils tensor_parallel.mappings tensor_parallel.layers tensor_parallel.random pipeline_parallel.schedules
@@ -72,10 +72,10 @@ def cuda_type_names() -> Iterator[None]:
 
 def _check_version() -> None:
     found = version("megatron-core")
-    if found not in VERSIONS:
+    if found.rpartition(".")[0] != VERSION:
         raise ImportError(
-            f"megatron-core {found} is installed, but this trlx was tried with {', '.join(VERSIONS)} only: "
-            f'pip install "megatron-core=={VERSIONS[-1]}"'
+            f"megatron-core {found} is installed, but this trlx was tried with {VERSION} only: "
+            f'pip install "megatron-core~={VERSION}.1"'
         )
 
 

@@ -34,14 +34,15 @@ def check_settings(sampling: SamplingConfig, has_q: bool, vocabulary: int) -> No
             raise ValueError(f"gen_kwargs.{name} does not work with a NeMo trainer, which knows {', '.join(SETTINGS)}")
     if sampling.extra.get("beta") is not None and not has_q:
         raise ValueError(
-            f"gen_kwargs.beta is {sampling.extra['beta']}, but only ILQL has the Q heads that sampling with beta needs: "
-            "remove beta"
+            f"gen_kwargs.beta is {sampling.extra['beta']}, but only ILQL has the Q heads that sampling with beta "
+            "needs: remove beta"
         )
     mask = sampling.extra.get("logit_mask")
-    if mask is not None and torch.as_tensor(mask).shape != (vocabulary, vocabulary):
+    shape = (vocabulary, vocabulary) if mask is None else tuple(torch.as_tensor(mask).shape)
+    if shape != (vocabulary, vocabulary):
         raise ValueError(
-            f"logit_mask has the shape {list(torch.as_tensor(mask).shape)}, but the model has {vocabulary} tokens: make "
-            f"it [{vocabulary}, {vocabulary}], True where the token of the column must not follow that of the row"
+            f"logit_mask has the shape {list(shape)}, but the model has {vocabulary} tokens: make it "
+            f"[{vocabulary}, {vocabulary}], True where the token of the column must not follow that of the row"
         )
 
 

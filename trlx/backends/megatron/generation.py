@@ -122,7 +122,7 @@ class _Pipeline:
         if group.finished:
             return
         inputs, size = group.inputs(), len(self.ranks)
-        for number, chunk in enumerate(self.stage):
+        for chunk in self.stage:
             if not chunk.pre_process:
                 chunk.set_input_tensor(self._receive_states(chunk, inputs["tokens"].shape))
             output = chunk(**inputs, inference_context=group.context)

@@ -1,4 +1,4 @@
-"""Heads beside the language model's own, on the last pipeline stage: V on every tensor rank, Q by vocabulary columns."""
+"""Heads beside the language model's own, on the last stage: V on every tensor rank, Q by vocabulary columns."""
 
 from __future__ import annotations
 

@@ -37,7 +37,13 @@ class ScoringModel(GPTModel):
     """
 
     def __init__(
-        self, shape: Shape, config: TransformerConfig, padded_vocab: int, needs: ModelNeeds, seed: int, chunk: int | None
+        self,
+        shape: Shape,
+        config: TransformerConfig,
+        padded_vocab: int,
+        needs: ModelNeeds,
+        seed: int,
+        chunk: int | None,
     ):
         is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=chunk is None, vp_stage=chunk)
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=chunk is None, vp_stage=chunk)

@@ -18,7 +18,15 @@ from trlx.backends.megatron.families import config_of, shape_of
 from trlx.backends.megatron.settings import MegatronSettings
 from trlx.backends.megatron.shape import Shape
 from trlx.backends.megatron.stage import StageWeights
-from trlx.backends.megatron.weights import Folder, InMemory, ShardWriter, Source, checked_reader, open_source, write_index
+from trlx.backends.megatron.weights import (
+    Folder,
+    InMemory,
+    ShardWriter,
+    Source,
+    checked_reader,
+    open_source,
+    write_index,
+)
 from trlx.config import ModelConfig, TrainConfig
 from trlx.models.policy import HEADS_FILE, load_model, make_heads
 from trlx.models.vocabulary import check_vocabulary_size
@@ -144,7 +152,9 @@ def _check_same(found: Shape, wanted: Shape | None) -> None:
     differing = [name for name in _SIZES if getattr(found, name) != getattr(wanted, name)]
     if differing:
         said = ", ".join(f"{name} {getattr(wanted, name)} (it has {getattr(found, name)})" for name in differing)
-        raise ValueError(f"The pretrained model is not the one megatron_cfg.model describes: {said}; leave these keys out")
+        raise ValueError(
+            f"The pretrained model is not the one megatron_cfg.model describes: {said}; leave these keys out"
+        )
 
 
 def _with_dropout(shape: Shape, settings: MegatronSettings) -> Shape:
@@ -168,7 +178,5 @@ def _check_length(shape: Shape, seq_length: int) -> None:
         limits.append(shape.max_position_embeddings)
     if limits and seq_length > min(limits):
         raise ValueError(
-            f"train.seq_length is {seq_length}, but the model sees {min(limits)} tokens at most: write {min(limits)} or less"
+            f"train.seq_length is {seq_length}, but the model sees {min(limits)} tokens at most: write no more"
         )
-
-

@@ -93,7 +93,9 @@ class StageWeights:
 
     def save_trained(self, folder: Path) -> None:
         """Writes what trains, as it is."""
-        self._write(folder / f"policy-{self.place.stage:03d}.safetensors", self.whole(self.trained(), lambda w: w.value))
+        self._write(
+            folder / f"policy-{self.place.stage:03d}.safetensors", self.whole(self.trained(), lambda w: w.value)
+        )
 
     def load_trained(self, folder: Path) -> None:
         """Restores `save_trained`, in any layout.
@@ -105,7 +107,9 @@ class StageWeights:
         trained = self.trained()
         missing = [n for w in trained for n in w.entry.hf_names if n not in names]
         if missing:
-            raise ValueError(f"{folder} holds other trained weights than this config asks for: {missing[0]} is not there")
+            raise ValueError(
+                f"{folder} holds other trained weights than this config asks for: {missing[0]} is not there"
+            )
         self.load(read, trained)
 
     def save_moments(self, folder: Path, updates: Updates) -> None:

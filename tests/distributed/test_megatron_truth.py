@@ -1,0 +1,286 @@
+"""The Megatron backend computes what the Accelerate backend computes, in every layout: scores, gradients, weights."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.builders import VOCABULARY, char_tokenizer, tiny_gpt2_config
+from tests.processes import together
+from trlx.backends.accelerate import AccelerateBackend
+from trlx.backends.base import ModelNeeds
+from trlx.batch import Rollout, TokenBatch
+from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
+from trlx.data.collate import collate
+from trlx.data.store import shard
+from trlx.methods.ilql import ilql_loss
+from trlx.methods.ppo import ppo_loss
+from trlx.methods.sft import sft_loss
+
+pytestmark = pytest.mark.distributed
+
+ROWS, STEPS = 8, 3
+SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+    initializer_range=0.15,
+    pad_token_id=None,
+)
+FAMILIES = {
+    "gpt2": tiny_gpt2_config(layers=4, initializer_range=0.15),
+    "llama": hf.LlamaConfig(**SIZES),
+    "qwen2": hf.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": hf.Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=False),
+    "gemma": hf.GemmaConfig(**{**SIZES, "num_key_value_heads": 4}, head_dim=16),
+    "gpt_neox": hf.GPTNeoXConfig(**{**SIZES, "num_key_value_heads": None}),
+}
+NEEDS = {
+    "PPO": ModelNeeds(value_head=True, reference=True, dropout=False, temperature=0.7),
+    "ILQL": ModelNeeds(value_head=True, q_heads=2, dropout=False),
+    "SFT": ModelNeeds(dropout=False),
+}
+LOSSES = {
+    "PPO": partial(ppo_loss, cliprange=0.2, cliprange_value=0.2, vf_coef=1.0, dual_clip=None),
+    "ILQL": partial(ilql_loss, tau=0.7, gamma=0.9, cql_scale=0.1, awac_scale=1.0, beta=0.5),
+    "SFT": sft_loss,
+}
+CASES = [(family, algorithm) for family in ("gpt2", "llama", "qwen2") for algorithm in LOSSES]
+OTHERS = [("qwen3", "PPO"), ("gemma", "ILQL"), ("gpt_neox", "PPO")]
+
+
+def settings(model, minibatch_size=2, unfrozen=-1, data_size=1, **trainer_kwargs) -> dict:
+    """What both backends are built from."""
+    return {
+        "model": ModelConfig(model, num_layers_unfrozen=unfrozen),
+        # where a gradient is 0 but for rounding, as attention's key bias, Adam's division would make it a step
+        "optimizer": OptimizerConfig("adamw", {"lr": 1e-3, "eps": 1e-4}),
+        "scheduler": SchedulerConfig("cosine_annealing", {"T_max": 10}),
+        "train": TrainConfig(
+            total_steps=10,
+            seq_length=24,
+            epochs=1,
+            batch_size=ROWS // data_size,
+            minibatch_size=minibatch_size,
+            checkpoint_interval=10,
+            eval_interval=10,
+            pipeline="PromptPipeline",
+            trainer="any",
+            trainer_kwargs=trainer_kwargs,
+        ),
+        "tokenizer": char_tokenizer(),
+    }
+
+
+def rows() -> TokenBatch:
+    """Eight ragged rows with everything a loss may look at."""
+    draw = torch.Generator().manual_seed(3)
+
+    def ids(most):
+        return torch.randint(3, VOCABULARY, (int(torch.randint(1, most, (), generator=draw)),), generator=draw).tolist()
+
+    batch = collate([Rollout(ids(6), ids(9), 1.0 - i / 4) for i in range(ROWS)], 0)
+    columns = {
+        name: torch.randn(batch.tokens.shape, generator=draw) * batch.response_mask
+        for name in ("old_values", "advantages", "returns")
+    }
+    return batch.replace(**columns)
+
+
+def with_old_logprobs(batch: TokenBatch, scores) -> TokenBatch:
+    """Old log-probabilities near the present ones, so that some ratios are clipped and some are not."""
+    draw = torch.Generator().manual_seed(4)
+    moved = scores.logprobs + 0.2 * torch.randn(batch.tokens.shape, generator=draw)
+    return batch.replace(old_logprobs=moved * batch.response_mask)
+
+
+def write_truth(folder: Path, family: str, algorithm: str, unfrozen: int = -1) -> None:
+    """Everything the Accelerate backend computes, in files."""
+    folder.mkdir()
+    built = settings(FAMILIES[family], unfrozen=unfrozen)
+    backend = AccelerateBackend(**built, needs=NEEDS[algorithm])
+    with torch.no_grad():
+        for weight in backend.policy.heads.parameters() if backend.policy.heads is not None else ():
+            weight.add_(torch.linspace(-0.1, 0.1, weight.numel()).view_as(weight))  # values that are not all 0
+    (folder / "model").mkdir()
+    backend.export_hf(folder / "model")
+    batch = with_old_logprobs(rows(), backend.score(rows()))
+    save_file({name: column.contiguous() for name, column in batch.columns().items()}, folder / "batch.safetensors")
+    save_file(_columns(backend.policy(batch.tokens, batch.attention_mask, batch.response_mask)), folder / "scores")
+    loss, _ = LOSSES[algorithm](backend.policy(batch.tokens, batch.attention_mask, batch.response_mask), batch)
+    (loss / batch.response_mask.sum()).backward()
+    save_file(_gradients(backend.policy), folder / "gradients")
+    backend.optimizer.zero_grad()
+    metrics = [backend.train_step(batch, LOSSES[algorithm]) for _ in range(STEPS)]
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "trained").mkdir()
+    backend.export_hf(folder / "trained")
+
+
+def _columns(scores) -> dict[str, torch.Tensor]:
+    named = {name: getattr(scores, name) for name in ("logprobs", "values", "q", "target_q", "q_logprobs")}
+    return {name: column.detach().contiguous() for name, column in named.items() if column is not None}
+
+
+def _gradients(policy) -> dict[str, torch.Tensor]:
+    named = [*policy.model.named_parameters(), *(policy.heads.named_parameters() if policy.heads is not None else ())]
+    return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in named}
+
+
+def compare(folder: Path, cases: list[tuple[str, str]], layouts: list[dict], unfrozen: int = -1) -> None:
+    """In the processes of a job: everything equals what is in the files."""
+    for family, algorithm in cases:
+        for layout in layouts:
+            try:
+                compare_one(folder / f"{family}-{algorithm}", algorithm, layout, unfrozen)
+            except AssertionError as error:
+                raise AssertionError(f"{family} {algorithm} {layout}: {error}") from error
+
+
+def compare_one(folder: Path, algorithm: str, layout: dict, unfrozen: int) -> None:
+    backend = megatron(folder / "model", algorithm, layout, unfrozen)
+    batch = TokenBatch(**load_file(folder / "batch.safetensors"))
+    mine = shard(batch, list(range(ROWS)), backend.data_rank, backend.data_size)
+    first = compare_scores(folder, backend, mine)
+    compare_gradients(folder, backend, mine, algorithm)
+    metrics = [backend.train_step(mine, LOSSES[algorithm]) for _ in range(STEPS)]
+    for found, expected in zip(metrics, json.loads((folder / "metrics.json").read_text()), strict=True):
+        assert found.keys() == expected.keys()
+        # how much is padding depends on how rows are divided
+        shown = [name for name in expected if not name.startswith("time/") and name != "padding_percentage"]
+        assert [found[name] for name in shown] == pytest.approx([expected[name] for name in shown], abs=2e-5, rel=1e-5)
+    compare_trained(folder, backend)
+    if NEEDS[algorithm].reference:
+        assert torch.equal(backend.score(mine, reference=True).logprobs, first)
+        assert not torch.equal(backend.score(mine).logprobs, first)
+
+
+def megatron(model, algorithm: str, layout: dict, unfrozen: int = -1):
+    from trlx.backends.megatron.backend import MegatronBackend
+
+    size = layout.get("tensor_model_parallel_size", 1) * layout.get("pipeline_model_parallel_size", 1)
+    data_size = world() // size
+    return MegatronBackend(
+        **settings(str(model), unfrozen=unfrozen, data_size=data_size, **layout), needs=NEEDS[algorithm]
+    )
+
+
+def world() -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def compare_scores(folder: Path, backend, mine: TokenBatch) -> torch.Tensor:
+    found, truth = backend.score(mine), load_file(folder / "scores")
+    at = slice(backend.data_rank * len(mine), (backend.data_rank + 1) * len(mine))
+    width = mine.tokens.shape[1]
+    for name in ("logprobs", "values"):
+        if name in truth:
+            assert_close(getattr(found, name), truth[name][at, :width], name)
+    return found.logprobs
+
+
+def compare_gradients(folder: Path, backend, mine: TokenBatch, algorithm: str) -> None:
+    from trlx.backends.megatron.schedule import run_forward_backward
+
+    truth, stored = load_file(folder / "gradients"), load_file(folder / "scores")
+    units = TokenBatch(**load_file(folder / "batch.safetensors")).response_mask.sum()
+    start = backend.data_rank * len(mine)
+    pieces = backend._pieces(mine)
+
+    def loss(scores, piece):
+        number = next(i for i, each in enumerate(pieces) if each is piece)
+        at = start + number * backend.microbatch_size
+        for name, column in _columns(scores).items():
+            expected = stored[name][..., at : at + len(piece), :]
+            width = min(column.shape[-1], expected.shape[-1])
+            assert_close(column[..., :width], expected[..., :width], name)
+        return LOSSES[algorithm](scores, piece)[0] * backend.data_size / units, None
+
+    for chunk in backend.wrapped:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    run_forward_backward(backend.wrapped, pieces, loss)
+    for weight in backend.weights.weights:
+        part = weight.entry.part(lambda name: truth[name], backend.place.tensor_rank, backend.place.layout.tensor)
+        found = weight.value.main_grad if weight.value.requires_grad else torch.zeros_like(part)
+        assert_close(found, part, f"gradient of {weight.name}")
+
+
+def compare_trained(folder: Path, backend) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "trained").state_dict()
+    heads = folder / "trained" / "trlx_heads.safetensors"
+    truth = model | (load_file(heads) if heads.is_file() else {})
+    for weight in backend.weights.weights:
+        part = weight.entry.part(lambda name: truth[name], backend.place.tensor_rank, backend.place.layout.tensor)
+        assert_close(weight.value.detach(), part, f"trained {weight.name}")
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    assert found.shape == expected.shape, what
+    difference = float((found - expected).abs().max())
+    assert difference < 1e-5 * max(1.0, float(expected.abs().max())), f"{what} differs by {difference}"
+
+
+def layout(tensor=1, pipeline=1, sequence=False, virtual=None) -> dict:
+    return {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "sequence_parallel": sequence,
+        "virtual_pipeline_model_parallel_size": virtual,
+    }
+
+
+LAYOUTS = {
+    1: [layout()],
+    2: [layout(2), layout(2, sequence=True), layout(1, 2), layout(1, 2, virtual=2), layout()],
+    4: [
+        layout(2, 2),
+        layout(2, 2, sequence=True),
+        layout(2, 1),
+        layout(2, 1, sequence=True),
+        layout(1, 2),
+        layout(2, 2, sequence=True, virtual=2),
+    ],
+}
+"""By number of processes; those that are left are data ranks."""
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("truth")
+    for family, algorithm in (*CASES, *OTHERS):
+        write_truth(folder / f"{family}-{algorithm}", family, algorithm)
+    return folder
+
+
+@pytest.mark.parametrize("size", LAYOUTS)
+def test_scores_gradients_and_weights_are_those_of_the_accelerate_backend(truth, size):
+    together(size, compare, truth, CASES, LAYOUTS[size])
+
+
+def test_so_they_are_for_the_other_families(truth):
+    together(2, compare, truth, OTHERS, [layout(2, sequence=True), layout(1, 2)])
+
+
+@pytest.mark.parametrize("unfrozen", [0, 1])
+def test_exactly_the_top_blocks_train(tmp_path, unfrozen):
+    write_truth(tmp_path / "gpt2-PPO", "gpt2", "PPO", unfrozen)
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2-PPO" / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2-PPO" / "trained").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert bool(changed) is bool(unfrozen)
+    assert all(name.startswith(("transformer.h.3.", "transformer.ln_f.")) for name in changed)
+    together(2, compare, tmp_path, [("gpt2", "PPO")], [layout(2), layout(1, 2)], unfrozen)

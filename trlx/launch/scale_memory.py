@@ -1,0 +1,183 @@
+"""Bytes that a process of a run on paper holds. docs/scaling.md says how near this comes to what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from trlx.launch.scale import CHUNK_ELEMENTS, Run, parameters
+
+FLOAT = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one process of a stage, at the worst moment of an optimizer step."""
+
+    weights: int
+    gradients: int
+    """Always float32, and whole on every data rank."""
+    main_weights: float
+    moments: float
+    reference: int
+    """The first values of what trains, which change places with the live weights (PPO)."""
+    activations: float
+    """Kept for the backward pass, of all microbatches in flight."""
+    temporary: float
+    """The largest of what a layer that is computed again and what logits take for a moment."""
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+    @property
+    def lasting(self) -> float:
+        """What is there between steps, too."""
+        return self.total - self.activations - self.temporary
+
+
+def memory(run: Run, stage: int) -> Memory:
+    """Bytes of one process of a stage. Left out: what the allocator, NCCL and CUDA itself take.
+
+    Mixed-precision Adam as in arXiv:1910.02054, 3.1: with half types float32 main weights, and two float32 moments;
+    a distributed optimizer divides these by the data ranks (their stage 1), up to 127 numbers of filling per weight.
+    """
+    count, share = parameters(run, stage), run.data if run.distributed else 1
+    trained = count.trained + count.trained_heads
+    kept = in_flight(run, stage) * chunk_activations(run, stage) + end_activations(run, stage)
+    return Memory(
+        weights=run.element * count.model + FLOAT * count.heads,
+        gradients=FLOAT * trained,
+        main_weights=FLOAT * count.trained / share if run.element < FLOAT else 0,
+        moments=FLOAT * run.moments * trained / share,
+        reference=run.element * count.trained if run.reference else 0,
+        activations=kept,
+        temporary=max(_computed_again(run), _logits_at_once(run) if run.is_last(stage) else 0),
+    )
+
+
+def in_flight(run: Run, stage: int) -> int:
+    """Microbatches whose activations a stage holds at once, a chunk's for an interleaved one.
+
+    1F1B: p - stage (arXiv:2104.04473, 2.2.1). Interleaved: the warm-up of 2 (p - stage - 1) + (v - 1) p passes and
+    one more, which for the first stage is 1 + (p - 1) / (p v) times the activations of a whole stage's layers in one
+    microbatch times p (arXiv:2205.05198, 4.2.3).
+    """
+    pipeline, chunks = run.parallel.pipeline, run.parallel.virtual
+    if chunks is None:
+        return min(run.microbatches, pipeline - stage)
+    return min(run.microbatches * chunks, 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline + 1)
+
+
+def layer_activations(run: Run) -> float:
+    """Bytes that one layer keeps of one microbatch when nothing is computed again.
+
+    The terms of arXiv:2205.05198, section 4, with the widths of this shape; for GPT-3's (feed-forward 4 h, as many
+    key-value heads as heads, half precision, dropout) their sum is that paper's s b h (34 + 5 a s / h), with three
+    differences. The term 5 a s / h is absent: torch's fused kernel keeps no scores, but one float32 per head and token.
+    Its result is kept beside the reordered copy that the next projection reads: 2 s b h more. A norm keeps mean and
+    spread. Tensor ranks divide what is inside attention and feed-forward, with sequence parallelism all of it.
+    """
+    shape, e = run.shape, run.element
+    heads, groups = (n * shape.kv_channels for n in (shape.num_attention_heads, shape.num_query_groups))
+    attention = e * (heads + 2 * groups) + e * heads  # queries, keys, values; what the last projection reads
+    if shape.qk_norm:
+        attention += e * (heads + groups) + _statistics(run) * (shape.num_attention_heads + shape.num_query_groups)
+    if run.recompute.granularity != "selective":
+        attention += e * heads + FLOAT * shape.num_attention_heads
+    inside = attention + e * shape.ffn_hidden_size * _feed_forward_copies(run)
+    norms = 2 * (e * shape.hidden_size + _statistics(run))  # what comes out of them, and what they note
+    inputs = (1 if shape.parallel_residual else 2) * _norm_input(run)
+    masks = 2 * shape.hidden_size if run.dropout else 0  # one byte each on a GPU
+    return run.tokens * (inside / run.parallel.tensor + (norms + inputs + masks) / run.sequence_split)
+
+
+def chunk_activations(run: Run, stage: int) -> float:
+    """Bytes that the layers of a stage, or of one chunk of it, keep of one microbatch.
+
+    Recomputed in full, pieces of layers keep their input only (arXiv:2205.05198, 5). On the first stage layers below
+    all that trains keep nothing; frozen ones of other stages are counted as if they trained, which is a bit too much.
+    """
+    layers, state = run.layers(stage), _state(run)
+    size = len(layers) // (run.parallel.virtual or 1)
+    if stage == 0 and run.parallel.virtual is None:
+        size = sum(map(run.is_trained, layers))
+    kept, again = _divided(run, size)
+    output = state if run.parallel.pipeline > 1 and not run.is_last(stage) else 0  # the schedule holds what it has sent
+    return kept * layer_activations(run) + again * state + output
+
+
+def end_activations(run: Run, stage: int) -> float:
+    """Bytes beside the layers': the mask behind the embedding, the final norm, scores and heads."""
+    shape, kept = run.shape, 0.0
+    if stage == 0 and run.dropout:
+        kept += in_flight(run, 0) * run.tokens * shape.hidden_size / run.sequence_split
+    if run.is_last(stage):
+        kept += run.tokens * (_norm_input(run) + _statistics(run)) / run.sequence_split
+        kept += run.scored * run.element * shape.hidden_size + _score_activations(run)
+    return kept
+
+
+def cache(run: Run, stage: int, rows: int, new_tokens: int, prompt: int) -> int:
+    """Bytes of keys and values while `rows` rows per data rank are generated: 2 per layer, key-value head and token."""
+    shape = run.shape
+    width = shape.num_query_groups * shape.kv_channels // run.parallel.tensor
+    return 2 * len(run.layers(stage)) * rows * (prompt + new_tokens) * width * run.element
+
+
+def _divided(run: Run, layers: int) -> tuple[int, float]:
+    """Of so many layers: those that keep everything, and pieces that keep their input."""
+    again = run.recompute
+    if again.granularity != "full":
+        return layers, 0
+    if again.method == "uniform":
+        return 0, -(-layers // again.num_layers)
+    return max(0, layers - again.num_layers), min(layers, again.num_layers)
+
+
+def _computed_again(run: Run) -> float:
+    if run.recompute.granularity != "full":
+        return 0
+    return layer_activations(run) * (run.recompute.num_layers if run.recompute.method == "uniform" else 1)
+
+
+def _state(run: Run) -> float:
+    """Bytes of the hidden states of a microbatch."""
+    return run.tokens * run.element * run.shape.hidden_size / run.sequence_split
+
+
+def _norm_input(run: Run) -> int:
+    """Bytes per token; a norm with an offset computes, and keeps, float32."""
+    return run.shape.hidden_size * (FLOAT if run.shape.norm_offset else run.element)
+
+
+def _statistics(run: Run) -> int:
+    """Bytes per token that a norm notes: the spread, and for a LayerNorm the mean."""
+    return FLOAT * (2 if run.shape.normalization == "layernorm" else 1)
+
+
+def _feed_forward_copies(run: Run) -> int:
+    """Vectors of the feed-forward's width kept per token.
+
+    The activation's input and result; a gate's input, result, factor and product; a ReLU needs its result only.
+    """
+    if run.shape.gated:
+        return 4 if run.shape.activation != "relu" else 3
+    return 1 if run.shape.activation == "relu" else 2
+
+
+def _score_activations(run: Run) -> float:
+    """Exponentials of logits, of the language model and of each Q head, unless they are computed again in pieces."""
+    hidden, held = run.shape.hidden_size, 0.0
+    if run.scored * run.vocab_part <= CHUNK_ELEMENTS:
+        held += FLOAT * run.scored * run.vocab_part * (1 + run.q_heads)
+        held += run.q_heads * run.scored * FLOAT * 2 * hidden
+    as_float = FLOAT * hidden if run.element < FLOAT else 0
+    if run.value_head:
+        held += run.scored * (as_float + FLOAT * 2 * hidden)
+    return held + (run.scored * as_float if run.q_heads else 0)
+
+
+def _logits_at_once(run: Run) -> float:
+    """Logits, what is shifted by their maximum, exponentials, and a gradient."""
+    return 4 * FLOAT * min(run.scored * run.vocab_part, CHUNK_ELEMENTS)
