@@ -63,17 +63,18 @@ def made(name, folder):
 def alone(model, prompts, **settings):
     """What transformers samples greedily from each prompt by itself, without any padding."""
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **settings}
-    config = hf.GenerationConfig(**settings)
-    rows = [model.generate(torch.tensor([prompt]), generation_config=config)[0].tolist() for prompt in prompts]
-    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+    config, rows = hf.GenerationConfig(**settings), []
+    for prompt in map(torch.tensor, ([ids] for ids in prompts)):
+        found = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        rows.append(found[0, prompt.shape[1] :].tolist())
+    return rows
 
 
 def backend_of(folder, layout, needs=None):
     from trlx.backends.megatron.backend import MegatronBackend
 
-    config = tiny_config(
-        folder, "SFT", model={"model_path": str(folder)}, train={"trainer_kwargs": layout, "tracker": None}
-    )
+    train = {"trainer_kwargs": layout, "minibatch_size": 2}
+    config = tiny_config(folder, "SFT", model={"model_path": str(folder)}, train=train)
     sections = {name: getattr(config, name) for name in ("model", "optimizer", "scheduler", "train")}
     return MegatronBackend(**sections, tokenizer=char_tokenizer(), needs=needs or ModelNeeds())
 

@@ -73,7 +73,7 @@ class MegatronBackend(Backend):
         freeze(self.stage, model.num_layers_unfrozen)
         self.reference = Reference(_language_models(self.stage)) if needs.reference else None
         self.wrapped = [_wrapped(chunk, settings.optim.distributed) for chunk in self.stage]
-        self.updates = Updates(self.wrapped, settings)
+        self.updates = Updates(self.wrapped, settings, self.place)
         self.randomness = Randomness(self.place)
 
     @torch.no_grad()

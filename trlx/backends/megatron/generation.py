@@ -39,13 +39,11 @@ def generate(
         rows = own_rows(len(prompts), i, place.layout.pipeline)
         if prompts[rows]:
             groups.append(_Group(prompts[rows], sampling, uniforms[rows].to(place.device), place.device))
-    pipeline = _Pipeline(stage, place)
+    pipeline = _Pipeline(stage, place, groups)
     with _whole_sequences(stage):
         for _ in range(sampling.max_new_tokens):
             for group in groups:
                 pipeline.advance(group)
-        for group in groups:
-            pipeline.receive_tokens(group)
     pipeline.finish()
     return [response for group in groups for response in group.responses]
 
@@ -111,14 +109,14 @@ class _Pipeline:
     Sends are not waited for, so that no two processes can wait for each other.
     """
 
-    def __init__(self, stage: list[ScoringModel], place: Place):
-        self.stage, self.place = stage, place
+    def __init__(self, stage: list[ScoringModel], place: Place, groups: list[_Group]):
+        self.stage, self.place, self.groups = stage, place, groups
         self.ranks = dist.get_process_group_ranks(pipeline_group())
         self.sent: list[tuple[dist.Work, Tensor]] = []
 
     def advance(self, group: _Group) -> None:
         """One more token for each row of a group that is not finished."""
-        self.receive_tokens(group)
+        self._receive_tokens(group)
         if group.finished:
             return
         inputs, size = group.inputs(), len(self.ranks)
@@ -139,7 +137,14 @@ class _Pipeline:
         group.context.sequence_len_offset = group.tokens.shape[1]
         group.awaits = True
 
-    def receive_tokens(self, group: _Group) -> None:
+    def finish(self) -> None:
+        """Waits until everything has been received and sent."""
+        for group in self.groups:
+            self._receive_tokens(group)
+        for work, _ in self.sent:
+            work.wait()
+
+    def _receive_tokens(self, group: _Group) -> None:
         """Waits for what the last stage drew in the group's last step, if that has not come yet."""
         if not group.awaits:
             return
@@ -147,12 +152,11 @@ class _Pipeline:
         dist.recv(drawn, self.ranks[-1], group=pipeline_group())
         group.take(drawn)
 
-    def finish(self) -> None:
-        """Waits until everything has been sent."""
-        for work, _ in self.sent:
-            work.wait()
-
     def _receive_states(self, chunk: ScoringModel, shape: torch.Size) -> Tensor:
+        if self.place.stage == 0:
+            # of interleaved chunks; they come from the last stage, behind the tokens it drew for the group before
+            for group in self.groups:
+                self._receive_tokens(group)
         rows, columns = shape
         states = torch.empty(
             columns, rows, chunk.config.hidden_size, dtype=chunk.config.params_dtype, device=self.place.device

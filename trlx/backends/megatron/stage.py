@@ -76,12 +76,10 @@ class StageWeights:
 
         Only the first tensor rank of the first data rank gets them; the others help to gather and get nothing.
         """
-        if self.place.data_rank:
-            return
         for weight in weights:
-            if weight.is_copy:
-                continue
             local = value(weight).detach()
+            if weight.is_copy or self.place.data_rank:
+                continue
             parts = [local] if weight.entry.split_dim is None else self.place.gather_over_tensor_ranks(local)
             if self.place.tensor_rank == 0:
                 yield from weight.entry.whole([part.cpu() for part in parts]).items()
@@ -105,32 +103,36 @@ class StageWeights:
         """
         read, names = _reader(folder, "policy")
         trained = self.trained()
-        missing = [n for w in trained for n in w.entry.hf_names if n not in names]
-        if missing:
-            raise ValueError(
-                f"{folder} holds other trained weights than this config asks for: {missing[0]} is not there"
-            )
+        wanted, known = (_hf_names(weights) for weights in (trained, self.weights))
+        odd = sorted((wanted - names) | (names & known - wanted))
+        # every stage looks at its own; one that raised alone would leave the others waiting
+        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, odd[:3])
+        if any(found):
+            examples = ", ".join(sorted({name for each in found for name in each})[:3])
+            raise ValueError(f"{folder} holds other trained weights than this config asks for, e.g. {examples}")
         self.load(read, trained)
 
     def save_moments(self, folder: Path, updates: Updates) -> None:
         """Writes what the optimizer keeps of every weight."""
-        kept = {w.name: updates.moments(w.value) for w in self.weights if w.value.requires_grad}
-        kinds = sorted({kind for moments in kept.values() for kind in moments})
-        tensors = {}
+        trained = [weight for weight in self.weights if weight.value.requires_grad]
+        kinds = sorted({kind for weight in trained for kind in updates.kinds(weight.value)})
+        tensors: dict[str, Tensor] = {}
         for kind in kinds:
-            weights = [w for w in self.weights if kind in kept.get(w.name, {})]
-            for name, tensor in self.whole(weights, lambda w, kind=kind: kept[w.name][kind]):
-                tensors[f"{kind}/{name}"] = tensor
+            having = [weight for weight in trained if kind in updates.kinds(weight.value)]
+            found = self.whole(having, lambda weight, kind=kind: updates.kept(weight.value, kind))
+            tensors |= {f"{kind}/{name}": tensor for name, tensor in found}
         self._write(folder / f"optimizer-{self.place.stage:03d}.safetensors", tensors.items())
 
     def load_moments(self, folder: Path, updates: Updates) -> None:
         """Restores `save_moments`, in any layout."""
         read, _ = _reader(folder, "optimizer")
-        updates.prepare_moments()
+        updates.prepare()
         with torch.no_grad():
-            for weight in (w for w in self.weights if w.value.requires_grad):
-                for kind, moment in updates.moments(weight.value).items():
-                    moment.copy_(self._part(weight, lambda name, kind=kind: read(f"{kind}/{name}")))
+            for weight in (weight for weight in self.weights if weight.value.requires_grad):
+                for kind in updates.kinds(weight.value):
+                    part = self._part(weight, lambda name, kind=kind: read(f"{kind}/{name}"))
+                    updates.keep(weight.value, kind, part)
 
     def digest(self) -> str:
         """A short hash of the language model's weights, the same in every layout."""
@@ -193,6 +195,10 @@ def _in_whole_model(name: str, first_layer: int) -> str:
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + first_layer)
     return ".".join(parts)
+
+
+def _hf_names(weights: Iterable[Weight]) -> set[str]:
+    return {name for weight in weights for name in weight.entry.hf_names}
 
 
 def _reader(folder: Path, kind: str) -> tuple[Callable[[str], Any], set[str]]:

@@ -10,6 +10,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from trlx.backends.megatron.cpu import cuda_type_names
+from trlx.backends.megatron.parallel import Place
 from trlx.backends.megatron.settings import MegatronSettings, Optim
 
 
@@ -20,7 +21,8 @@ class Updates:
         stage: this process's model chunks, wrapped for data parallelism.
     """
 
-    def __init__(self, stage: list[nn.Module], settings: MegatronSettings):
+    def __init__(self, stage: list[nn.Module], settings: MegatronSettings, place: Place):
+        self.place = place
         self.optim: Optim = settings.optim
         self.max_norm = settings.max_grad_norm
         self.step_count = 0
@@ -51,15 +53,30 @@ class Updates:
         """Forgets the gradients."""
         self.engine.zero_grad()
 
-    def moments(self, weight: Tensor) -> dict[str, Tensor]:
-        """What the optimizer keeps for `weight`, in its shape: a float32 copy under bf16, and running averages."""
-        main = getattr(weight, "main_param", None)
-        kept = {} if main is None else {"main": main}
-        state = self.engine.optimizer.state[weight if main is None else main]
-        return kept | {name: value for name, value in state.items() if torch.is_tensor(value) and value.dim()}
+    def kinds(self, weight: Tensor) -> list[str]:
+        """What is kept for `weight` beside itself: ``main``, a float32 copy of a half weight, and running averages."""
+        main = [] if weight.dtype == torch.float32 else ["main"]
+        return main + (list(self.optim.moment_names) if self.step_count else [])
 
-    def prepare_moments(self) -> None:
-        """Makes empty running averages for every weight, to be filled from a checkpoint; none before the first step."""
+    def kept(self, weight: Tensor, kind: str) -> Tensor:
+        """What is kept, in the weight's shape. With the distributed optimizer every data rank has a piece of it, and
+        all call this together."""
+        piece, where = self._piece(weight, kind)
+        if where is None:
+            return piece
+        whole = torch.zeros(weight.numel(), device=weight.device)
+        if piece is not None:
+            whole[where] = piece.flatten()
+        return self.place.sum_over_data(whole).to(weight.device).view_as(weight)
+
+    def keep(self, weight: Tensor, kind: str, value: Tensor) -> None:
+        """Sets what `kept` returns."""
+        piece, where = self._piece(weight, kind)
+        if piece is not None:
+            piece.copy_(value if where is None else value.flatten()[where].view_as(piece))
+
+    def prepare(self) -> None:
+        """Makes empty running averages for every weight, to be set from a checkpoint; none before the first step."""
         optimizer = self.engine.optimizer
         if optimizer is None or not self.step_count:
             return
@@ -67,6 +84,19 @@ class Updates:
             for weight in group["params"]:
                 averages = {name: torch.zeros_like(weight) for name in self.optim.moment_names}
                 optimizer.state[weight] = averages | {"step": torch.tensor(float(self.step_count))}
+
+    def _piece(self, weight: Tensor, kind: str) -> tuple[Tensor | None, slice | None]:
+        """(what this process keeps, which part of the flat weight that is); the part is None for all of it."""
+        if not self.optim.distributed:
+            main = weight if weight.dtype == torch.float32 else weight.main_param
+            return (main if kind == "main" else self.engine.optimizer.state[main][kind]), None
+        if weight not in self.engine.model_param_group_index_map:
+            return None, slice(0)
+        group, order = self.engine.model_param_group_index_map[weight]
+        main = self.engine.optimizer.param_groups[group]["params"][order]
+        part = self.engine._get_model_param_range_map(weight)["param"]
+        piece = main if kind == "main" else self.engine.optimizer.state[main][kind]
+        return piece, slice(part.start, part.end)
 
     def state(self) -> dict[str, Any]:
         """Numbers for a checkpoint."""
