@@ -25,6 +25,7 @@ EXTRAS = {
     "report": ["matplotlib>=3.8"],
     "peft": ["peft>=0.18"],
     "bnb": ["bitsandbytes>=0.45"],
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "data": ["datasets>=3.0"],
     "sweep": ["ray[tune]>=2.40"],
     "nemo": ["megatron-core>=0.16.1,<0.17", "einops>=0.8"],

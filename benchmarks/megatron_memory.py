@@ -28,7 +28,7 @@ from trlx.batch import Rollout, TokenBatch
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.data.collate import collate
 from trlx.launch.scale import Run, parameters
-from trlx.launch.scale_memory import chunk_activations, end_activations, in_flight, memory
+from trlx.launch.scale_memory import chunk_activations, computed_again, in_flight, memory, score_activations
 from trlx.launch.scale_traffic import messages
 
 NEEDS = {
@@ -116,7 +116,8 @@ def measure(case: Case) -> dict[str, Any]:
     with counted_messages() as sent, kept_activations(weights) as kept:
         backend.train_step(batch(case), scored)
     count, paper = parameters(run, stage), memory(run, stage)
-    on_paper = in_flight(run, stage) * chunk_activations(run, stage) + end_activations(run, stage)
+    on_paper = in_flight(run, stage) * chunk_activations(run, stage)
+    on_paper += max(score_activations(run, stage), computed_again(run, stage))
     optimizer = backend.updates.engine.optimizer
     state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.dim()]
     main = [w for group in optimizer.param_groups for w in group["params"]] if run.element < 4 else []
@@ -129,7 +130,7 @@ def measure(case: Case) -> dict[str, Any]:
         "moments": (size_of(state), paper.moments),
         "main weights": (size_of(w for w in main if id(w) not in set(map(id, weights))), paper.main_weights),
         "reference": (size_of(kept_reference), paper.reference),
-        "activations": (kept.peak, on_paper + paper.temporary * (run.recompute.granularity == "full")),
+        "activations": (kept.peak, on_paper),
         "messages": (+sent, expected_messages(run, stage)),
     }
 
@@ -169,7 +170,7 @@ class Kept:
 
     def pack(self, tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
-        return tensor if storage.data_ptr() in self.without else _Held(self, tensor, storage.data_ptr())
+        return tensor if storage.data_ptr() in self.without else _Held(self, tensor.detach(), storage.data_ptr())
 
     @staticmethod
     def unpack(kept: Any) -> Tensor:
@@ -217,7 +218,7 @@ def counted_messages() -> Iterator[Counter]:
     def note(kind: str, tensor: Tensor, group: Any) -> None:
         size = tensor.numel() * tensor.element_size()
         if group is not None and dist.get_world_size(group) > 1 and size > SMALL:
-            counted[names.get(id(group), "other"), kind] += size
+            counted["pipeline" if kind == "send" else names.get(id(group), "other"), kind] += size
 
     with contextlib.ExitStack() as stack:
         for places, name, kind, whole in _places():

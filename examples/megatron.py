@@ -1,4 +1,4 @@
-"""What examples on tensor and pipeline parallelism share: the layout on the command line, and the presets of NeMo's sizes.
+"""What examples on tensor and pipeline parallelism share: the layout on the command line, and NeMo's presets.
 
     --tp N           processes that share every layer
     --pp N           stages that share the layers out
@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import trlx
-from examples.common import chosen, configure, example_parser
+from examples.common import RewardFn, chosen, configure, example_parser
 
 BACKENDS = ("accelerate", "megatron")
+TRAINED = "ckpts/best_checkpoint"
+"""What the inference examples take where no model is named."""
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +69,14 @@ def nemo_arguments(doc: str, argv: Sequence[str] | None = None) -> dict[str, Any
     parser.add_argument("--preset", default="megatron_1.3b", help="model and layout (default: megatron_1.3b)")
     add_layout(parser)
     args = parser.parse_intermixed_args(argv)
-    given = chosen(args)
-    return {**given, "hparams": {**layout(args), **given["hparams"]}, "preset": args.preset}
+    return {**_with_layout(args), "preset": args.preset}
+
+
+def inference_arguments(doc: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The same for an example that samples: a trained model knows its sizes, so there is no preset."""
+    parser = example_parser(doc)
+    add_layout(parser)
+    return _with_layout(parser.parse_intermixed_args(argv))
 
 
 def nemo_config(method: str, preset: str, hparams: Mapping[str, Any] | None) -> trlx.TRLConfig:
@@ -80,9 +89,44 @@ def nemo_config(method: str, preset: str, hparams: Mapping[str, Any] | None) -> 
     base = trlx.load_preset(method, preset).evolve(
         model={"model_path": folder}, tokenizer={"tokenizer_path": folder, "truncation_side": "right"}
     )
-    config = trlx.TRLConfig.update(base, hparams or {})
-    if config.model.model_path == "tiny":
-        without = base.evolve(train={"minibatch_size": None, "trainer_kwargs": {"megatron_cfg": None}})
-        return configure(without, hparams)
+    hparams = hparams or {}
+    small = base.evolve(train={"minibatch_size": None, "trainer_kwargs": {"megatron_cfg": None}})
+    if trlx.TRLConfig.update(small, hparams).model.model_path == "tiny":
+        return configure(small, hparams)
+    config = trlx.TRLConfig.update(base, hparams)
     pretrained = config.train.trainer_kwargs.get("pretrained_model") or config.model.model_path
     return config.evolve(train={"trainer_kwargs": {"pretrained_model": pretrained}})
+
+
+def inference_config(method: str, hparams: Mapping[str, Any] | None) -> trlx.TRLConfig:
+    """A config that holds ``model.model_path`` and trains nothing but heads, so that nearly all memory is for weights.
+
+    The model is a folder that ``save_pretrained`` wrote, a checkpoint with such a folder in it, a ``.nemo`` archive, a
+    name on the hub, or "tiny"; its tokenizer comes from there, too, unless another one is named.
+    """
+    base = trlx.load_preset(method).evolve(
+        model={"model_path": TRAINED, "num_layers_unfrozen": 0}, tokenizer={"tokenizer_path": TRAINED}
+    )
+    config = configure(base, hparams)
+    model, tokenizer = config.model.model_path, config.tokenizer.tokenizer_path
+    return config.evolve(model={"model_path": _exported(model)}, tokenizer={"tokenizer_path": _exported(tokenizer)})
+
+
+def speak(trainer: Any, prompts: Sequence[str], judge: RewardFn, **gen_kwargs: Any) -> list[str]:
+    """Each prompt with a sample of what follows; printed once with what `judge` thinks. Called on every process."""
+    ids = [trainer.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    texts = trainer.tokenizer.batch_decode(trainer.generate(ids, **gen_kwargs), skip_special_tokens=True)
+    if trainer.backend.is_main:
+        print(*(f"{score:7.3f}  {text!r}" for score, text in zip(judge(samples=texts), texts, strict=True)), sep="\n")
+    return texts
+
+
+def _with_layout(args: argparse.Namespace) -> dict[str, Any]:
+    given = chosen(args)
+    return {**given, "hparams": {**layout(args), **given["hparams"]}}
+
+
+def _exported(path: Any) -> Any:
+    """The folder ``hf_model`` in a checkpoint; everything else stands for itself."""
+    inside = isinstance(path, str) and Path(path) / "hf_model"
+    return str(inside) if inside and inside.is_dir() else path

@@ -85,10 +85,13 @@ def test_offline_methods_equal_one_process(tmp_path, algorithm):
     both(tmp_path, run, algorithm, model=NO_DROPOUT)
 
 
-@pytest.mark.parametrize("launch", ["zero2", "zero3"])
-def test_configurations_with_deepspeeds_words_equal_one_process(tmp_path, launch):
-    both(tmp_path, run, "PPO", method=GREEDY, launch=launch)
-    assert (launched(launch)["FSDP_RESHARD_AFTER_FORWARD"] == "true") is (launch == "zero3")
+def test_weights_that_stay_whole_through_a_step_equal_one_process(tmp_path):
+    both(tmp_path, run, "PPO", method=GREEDY, launch="fsdp2_whole_step")
+
+
+@pytest.mark.parametrize(("name", "reshards"), [("fsdp2", "true"), ("fsdp2_whole_step", "false")])
+def test_the_configurations_say_when_weights_are_given_up(name, reshards):
+    assert launched(name)["FSDP_RESHARD_AFTER_FORWARD"] == reshards
 
 
 def test_ddp_is_launched_without_sharding():

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -262,7 +263,8 @@ def test_weights_become_the_type_of_the_parameter(tmp_path):
     stored = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
     parameter = torch.zeros(32)
     load_weights([("decoder.final_layernorm.weight", parameter)], of_config(CONFIGS["llama"]), open_source(tmp_path))
-    assert stored.dtype == torch.float16 and torch.equal(parameter, stored.float())
+    assert stored.dtype == torch.float16 and parameter.dtype == torch.float32
+    assert torch.equal(parameter, stored.float())
 
 
 def rewritten(folder, name, change):
@@ -371,6 +373,8 @@ def test_what_two_stages_write_loads_in_plain_transformers_with_the_same_logits(
     assert torch.equal(logits_of(loaded), logits_of(model))
     files = sorted(file.name for file in after.glob("*.safetensors"))
     assert files[0] == "model-00-00001.safetensors" and len(files) > 2 and files[-1].startswith("model-01-")
+    with safe_open(after / files[0], framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # without it older loaders refuse the file
     total = sum(tensor.nbytes for file in files for tensor in load_file(after / file).values())
     assert json.loads((after / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == total
 

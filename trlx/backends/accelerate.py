@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,16 +14,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trlx import logging
 from trlx.backends.base import Backend, LossFn, ModelNeeds
+from trlx.backends.deepspeed import unseen_by_accelerate, wants_deepspeed, zero_for
 from trlx.backends.generation import generate
 from trlx.backends.optimizer import make_optimizer, make_scheduler
-from trlx.backends.sharding import refuse_deepspeed, sharding_for, trainable
+from trlx.backends.sharding import Replicated, Sharded
 from trlx.batch import TokenBatch, TokenScores
 from trlx.checkpoint import read_optimizer, write_optimizer
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
@@ -52,21 +60,21 @@ class AccelerateBackend(Backend):
         tokenizer: PreTrainedTokenizerBase,
         needs: ModelNeeds,
     ):
-        refuse_deepspeed()
-        self.accelerator = Accelerator(
-            # unless told so, Accelerate runs the processes of a CPU job side by side as strangers
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=train.mixed_precision,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
-        self.sharding = sharding_for(self.accelerator)
+        uses_deepspeed = wants_deepspeed()
+        with unseen_by_accelerate():
+            self.accelerator = Accelerator(
+                # unless told so, Accelerate runs the processes of a CPU job side by side as strangers
+                cpu=not torch.accelerator.is_available(),
+                mixed_precision=train.mixed_precision,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            )
+        self.sharding = _sharding_for(self.accelerator, uses_deepspeed, train.max_grad_norm or float("inf"))
         self.device = self.accelerator.device
         if self.accelerator.mixed_precision == "fp16" and self.device.type == "cpu":
             raise ValueError("train.mixed_precision fp16 needs a GPU: write bf16, which works on CPUs too, or no")
         self.data_rank, self.data_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.tokenizer = tokenizer
-        self.max_grad_norm = train.max_grad_norm or float("inf")
         self.microbatch_size = train.minibatch_size or train.batch_size
         # train mode only where it changes something: switching it walks over every module
         self.uses_train_mode = needs.dropout or train.gradient_checkpointing
@@ -79,12 +87,12 @@ class AccelerateBackend(Backend):
             self.policy.architecture.recompute()
         self.initial_digest = digest(self.policy)
         self.layout = self.policy.architecture.layout(tokenizer)
-        self.optimizer = self.sharding.prepare(self.policy, partial(make_optimizer, optimizer))
-        self.parameters = trainable(self.policy)
-        self.reference = _make_reference(self.policy, self.sharding.exchange) if needs.reference else None
+        prepared = self.sharding.prepare(self.policy, partial(make_optimizer, optimizer))
+        with self.sharding.parts():
+            self.reference = _make_reference(self.policy, self.sharding.exchange) if needs.reference else None
         with self.sharding.unsharded():
             self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
-        self.scheduler = make_scheduler(scheduler, self.optimizer.optimizer)
+        self.scheduler = make_scheduler(scheduler, prepared)
 
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
         self.policy.eval()
@@ -125,7 +133,7 @@ class AccelerateBackend(Backend):
                 scores = self.sharding.wrapped(*_columns(piece))
                 loss, metrics = loss_fn(scores, piece)
                 halfway = time.perf_counter()
-                self.accelerator.backward(loss * scale)
+                self.sharding.backward(loss * scale)
             seconds["time/forward"] += halfway - began
             seconds["time/backward"] += time.perf_counter() - halfway
             pieces.append(pack(metrics))
@@ -133,15 +141,11 @@ class AccelerateBackend(Backend):
 
     def _update(self) -> dict[str, float]:
         """Clips and applies the gradients, unless they are not finite."""
-        norm = float(self.sharding.full(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)))
-        skipped = not torch.tensor(norm).isfinite()
-        # under fp16 the optimizer skips by itself and must be called for the loss scale to come down
-        if not skipped or self.accelerator.scaler is not None:
-            self.optimizer.step()
+        norm = self.sharding.update()
+        skipped = not math.isfinite(norm)
         rates = {f"learning_rate_group_{i}": float(rate) for i, rate in enumerate(self.scheduler.get_last_lr())}
         if not skipped:
             self.scheduler.step()
-        self.optimizer.zero_grad()
         return {"grad_norm": norm, "skipped_steps": float(skipped), **rates}
 
     def _means(self, pieces: list[tuple[list[str], Tensor]]) -> dict[str, float]:
@@ -153,7 +157,8 @@ class AccelerateBackend(Backend):
 
     @torch.no_grad()
     def update_heads(self, fn: Callable[[torch.nn.Module], None]) -> None:
-        fn(self.policy.heads)
+        with self.sharding.writing(self.policy.heads.parameters()):
+            fn(self.policy.heads)
 
     def sum_across(self, tensor: Tensor) -> Tensor:
         if self.data_size == 1:
@@ -174,8 +179,7 @@ class AccelerateBackend(Backend):
 
     def save(self, folder: Path, optimizer: bool = True) -> None:
         trained = {name: self.sharding.for_file(weight) for name, weight in self._trained().items()}
-        state = self.optimizer.state_dict() if optimizer else {"state": {}}
-        state = _with_tensors(state, lambda _, value: self.sharding.for_file(value))
+        state = self.sharding.optimizer_state() if optimizer else {}
         if not self.is_main:
             return
         save_file(trained, folder / "policy.safetensors")
@@ -189,14 +193,12 @@ class AccelerateBackend(Backend):
         if saved.keys() != trained.keys():
             odd = sorted(saved.keys() ^ trained.keys())[:3]
             raise ValueError(f"{folder} holds other trained weights than this config asks for, e.g. {', '.join(odd)}")
-        with torch.no_grad():
-            for name, tensor in trained.items():
-                tensor.copy_(self.sharding.part(saved[name], tensor))
+        for name, weight in trained.items():
+            with torch.no_grad(), self.sharding.writing([weight]):
+                weight.copy_(self.sharding.part(saved[name], weight))
         if not (folder / "optimizer.safetensors").is_file():
             return
-        state = read_optimizer(folder / "optimizer.safetensors")
-        parts = _with_tensors(state, lambda index, value: self.sharding.part(value, self.parameters[index]))
-        self.optimizer.load_state_dict(parts)
+        self.sharding.load_optimizer_state(read_optimizer(folder / "optimizer.safetensors"))
         self.scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text()))
 
     def export_hf(self, folder: Path) -> None:
@@ -205,8 +207,8 @@ class AccelerateBackend(Backend):
     def export_merged(self, folder: Path) -> None:
         if not self.sharding.can_merge:
             raise ValueError(
-                "An adapter cannot be merged while weights are in parts (FSDP): save it without merge=True, and merge "
-                "what is saved in one process"
+                "An adapter cannot be merged while weights are in parts (FSDP, DeepSpeed): save it without "
+                "merge=True, and merge what is saved in one process"
             )
         self._export(folder, merge=True)
 
@@ -223,16 +225,18 @@ class AccelerateBackend(Backend):
         heads = set(self.policy.heads.state_dict(prefix="heads.")) if self.policy.heads is not None else set()
         trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
         state = dict(self.policy.named_parameters()) | dict(self.policy.named_buffers())
-        return {name: state[name].data for name in sorted(trained | heads)}
+        return {name: state[name] for name in sorted(trained | heads)}
 
 
-def _with_tensors(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
-    """An optimizer's state, each tensor of it changed by a function of its parameter's index and itself."""
-    changed = {
-        index: {name: change(index, value) if isinstance(value, Tensor) else value for name, value in entries.items()}
-        for index, entries in state["state"].items()
-    }
-    return {**state, "state": changed}
+def _sharding_for(accelerator: Accelerator, uses_deepspeed: bool, max_grad_norm: float) -> Replicated:
+    """What fits the way the processes were launched."""
+    if accelerator.num_processes > 1:
+        # asked for as Accelerate asks, which by itself takes no notice on CPUs
+        if uses_deepspeed:
+            return zero_for(accelerator, max_grad_norm)
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            return Sharded(accelerator, max_grad_norm, FullyShardedDataParallelPlugin())
+    return Replicated(accelerator, max_grad_norm)
 
 
 def _columns(batch: TokenBatch) -> tuple[Tensor | None, ...]:

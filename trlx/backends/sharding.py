@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -19,9 +21,6 @@ from torch.optim import Optimizer
 from trlx.models.decoder import block_lists, probing
 from trlx.models.policy import Policy
 from trlx.models.reference import Exchange, exchange_pointers
-
-FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
-"""How ``accelerate launch`` tells its processes what it is configured for."""
 
 MakeOptimizer = Callable[[list[Parameter]], Optimizer]
 
@@ -37,25 +36,50 @@ class Replicated:
     exchange: Exchange = staticmethod(exchange_pointers)
     """How a weight and another value of it change places."""
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, max_grad_norm: float):
         self.accelerator = accelerator
+        self.max_grad_norm = max_grad_norm
 
     def prepare(self, policy: Policy, make_optimizer: MakeOptimizer) -> Optimizer:
-        """Puts `policy` on its device and makes the optimizer of the weights that train.
+        """Puts `policy` on its device, and makes and returns the optimizer of the weights that train.
 
         Raises:
             ValueError: the policy's weights cannot be shared out.
         """
-        self.wrapped = self.accelerator.prepare(policy)
-        return self.accelerator.prepare(make_optimizer(trainable(policy)))
+        self.wrapped, self.parameters = self.accelerator.prepare(policy), trainable(policy)
+        self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters))
+        return self.optimizer.optimizer
 
     def accumulating(self) -> AbstractContextManager:
         """Inside the block gradients are added up and not yet shared."""
         return self.accelerator.no_sync(self.wrapped)
 
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of `loss`."""
+        self.accelerator.backward(loss)
+
+    def update(self) -> float:
+        """Clips, applies and clears the gradients and gives their norm; where that is not finite nothing is applied."""
+        norm = float(self.full(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)))
+        # under fp16 the optimizer skips by itself and must be called for the loss scale to come down
+        if math.isfinite(norm) or self.accelerator.scaler is not None:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
     @contextmanager
     def unsharded(self) -> Iterator[None]:
         """Inside the block the policy and all in it can be called, by each process as often as it likes."""
+        yield
+
+    @contextmanager
+    def parts(self) -> Iterator[None]:
+        """Inside the block every weight of the policy is the part of it that this process keeps."""
+        yield
+
+    @contextmanager
+    def writing(self, weights: Iterable[Tensor]) -> Iterator[None]:
+        """Inside the block `weights` may be given other values, the same by every process."""
         yield
 
     @contextmanager
@@ -69,11 +93,20 @@ class Replicated:
 
     def for_file(self, tensor: Tensor) -> Tensor:
         """The whole of a tensor, on the main process alone; called on every process."""
-        return tensor
+        return tensor.detach()
 
     def part(self, full: Tensor, weight: Tensor) -> Tensor:
         """What this process keeps of `full`: a value, or optimizer state, of `weight`."""
         return full
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The whole state of the optimizer, on the main process alone; called on every process."""
+        return _with_tensors(self.optimizer.state_dict(), lambda _, value: self.for_file(value))
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Restores what `optimizer_state` gave, of one or of many processes."""
+        parts = _with_tensors(state, lambda index, value: self.part(value, self.parameters[index]))
+        self.optimizer.load_state_dict(parts)
 
 
 class Sharded(Replicated):
@@ -88,8 +121,8 @@ class Sharded(Replicated):
 
     can_merge = False
 
-    def __init__(self, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin):
-        super().__init__(accelerator)
+    def __init__(self, accelerator: Accelerator, max_grad_norm: float, plugin: FullyShardedDataParallelPlugin):
+        super().__init__(accelerator, max_grad_norm)
         refused = {
             "fsdp_version: 2": plugin.fsdp_version != 2,
             "fsdp_cpu_ram_efficient_loading: false": plugin.cpu_ram_efficient_loading,
@@ -118,7 +151,9 @@ class Sharded(Replicated):
         self.wrapped = fully_shard(policy, mesh=mesh)
         policy.forward = self.accelerator.autocast()(policy.forward)
         self._run_once()
-        return self.accelerator.prepare_optimizer(make_optimizer(trainable(policy)))
+        self.parameters = trainable(policy)
+        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.parameters))
+        return self.optimizer.optimizer
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -142,24 +177,14 @@ class Sharded(Replicated):
 
     @contextmanager
     def on_main(self) -> Iterator[None]:
-        sharded = [(module, *named) for module in self.wrapped.modules() for named in _own_parameters(module)]
-        whole: dict[Parameter, Parameter] = {}
-        for _, _, weight in sharded:
-            if weight not in whole:  # tied weights stay tied
-                whole[weight] = Parameter(self.for_file(weight.detach()), weight.requires_grad)
-        try:
-            for module, name, weight in sharded:
-                setattr(module, name, whole[weight])
+        with whole_on_main(self.wrapped, self.for_file):
             yield
-        finally:
-            for module, name, weight in sharded:
-                setattr(module, name, weight)
 
     def full(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def for_file(self, tensor: Tensor) -> Tensor:
-        full = self.full(tensor)
+        full = self.full(tensor.detach())
         return full.cpu() if self.accelerator.is_main_process else full.new_empty(0)
 
     def part(self, full: Tensor, weight: Tensor) -> Tensor:
@@ -192,30 +217,35 @@ class Sharded(Replicated):
             unit.reshard()
 
 
-def refuse_deepspeed() -> None:
-    """To be called before Accelerate starts, which would look for it.
-
-    Raises:
-        NotImplementedError: the processes were launched with DeepSpeed.
-    """
-    if parse_flag_from_env(DEEPSPEED):
-        raise NotImplementedError(
-            "DeepSpeed is not supported. FSDP2 shards the same and needs no other package: launch with "
-            "--config_file configs/accelerate/zero2.yaml or zero3.yaml of trlx, which say it in its words"
-        )
-
-
-def sharding_for(accelerator: Accelerator) -> Replicated:
-    """What fits the way the processes were launched."""
-    # asked for as Accelerate asks, which by itself takes no notice on CPUs
-    if parse_flag_from_env(FSDP) and accelerator.num_processes > 1:
-        return Sharded(accelerator, FullyShardedDataParallelPlugin())
-    return Replicated(accelerator)
-
-
 def trainable(policy: Policy) -> list[Parameter]:
     """The weights that train."""
     return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def whole_on_main(policy: nn.Module, for_file: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside the block copies that `for_file` makes stand in the place of the policy's weights."""
+    sharded = [(module, *named) for module in policy.modules() for named in _own_parameters(module)]
+    whole: dict[Parameter, Parameter] = {}
+    for _, _, weight in sharded:
+        if weight not in whole:  # tied weights stay tied
+            whole[weight] = Parameter(for_file(weight), weight.requires_grad)
+    try:
+        for module, name, weight in sharded:
+            setattr(module, name, whole[weight])
+        yield
+    finally:
+        for module, name, weight in sharded:
+            setattr(module, name, weight)
+
+
+def _with_tensors(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+    """An optimizer's state, each tensor of it changed by a function of its parameter's index and itself."""
+    changed = {
+        index: {name: change(index, value) if isinstance(value, Tensor) else value for name, value in entries.items()}
+        for index, entries in state["state"].items()
+    }
+    return {**state, "state": changed}
 
 
 def _check_dtypes(policy: Policy) -> None:

@@ -12,6 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trlx", description="Tools around training runs.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_report(commands)
+    _add_plan(commands)
     args = parser.parse_args(argv)
     return args.run(args)
 
@@ -31,4 +32,36 @@ def _run_report(args: argparse.Namespace) -> int:
     except FileNotFoundError as error:
         raise SystemExit(f"trlx report: {error}") from None
     print(*written, sep="\n")
+    return 0
+
+
+def _add_plan(commands) -> None:
+    command = commands.add_parser("plan", help="memory and traffic of a NeMo trainer's layout, without running it")
+    command.add_argument("model", help="a preset (megatron_20b), a YAML file, or a folder with a Hugging Face model")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, e.g. train.minibatch_size=1")
+    command.add_argument("--method", default="ppo", help="preset of the method: ppo, ilql or sft (default: ppo)")
+    command.add_argument("--gpus", type=int, help="in all (default: as many as the preset says)")
+    command.add_argument("--tp", type=int, help="tensor ranks")
+    command.add_argument("--pp", type=int, help="pipeline stages")
+    command.add_argument("--vp", type=int, help="chunks of layers per stage")
+    command.add_argument("--sp", action=argparse.BooleanOptionalAction, help="sequence parallelism")
+    command.add_argument("--vocabulary", type=int, default=50257, help="tokens of a preset's model (default: 50257)")
+    command.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of one GPU (default: 80)")
+    command.set_defaults(run=_run_plan)
+
+
+def _run_plan(args: argparse.Namespace) -> int:
+    from trlx.launch.plan import GIB, plan
+
+    keys = {
+        "tensor_model_parallel_size": args.tp,
+        "pipeline_model_parallel_size": args.pp,
+        "virtual_pipeline_model_parallel_size": args.vp,
+        "sequence_parallel": args.sp,
+    }
+    layout = [f"train.trainer_kwargs.{key}={value}" for key, value in keys.items() if value is not None]
+    try:
+        plan(args.model, args.method, [*layout, *args.overrides], args.gpus, args.vocabulary, args.gpu_memory * GIB)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"trlx plan: {error}") from None
     return 0

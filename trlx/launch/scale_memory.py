@@ -22,9 +22,9 @@ class Memory:
     reference: int
     """The first values of what trains, which change places with the live weights (PPO)."""
     activations: float
-    """Kept for the backward pass, of all microbatches in flight."""
+    """What layers keep for the backward pass, of all microbatches in flight."""
     temporary: float
-    """The largest of what a layer that is computed again and what logits take for a moment."""
+    """The larger of what scores and logits take, and what layers that are computed again do."""
 
     @property
     def total(self) -> float:
@@ -40,19 +40,19 @@ def memory(run: Run, stage: int) -> Memory:
     """Bytes of one process of a stage. Left out: what the allocator, NCCL and CUDA itself take.
 
     Mixed-precision Adam as in arXiv:1910.02054, 3.1: with half types float32 main weights, and two float32 moments;
-    a distributed optimizer divides these by the data ranks (their stage 1), up to 127 numbers of filling per weight.
+    a distributed optimizer divides these by the data ranks (their stage 1), but for a little filling.
     """
     count, share = parameters(run, stage), run.data if run.distributed else 1
     trained = count.trained + count.trained_heads
-    kept = in_flight(run, stage) * chunk_activations(run, stage) + end_activations(run, stage)
+    held = in_flight(run, stage)
     return Memory(
         weights=run.element * count.model + FLOAT * count.heads,
         gradients=FLOAT * trained,
         main_weights=FLOAT * count.trained / share if run.element < FLOAT else 0,
         moments=FLOAT * run.moments * trained / share,
         reference=run.element * count.trained if run.reference else 0,
-        activations=kept,
-        temporary=max(_computed_again(run), _logits_at_once(run) if run.is_last(stage) else 0),
+        activations=held * (chunk_activations(run, stage) + _sent(run, stage)),
+        temporary=max(score_activations(run, stage) + _logits_at_once(run, stage), computed_again(run, stage)),
     )
 
 
@@ -72,20 +72,13 @@ def in_flight(run: Run, stage: int) -> int:
 def layer_activations(run: Run) -> float:
     """Bytes that one layer keeps of one microbatch when nothing is computed again.
 
-    The terms of arXiv:2205.05198, section 4, with the widths of this shape; for GPT-3's (feed-forward 4 h, as many
-    key-value heads as heads, half precision, dropout) their sum is that paper's s b h (34 + 5 a s / h), with three
-    differences. The term 5 a s / h is absent: torch's fused kernel keeps no scores, but one float32 per head and token.
-    Its result is kept beside the reordered copy that the next projection reads: 2 s b h more. A norm keeps mean and
-    spread. Tensor ranks divide what is inside attention and feed-forward, with sequence parallelism all of it.
+    The terms of arXiv:2205.05198, section 4, with the widths of this shape. For GPT's (feed-forward 4 h, as many
+    key-value heads as heads, half precision, dropout) they are that paper's s b h (34 + 5 a s / h), but: the term
+    5 a s / h is absent, as torch's fused kernel keeps no scores, only one float32 per head and token; and norms keep
+    mean and spread. Tensor ranks divide what is inside attention and feed-forward, with sequence parallelism all of it.
     """
     shape, e = run.shape, run.element
-    heads, groups = (n * shape.kv_channels for n in (shape.num_attention_heads, shape.num_query_groups))
-    attention = e * (heads + 2 * groups) + e * heads  # queries, keys, values; what the last projection reads
-    if shape.qk_norm:
-        attention += e * (heads + groups) + _statistics(run) * (shape.num_attention_heads + shape.num_query_groups)
-    if run.recompute.granularity != "selective":
-        attention += e * heads + FLOAT * shape.num_attention_heads
-    inside = attention + e * shape.ffn_hidden_size * _feed_forward_copies(run)
+    inside = _attention(run) + e * shape.ffn_hidden_size * _feed_forward_copies(run)
     norms = 2 * (e * shape.hidden_size + _statistics(run))  # what comes out of them, and what they note
     inputs = (1 if shape.parallel_residual else 2) * _norm_input(run)
     masks = 2 * shape.hidden_size if run.dropout else 0  # one byte each on a GPU
@@ -98,31 +91,45 @@ def chunk_activations(run: Run, stage: int) -> float:
     Recomputed in full, pieces of layers keep their input only (arXiv:2205.05198, 5). On the first stage layers below
     all that trains keep nothing; frozen ones of other stages are counted as if they trained, which is a bit too much.
     """
-    layers, state = run.layers(stage), _state(run)
+    layers = run.layers(stage)
     size = len(layers) // (run.parallel.virtual or 1)
     if stage == 0 and run.parallel.virtual is None:
         size = sum(map(run.is_trained, layers))
-    kept, again = _divided(run, size)
-    output = state if run.parallel.pipeline > 1 and not run.is_last(stage) else 0  # the schedule holds what it has sent
-    return kept * layer_activations(run) + again * state + output
+    everything, inputs = _divided(run, size)
+    mask = run.tokens * run.shape.hidden_size / run.sequence_split if stage == 0 and run.dropout else 0
+    return everything * layer_activations(run) + inputs * _state(run) + mask
 
 
-def end_activations(run: Run, stage: int) -> float:
-    """Bytes beside the layers': the mask behind the embedding, the final norm, scores and heads."""
-    shape, kept = run.shape, 0.0
-    if stage == 0 and run.dropout:
-        kept += in_flight(run, 0) * run.tokens * shape.hidden_size / run.sequence_split
-    if run.is_last(stage):
-        kept += run.tokens * (_norm_input(run) + _statistics(run)) / run.sequence_split
-        kept += run.scored * run.element * shape.hidden_size + _score_activations(run)
-    return kept
+def score_activations(run: Run, stage: int) -> float:
+    """Bytes that the last stage keeps behind its layers: the final norm's, the heads', and two copies of the logits,
+    three of Q, in float32, unless these are computed again in pieces."""
+    if not run.is_last(stage):
+        return 0
+    hidden, held = run.shape.hidden_size, 0
+    if run.scored * run.vocab_part <= CHUNK_ELEMENTS:
+        held += FLOAT * (run.vocab_part * (2 + 3 * run.q_heads) + 2 * hidden * run.q_heads)
+    as_float = FLOAT * hidden if run.element < FLOAT else 0
+    held += run.value_head * (as_float + FLOAT * 2 * hidden) + (as_float if run.q_heads else 0)
+    final_norm = run.tokens * (_norm_input(run) + _statistics(run)) / run.sequence_split
+    return final_norm + run.scored * (run.element * hidden + held)
 
 
-def cache(run: Run, stage: int, rows: int, new_tokens: int, prompt: int) -> int:
-    """Bytes of keys and values while `rows` rows per data rank are generated: 2 per layer, key-value head and token."""
+def computed_again(run: Run, stage: int) -> float:
+    """Bytes of layers that are computed again together, without the input that they have kept.
+
+    0 where the first layers of a stage are recomputed: by then the others have given back what they had kept.
+    """
+    size = len(run.layers(stage)) // (run.parallel.virtual or 1)
+    if run.recompute.granularity != "full" or _divided(run, size)[0]:
+        return 0
+    return layer_activations(run) * (run.recompute.num_layers if run.recompute.method == "uniform" else 1) - _state(run)
+
+
+def cache(run: Run, stage: int, rows: int, tokens: int) -> int:
+    """Bytes of keys and values while `rows` rows per data rank grow to `tokens` tokens: two vectors a layer and token."""
     shape = run.shape
     width = shape.num_query_groups * shape.kv_channels // run.parallel.tensor
-    return 2 * len(run.layers(stage)) * rows * (prompt + new_tokens) * width * run.element
+    return 2 * len(run.layers(stage)) * rows * tokens * width * run.element
 
 
 def _divided(run: Run, layers: int) -> tuple[int, float]:
@@ -135,15 +142,31 @@ def _divided(run: Run, layers: int) -> tuple[int, float]:
     return max(0, layers - again.num_layers), min(layers, again.num_layers)
 
 
-def _computed_again(run: Run) -> float:
-    if run.recompute.granularity != "full":
-        return 0
-    return layer_activations(run) * (run.recompute.num_layers if run.recompute.method == "uniform" else 1)
-
-
 def _state(run: Run) -> float:
     """Bytes of the hidden states of a microbatch."""
     return run.tokens * run.element * run.shape.hidden_size / run.sequence_split
+
+
+def _sent(run: Run, stage: int) -> float:
+    """Bytes of the hidden states that the schedule holds after it has sent them on."""
+    return 0 if run.is_last(stage) else _state(run)
+
+
+def _attention(run: Run) -> float:
+    """Bytes per token: queries, keys, values, and what the kernel returns, which the last projection reads.
+
+    Values are a view of what the first projection made, so that all of it is kept beside turned queries and keys.
+    """
+    shape, e = run.shape, run.element
+    heads, groups = (n * shape.kv_channels for n in (shape.num_attention_heads, shape.num_query_groups))
+    kept = e * (heads + 2 * groups) + e * heads
+    if shape.position == "rope":
+        kept += e * (heads + groups)
+    if shape.qk_norm:
+        kept += e * heads + _statistics(run) * (shape.num_attention_heads + shape.num_query_groups)
+    if run.recompute.granularity != "selective":
+        kept += FLOAT * shape.num_attention_heads
+    return kept
 
 
 def _norm_input(run: Run) -> int:
@@ -159,25 +182,15 @@ def _statistics(run: Run) -> int:
 def _feed_forward_copies(run: Run) -> int:
     """Vectors of the feed-forward's width kept per token.
 
-    The activation's input and result; a gate's input, result, factor and product; a ReLU needs its result only.
+    The activation's input and result; with a gate the input of both, the activation's result, a copy of the factor and
+    the product. A ReLU needs its result only.
     """
+    is_relu = run.shape.activation == "relu"
     if run.shape.gated:
-        return 4 if run.shape.activation != "relu" else 3
-    return 1 if run.shape.activation == "relu" else 2
+        return 3 if is_relu else 5
+    return 1 if is_relu else 2
 
 
-def _score_activations(run: Run) -> float:
-    """Exponentials of logits, of the language model and of each Q head, unless they are computed again in pieces."""
-    hidden, held = run.shape.hidden_size, 0.0
-    if run.scored * run.vocab_part <= CHUNK_ELEMENTS:
-        held += FLOAT * run.scored * run.vocab_part * (1 + run.q_heads)
-        held += run.q_heads * run.scored * FLOAT * 2 * hidden
-    as_float = FLOAT * hidden if run.element < FLOAT else 0
-    if run.value_head:
-        held += run.scored * (as_float + FLOAT * 2 * hidden)
-    return held + (run.scored * as_float if run.q_heads else 0)
-
-
-def _logits_at_once(run: Run) -> float:
-    """Logits, what is shifted by their maximum, exponentials, and a gradient."""
-    return 4 * FLOAT * min(run.scored * run.vocab_part, CHUNK_ELEMENTS)
+def _logits_at_once(run: Run, stage: int) -> float:
+    """Bytes of what the scores take for a moment beside: logits, exponentials and a gradient, in float32."""
+    return 3 * FLOAT * min(run.scored * run.vocab_part, CHUNK_ELEMENTS) if run.is_last(stage) else 0

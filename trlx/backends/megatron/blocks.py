@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -85,12 +86,12 @@ class Attention(MegatronModule):
             "scale": self.scale,
             "enable_gqa": query.shape[2] != key.shape[2],
         }
-        if self.training and self.dropout:
-            # every tensor rank has other heads, and so drops by its own random numbers
-            with get_cuda_rng_tracker().fork():
-                context = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout, **settings)
-        else:
-            context = F.scaled_dot_product_attention(*heads, **settings)
+        dropout = self.dropout if self.training else 0.0
+        # every tensor rank has other heads, and so drops by its own random numbers; with sequence parallelism the
+        # engine has whole blocks do so
+        forks = dropout and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if forks else nullcontext():
+            context = F.scaled_dot_product_attention(*heads, dropout_p=dropout, **settings)
         return context.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from trlx import logging
 from trlx.backends.base import ModelNeeds
 from trlx.backends.megatron.families import config_of, shape_of
+from trlx.backends.megatron.nemo_weights import family_of, is_companion, is_nemo, open_nemo, write_nemo
 from trlx.backends.megatron.settings import MegatronSettings
+from trlx.backends.megatron.settings_file import read_megatron_cfg
 from trlx.backends.megatron.shape import Shape
 from trlx.backends.megatron.stage import StageWeights
 from trlx.backends.megatron.weights import (
@@ -31,14 +35,22 @@ from trlx.config import ModelConfig, TrainConfig
 from trlx.models.policy import HEADS_FILE, load_model, make_heads
 from trlx.models.vocabulary import check_vocabulary_size
 
+logger = logging.get_logger(__name__)
+
+ARCHIVE = "model.nemo"
+"""What is written of a model that transformers has no architecture for."""
+PARTS = ".parts"
+"""Where its stages leave their weights until they are in the archive."""
+
 
 @dataclass
 class Origin:
     """A decoder before it is divided: its shape, what its tensors are called, and its first weights."""
 
     shape: Shape
-    config: PretrainedConfig
-    """For the folders that are written; its ``model_type`` says what tensors are called."""
+    config: PretrainedConfig | None
+    """For the folders that are written; its ``model_type`` says what tensors are called. None: transformers has no
+    architecture of this shape, and `.nemo` archives are written."""
     source: Source | None
     """None: the engine's own random weights."""
     heads: Source | None = None
@@ -47,7 +59,7 @@ class Origin:
     @property
     def family(self) -> str:
         """Which names the tensors have."""
-        return self.config.model_type
+        return family_of(self.config)
 
     def load(self, weights: StageWeights) -> None:
         """Fills a stage with its parts of the first weights.
@@ -62,8 +74,13 @@ class Origin:
         self.source = self.heads = None  # what was made in memory is not needed again
 
     def export(self, weights: StageWeights, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Writes a folder that plain ``transformers`` loads, and the heads beside; called on every process."""
-        writer = ShardWriter(folder, f"{weights.place.stage:03d}")
+        """Writes a folder that plain ``transformers`` loads, and the heads beside; called on every process.
+
+        A model that transformers has no architecture for becomes ``model.nemo`` in it, heads and tokenizer inside.
+        """
+        parts = folder if self.config is not None else folder / PARTS
+        parts.mkdir(exist_ok=True)
+        writer = ShardWriter(parts, f"{weights.place.stage:03d}")
         for name, tensor in weights.whole(weights.of_model(), lambda weight: weight.value):
             writer.add({name: tensor})
         heads = dict(weights.whole(weights.of_heads(), lambda weight: weight.value))
@@ -72,10 +89,21 @@ class Origin:
         written: list[dict] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(written, writer.close())
         if weights.place.is_main:
-            write_index(folder, written)
-            self.config.save_pretrained(folder)
+            write_index(parts, written)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            if self.config is not None:
+                self.config.save_pretrained(folder)
+            else:
+                self._pack(weights, folder)
+
+    def _pack(self, weights: StageWeights, folder: Path) -> None:
+        """Makes an archive of the parts that the stages wrote, which are removed."""
+        read = checked_reader(open_source(folder / PARTS), weights.entries)
+        files = {file.name: file for file in sorted(folder.iterdir()) if is_companion(file.name)}
+        write_nemo(folder / ARCHIVE, self.shape, read, self.family, files=files)
+        shutil.rmtree(folder / PARTS)
+        (folder / HEADS_FILE).unlink(missing_ok=True)
 
 
 def find_origin(
@@ -93,13 +121,12 @@ def find_origin(
         OSError: there is no such model.
     """
     if settings.pretrained_model is not None:
-        origin = _pretrained(settings.pretrained_model, model)
+        origin = _pretrained(settings.pretrained_model, model, settings, tokenizer, train)
     elif isinstance(model.model_path, PretrainedConfig):
         origin = _random(model, needs, train.seed)
     else:
         shape = dataclasses.replace(settings.shape, vocab_size=len(tokenizer))
-        origin = Origin(shape, config_of(shape), None)
-    _check_same(origin.shape, settings.shape)
+        origin = Origin(shape, _hf_config(shape), None)
     origin.shape = _with_dropout(origin.shape, settings)
     origin.config = _for_export(origin.config, settings.dtype)
     check_vocabulary_size(origin.shape.vocab_size, tokenizer)
@@ -107,13 +134,28 @@ def find_origin(
     return origin
 
 
-def _pretrained(path: str, model: ModelConfig) -> Origin:
+def _pretrained(
+    path: str, model: ModelConfig, settings: MegatronSettings, tokenizer: PreTrainedTokenizerBase, train: TrainConfig
+) -> Origin:
+    if is_nemo(path):
+        changes = read_megatron_cfg(train.trainer_kwargs.get("megatron_cfg")).get("model")
+        found = open_nemo(path, len(tokenizer), changes)
+        return Origin(found.shape, found.config, found.source, found.heads)
     revision = (model.model_extra_configs or {}).get("revision")
     source = open_source(path, revision)
     where = source.folder if isinstance(source, Folder) else path
     config = AutoConfig.from_pretrained(where)
     heads = Path(where) / HEADS_FILE
-    return Origin(shape_of(config), config, source, InMemory(load_file(heads), str(heads)) if heads.is_file() else None)
+    shape = shape_of(config)
+    _check_same(shape, settings.shape)
+    return Origin(shape, config, source, InMemory(load_file(heads), str(heads)) if heads.is_file() else None)
+
+
+def _hf_config(shape: Shape) -> PretrainedConfig | None:
+    try:
+        return config_of(shape)
+    except ValueError:
+        return None
 
 
 def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> Origin:
@@ -165,7 +207,10 @@ def _with_dropout(shape: Shape, settings: MegatronSettings) -> Shape:
     return dataclasses.replace(shape, **{name: value for name, value in wanted.items() if value is not None})
 
 
-def _for_export(config: PretrainedConfig, dtype: torch.dtype) -> PretrainedConfig:
+def _for_export(config: PretrainedConfig | None, dtype: torch.dtype) -> PretrainedConfig | None:
+    if config is None:
+        logger.warning(f"transformers has no architecture of this shape: hf_model/ is going to hold {ARCHIVE} instead")
+        return None
     config = type(config).from_dict(config.to_dict())
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = dtype

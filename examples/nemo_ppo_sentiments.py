@@ -1,0 +1,25 @@
+"""PPO towards positive film reviews on tensor and pipeline parallelism; a sentiment classifier is the reward.
+
+Usage: torchrun --nproc-per-node 8 -m examples.nemo_ppo_sentiments --model FOLDER [--preset megatron_20b]
+       python -m examples.nemo_ppo_sentiments --model tiny --data made --reward made [--tp 2] [--pp 2] [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import trlx
+from examples.imdb import openings, questions, reviews, sentiment
+from examples.megatron import nemo_arguments, nemo_config
+
+
+def main(hparams=None, data: str = "default", reward: str = "default", preset: str = "megatron_1.3b"):
+    """Trains; returns the trainer."""
+    return trlx.train(
+        reward_fn=sentiment(reward),
+        prompts=openings(reviews(data)),
+        eval_prompts=questions(data, 256),
+        config=nemo_config("ppo", preset, hparams),
+    )
+
+
+if __name__ == "__main__":
+    main(**nemo_arguments(__doc__))

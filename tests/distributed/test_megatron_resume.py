@@ -1,0 +1,192 @@
+"""Runs on the Megatron backend that stop and go on: as if they had not, in the same layout and in others."""
+
+import os
+import random
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.builders import tiny_gpt2_config
+from tests.distributed.test_kill import wait_for_a_random_moment
+from tests.distributed.test_two_processes import CALM, close
+from tests.processes import finish, kill, start, together
+from tests.runs import metrics, run
+from trlx import checkpoint
+from trlx.checkpoint import newest
+
+pytestmark = pytest.mark.distributed
+
+TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+SEQUENCE, CHUNKS = {"sequence_parallel": True}, {"virtual_pipeline_model_parallel_size": 2}
+FOUR_LAYERS = {"layers": 4}
+DROPOUT = {**FOUR_LAYERS, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+DISTRIBUTED = {"optimizer": {"name": "distributed_fused_adam"}}
+AUTO = {"resume_from_checkpoint": "auto"}
+
+
+def nemo(algorithm, folder, layout, train=None, model=None, **changes):
+    """A run of 8 steps; evaluations at 0, 3, 6 and 8."""
+    train = {"trainer": f"NeMo{algorithm}Trainer", "trainer_kwargs": layout, "eval_interval": 3, **(train or {})}
+    model = {"model_path": tiny_gpt2_config(**FOUR_LAYERS), **(model or {})}
+    return run(algorithm, folder, train={"minibatch_size": 2, **train}, model=model, **changes)
+
+
+def in_parts(algorithm, folder, runs):
+    """Each run undisturbed, and stopped after the third step and resumed.
+
+    The stopped ones come before the undisturbed one, so that nothing left of them in the process helps to resume.
+    """
+    for number, (layout, train, changes) in enumerate(runs):
+        here = folder / str(number)
+        nemo(algorithm, here / "parts", layout, {**train, "total_steps": 3}, **changes)
+        nemo(algorithm, here / "whole", layout, train, **changes)
+        nemo(algorithm, here / "parts", layout, {**train, **AUTO}, **changes)
+
+
+def saved(folder):
+    """Every tensor of the newest checkpoint, by file and name."""
+    found = newest(folder)
+    return {
+        (str(file.relative_to(found)), name): tensor
+        for file in found.rglob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def check_same(whole, parts):
+    assert metrics(parts) == metrics(whole)
+    assert [line["step"] for line in metrics(whole) if "loss" in line or "losses/total_loss" in line] == [*range(1, 9)]
+    expected, found = saved(whole), saved(parts)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    files = {file.split("-")[0] for file, _ in expected}
+    assert {"policy", "optimizer", "dropout"} <= files
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "SFT", "ILQL"])
+def test_a_resumed_run_is_bit_equal(tmp_path, algorithm):
+    dropout = {"model": {"model_path": tiny_gpt2_config(**DROPOUT)}}
+    runs = [
+        (TENSOR | PIPELINE | SEQUENCE, {}, dropout),
+        (PIPELINE | CHUNKS, {"mixed_precision": "bf16"}, dropout),
+        (TENSOR, {}, {**dropout, **DISTRIBUTED}),
+    ]
+    together(4, in_parts, algorithm, tmp_path, runs)
+    for number in range(len(runs)):
+        check_same(tmp_path / str(number) / "whole", tmp_path / str(number) / "parts")
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "SFT"])
+def test_a_resumed_run_of_one_process_is_bit_equal(tmp_path, algorithm):
+    runs = [({}, {"mixed_precision": precision}, {}) for precision in (None, "bf16")]
+    together(1, in_parts, algorithm, tmp_path, runs)
+    for number in range(len(runs)):
+        check_same(tmp_path / str(number) / "whole", tmp_path / str(number) / "parts")
+
+
+def whole_tensors(folder, kind):
+    """The weights, or what the optimizer keeps of them, from the files of all stages."""
+    return {name: tensor for (file, name), tensor in saved(folder).items() if file.startswith(f"{kind}-")}
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "SFT", "ILQL"])
+def test_a_run_goes_on_in_other_layouts(tmp_path, algorithm):
+    # PPO samples: the tokens of each layout are those that the others would have drawn from there on
+    whole, turns = tmp_path / "whole", tmp_path / "turns"
+    together(1, nemo, algorithm, whole, {}, optimizer=CALM)
+    for size, layout, steps in ((2, TENSOR | SEQUENCE, 3), (2, PIPELINE | CHUNKS, 6), (1, {}, 8)):
+        together(size, nemo, algorithm, turns, layout, {"total_steps": steps, **AUTO}, optimizer=CALM)
+    expected, found = metrics(whole), metrics(turns)
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+    for kind in ("policy", "optimizer"):
+        close(whole_tensors(turns, kind), whole_tensors(whole, kind), tolerance=1e-6)
+
+
+def test_the_files_of_all_stages_are_the_whole_model(tmp_path):
+    together(4, nemo, "ILQL", tmp_path, TENSOR | PIPELINE, {"total_steps": 2})
+    found = newest(tmp_path)
+    assert sorted(file.name for file in found.glob("policy-*")) == [f"policy-{i:03d}.safetensors" for i in range(2)]
+    policy, moments = whole_tensors(tmp_path, "policy"), whole_tensors(tmp_path, "optimizer")
+    model = AutoModelForCausalLM.from_pretrained(found / "hf_model")
+    weights = dict(model.named_parameters())
+    heads = load_file(found / "hf_model" / "trlx_heads.safetensors")
+    assert policy.keys() == weights.keys() | heads.keys()
+    assert all(torch.equal(policy[name], tensor) for name, tensor in {**weights, **heads}.items())
+    trained = {name for name in policy if ".targets." not in name}
+    assert moments.keys() == {f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq") for name in trained}
+    assert all(moments[f"exp_avg/{name}"].shape == policy[name].shape for name in trained)
+
+
+def resume_other(folder):
+    """Every process is told, also the stage that has nothing to object to."""
+    top = {"model": {"num_layers_unfrozen": 1}}
+    nemo("SFT", folder / "top", PIPELINE, {"total_steps": 1}, **top)
+    nemo("SFT", folder / "all", PIPELINE, {"total_steps": 1})
+    more, fewer = "holds other trained weights .*transformer.h.2", "holds other trained weights .*transformer"
+    with pytest.raises(ValueError, match=more):
+        nemo("SFT", folder / "top", PIPELINE, AUTO, model={"num_layers_unfrozen": 2})
+    with pytest.raises(ValueError, match=fewer):
+        nemo("SFT", folder / "all", PIPELINE, AUTO, **top)
+
+
+def test_a_checkpoint_of_other_trained_weights_is_refused(tmp_path):
+    together(2, resume_other, tmp_path)
+
+
+def terminate_the_last(folder, layout):
+    """A run whose last process alone gets SIGTERM in the second step."""
+    from trlx.backends.megatron.backend import MegatronBackend
+
+    step, calls = MegatronBackend.train_step, []
+
+    def train_step(*args):
+        calls.append(1)
+        if os.environ["RANK"] == "3" and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    MegatronBackend.train_step = train_step
+    nemo("PPO", folder, layout, {"checkpoint_interval": 100})
+
+
+def test_a_signal_to_a_process_that_is_not_the_main_one_stops_all_after_a_save(tmp_path):
+    assert finish(start(4, terminate_the_last, tmp_path, TENSOR | PIPELINE)) == [75] * 4
+    assert newest(tmp_path).name == "checkpoint_2"
+
+
+KILLS = 6
+LONG = {"checkpoint_interval": 1, "eval_interval": 3, "total_steps": 24, "epochs": 100}
+
+
+def check_readable(folder):
+    """Everything that looks like a checkpoint is whole."""
+    found = [path for path in folder.iterdir() if path.name.startswith(("checkpoint_", "best_checkpoint"))]
+    for path in found:
+        state, _ = checkpoint.read_state(path)
+        checkpoint.read_rollouts(path)
+        tensors = {file.name: load_file(file) for file in path.glob("*.safetensors")}
+        assert state.step >= 0 and {"policy-000.safetensors", "optimizer-000.safetensors"} <= tensors.keys()
+    if found:
+        AutoModelForCausalLM.from_pretrained(max(found) / "hf_model")
+
+
+def test_a_run_killed_again_and_again_ends_like_one_left_in_peace(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    together(2, nemo, "PPO", whole, TENSOR, LONG)
+    killed.mkdir()
+    dice = random.Random("tensor ranks")
+    for _ in range(KILLS):
+        ranks = start(2, nemo, "PPO", killed, TENSOR, {**LONG, **AUTO})
+        wait_for_a_random_moment(dice, ranks, killed)
+        assert all(process.is_alive() for process in ranks), "the run ended before it could be killed"
+        kill(dice.sample(ranks, 2))
+        check_readable(killed)
+    together(2, nemo, "PPO", killed, TENSOR, {**LONG, **AUTO})
+    assert metrics(killed) == metrics(whole)
+    expected, found = saved(whole), saved(killed)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []

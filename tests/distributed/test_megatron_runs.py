@@ -1,0 +1,103 @@
+"""Whole training runs: the same script on both backends gives the same curves, and what one writes the other reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.builders import tiny_gpt2_config
+from tests.distributed.test_two_processes import CALM, close
+from tests.processes import together
+from tests.runs import DATA, metrics, run, tiny_config
+from trlx.checkpoint import newest
+
+pytestmark = pytest.mark.distributed
+
+GREEDY = {
+    "PPO": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False}},
+    "SFT": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False}},
+    "ILQL": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False, "beta": [0, 2]}},
+}
+
+
+def twenty_steps(trainer: str, algorithm: str, folder, data_size=1, model=None, **options) -> None:
+    """A run of 20 steps on rows that no random number chooses."""
+    train = {
+        "trainer": f"{trainer}{algorithm}Trainer",
+        "trainer_kwargs": options,
+        "total_steps": 20,
+        "batch_size": 4 // data_size,
+        "minibatch_size": 2,
+        "eval_interval": 10,
+        "checkpoint_interval": 20,
+    }
+    changes = {"model": {"model_path": model or tiny_gpt2_config(layers=4)}, "optimizer": CALM, "train": train}
+    run(algorithm, folder, method=GREEDY[algorithm], **changes)
+
+
+@pytest.mark.parametrize("algorithm", GREEDY)
+def test_the_curves_of_both_backends_agree(tmp_path, algorithm):
+    together(1, twenty_steps, "Accelerate", algorithm, tmp_path / "accelerate")
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    together(4, twenty_steps, "NeMo", algorithm, tmp_path / "layers", **layout)
+    together(2, twenty_steps, "NeMo", algorithm, tmp_path / "rows", 2)
+    one = metrics(tmp_path / "accelerate")
+    assert sum("grad_norm" in line for line in one) == 20
+    for folder in ("layers", "rows"):
+        other = metrics(tmp_path / folder)
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            assert mine.keys() == theirs.keys()
+            shown = [name for name in mine if name != "padding_percentage"]  # each process trims its own rows
+            assert [theirs[name] for name in shown] == pytest.approx([mine[name] for name in shown], abs=1e-4, rel=1e-4)
+        exported = [
+            AutoModelForCausalLM.from_pretrained(newest(tmp_path / name) / "hf_model").state_dict()
+            for name in ("accelerate", folder)
+        ]
+        close(*exported, tolerance=1e-4)
+
+
+def sft_then_ppo(folder, first: str, second: str, **options) -> None:
+    """Trains on one backend, exports, and goes on with the other."""
+    import trlx
+
+    layout = {"Accelerate": {}, "NeMo": options}
+    config = tiny_config(
+        folder / "sft", "SFT", train={"trainer": f"{first}SFTTrainer", "trainer_kwargs": layout[first]}
+    )
+    trlx.train(config=config, **DATA["SFT"]).save_pretrained(folder / "exported")
+    model = {"model_path": str(folder / "exported")}
+    train = {"trainer": f"{second}PPOTrainer", "trainer_kwargs": layout[second], "total_steps": 2}
+    trlx.train(config=tiny_config(folder / "ppo", "PPO", model=model, train=train), **DATA["PPO"])
+
+
+@pytest.mark.parametrize(("first", "second"), [("Accelerate", "NeMo"), ("NeMo", "Accelerate")])
+def test_training_goes_on_with_the_other_backend(tmp_path, first, second):
+    together(2, sft_then_ppo, tmp_path, first, second, tensor_model_parallel_size=2)
+    step = next(line for line in metrics(tmp_path / "ppo") if "policy/kl" in line)
+    assert step["policy/kl"] == 0.0 and step["policy/ratio_deviation/max"] < 1e-5
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
+    trained = AutoModelForCausalLM.from_pretrained(newest(tmp_path / "ppo") / "hf_model").state_dict()
+    assert exported.keys() == trained.keys()
+    assert 0 < max(float((exported[name] - trained[name]).abs().max()) for name in exported) < 0.1
+
+
+def heads_of(folder, first: str, second: str) -> None:
+    """The heads that one backend trained, and what the other starts from."""
+    layout = {"Accelerate": {}, "NeMo": {"pipeline_model_parallel_size": 2}}
+    for name, trainer, model in (("one", first, None), ("two", second, str(folder / "one" / "export"))):
+        model = {} if model is None else {"model": {"model_path": model}}
+        train = {"trainer": f"{trainer}ILQLTrainer", "trainer_kwargs": layout[trainer], "total_steps": 3}
+        if name == "two":
+            train["total_steps"] = 0
+        run("ILQL", folder / name, train=train, **model).save_pretrained(folder / name / "export")
+
+
+@pytest.mark.parametrize(("first", "second"), [("Accelerate", "NeMo"), ("NeMo", "Accelerate")])
+def test_heads_cross_too(tmp_path, first, second):
+    from safetensors.torch import load_file
+
+    together(2, heads_of, tmp_path, first, second)
+    one, two = (load_file(tmp_path / name / "export" / "trlx_heads.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

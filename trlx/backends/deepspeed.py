@@ -1,0 +1,301 @@
+"""DeepSpeed's ZeRO-2 and ZeRO-3 (arXiv:1910.02054): optimizer state and gradients in parts, or weights as well."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, DeepSpeedPlugin, parse_flag_from_env
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from trlx.backends.sharding import MakeOptimizer, Replicated, trainable, whole_on_main
+from trlx.batch import TokenScores
+from trlx.models.policy import Policy
+from trlx.optional import require
+
+ASKED = "ACCELERATE_USE_DEEPSPEED"
+"""How ``accelerate launch`` tells its processes that they were launched for DeepSpeed."""
+
+ELEMENTWISE = ("torch.optim.", "apex.optimizers.")
+"""Where the optimizers are from that may be given any piece of a vector of weights."""
+SHARED = "step"
+"""What an optimizer counts for all weights alike."""
+
+
+def wants_deepspeed() -> bool:
+    """Whether the processes were launched for DeepSpeed.
+
+    Raises:
+        ImportError: they were, and it is not installed.
+    """
+    wanted = parse_flag_from_env(ASKED)
+    if wanted:
+        require("deepspeed", extra="deepspeed", purpose="Training with DeepSpeed")
+    return wanted
+
+
+@contextmanager
+def unseen_by_accelerate() -> Iterator[None]:
+    """Inside the block Accelerate finds no word of DeepSpeed, and prepares for plain data-parallel processes.
+
+    Its own way with DeepSpeed makes an optimizer step of every microbatch, rounds all weights to bfloat16, the heads
+    included, and does not exist on CPUs.
+    """
+    asked = os.environ.pop(ASKED, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[ASKED] = asked
+
+
+def zero_for(accelerator: Accelerator, max_grad_norm: float) -> Zero2:
+    """The stage of ZeRO that accelerate is configured for.
+
+    Raises:
+        ValueError: accelerate is configured for what is not supported.
+    """
+    plugin = DeepSpeedPlugin()
+    refused = {
+        "zero_stage: 2 or 3": plugin.zero_stage not in STAGES,
+        "offload_optimizer_device: none": plugin.offload_optimizer_device != "none",
+        "offload_param_device: none": plugin.offload_param_device != "none",
+        "no deepspeed_config_file": os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none",
+        "train.minibatch_size instead of gradient_accumulation_steps": (
+            plugin.gradient_accumulation_steps not in ("auto", 1)
+        ),
+        "train.max_grad_norm instead of gradient_clipping": plugin.gradient_clipping != "auto",
+        "train.mixed_precision: bf16": accelerator.mixed_precision == "fp16",
+    }
+    wanted = [setting for setting, is_refused in refused.items() if is_refused]
+    if wanted:
+        raise ValueError(f"DeepSpeed is not supported as it is configured: set {'; '.join(wanted)}")
+    return STAGES[plugin.zero_stage](accelerator, max_grad_norm)
+
+
+class Zero2(Replicated):
+    """Every process has all weights, and a part of the gradients and of the optimizer state (ZeRO-2).
+
+    The engine clips and applies gradients, and skips a step whose gradients are not finite. Under mixed precision it
+    is torch that rounds, operation by operation, as under DDP: all that DeepSpeed knows is float32.
+    """
+
+    stage = 2
+    can_merge = False
+
+    def prepare(self, policy: Policy, make_optimizer: MakeOptimizer) -> Optimizer:
+        _check_dtypes(policy)
+        self.policy, self.parameters = policy.to(self.accelerator.device), trainable(policy)
+        # autocast keeps what it has rounded for the next use, which would be all weights, and whole
+        autocast = self.accelerator.autocast(AutocastKwargs(cache_enabled=self.stage == 2))
+        policy.forward = autocast(policy.forward)
+        optimizer = make_optimizer(self.parameters)
+        if not type(optimizer).__module__.startswith(ELEMENTWISE):
+            raise ValueError("Under DeepSpeed optimizer.name must be adam, adamw or sgd")
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=_Tuples(policy), optimizer=optimizer, config=self._config()
+        )
+        self.wrapped = _Scores(self.engine)
+        return optimizer
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(False)
+        yield
+        self.engine.set_gradient_accumulation_boundary(True)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def update(self) -> float:
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    @contextmanager
+    def writing(self, weights: Iterable[Tensor]) -> Iterator[None]:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        weights = list(weights)
+        yield
+        for weight in weights:
+            if weight.requires_grad:  # the optimizer updates a copy of its own
+                safe_set_full_fp32_param(weight, weight.detach())
+
+    @contextmanager
+    def on_main(self) -> Iterator[None]:
+        # what writes an adapter also calls it, which must not ask for other processes
+        with self.unsharded(), whole_on_main(self.policy, self._copy_on_main):
+            yield
+
+    def for_file(self, tensor: Tensor) -> Tensor:
+        return self._copy_on_main(tensor)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        inner = self.optimizer.optimizer
+        kept = inner.state.get(self._flat()[0], {})
+        state = {}
+        for index, weight in enumerate(self.parameters):
+            # in the order of the dict, which is the same on every process
+            whole = {n: v if n == SHARED else safe_get_full_optimizer_state(weight, n) for n, v in kept.items()}
+            state[index] = {name: self._copy_on_main(value) for name, value in whole.items()}
+        indices = list(range(len(self.parameters)))
+        return {"state": state, "param_groups": [{**group, "params": indices} for group in inner.param_groups]}
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        (group,), (saved,) = self.optimizer.optimizer.param_groups, state["param_groups"]
+        group.update({name: value for name, value in saved.items() if name != "params"})
+        for entries in list(state["state"].values())[:1]:
+            self._make_room(entries, on_device=bool(group.get("fused")))
+        for index, entries in state["state"].items():
+            for name in entries.keys() - {SHARED}:
+                self._set_state(self.parameters[index], name, entries[name])
+
+    def _copy_on_main(self, tensor: Tensor) -> Tensor:
+        # a copy, as a weight is a piece of one long vector of all of them
+        return tensor.detach().cpu().clone() if self.accelerator.is_main_process else tensor.new_empty(0)
+
+    def _make_room(self, entries: dict[str, Any], on_device: bool) -> None:
+        """Gives the optimizer, which has not stepped yet, a state with the names of `entries`."""
+        for flat in self._flat():
+            room = {name: torch.zeros_like(flat) for name in entries.keys() - {SHARED}}
+            if SHARED in entries:
+                room[SHARED] = entries[SHARED].to(flat.device if on_device else "cpu", copy=True)
+            self.optimizer.optimizer.state[flat] = room
+
+    def _set_state(self, weight: Parameter, name: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+        safe_set_full_optimizer_state(weight, value, name)
+
+    def _flat(self) -> list[Tensor]:
+        """What the optimizer has in the place of the weights: this process's parts of them, end to end."""
+        return self.optimizer.single_partition_of_fp32_groups
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            # numbers that it must be told, and that change nothing: trlx itself divides losses and says when to step
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0 if math.isinf(self.max_grad_norm) else self.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": self.stage},
+            "steps_per_print": 1 << 60,
+        }
+
+
+class Zero3(Zero2):
+    """As ZeRO-2, and of each weight every process has a part (ZeRO-3): a module's are gathered when it runs."""
+
+    stage = 3
+
+    @contextmanager
+    def unsharded(self) -> Iterator[None]:
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(self.engine):
+            yield
+
+    @contextmanager
+    def writing(self, weights: Iterable[Tensor]) -> Iterator[None]:
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        weights = list(weights)
+        with GatheredParameters(weights, modifier_rank=0):
+            yield
+        for weight in weights:
+            if weight.requires_grad:  # the optimizer updates a copy of its own
+                safe_set_local_fp32_param(weight, weight.ds_tensor)
+
+    @contextmanager
+    def parts(self) -> Iterator[None]:
+        weights = [(weight, weight.data) for weight in self.policy.parameters()]
+        for weight, _ in weights:
+            weight.data = weight.ds_tensor.data
+        yield
+        for weight, placeholder in weights:
+            weight.data = placeholder
+
+    def for_file(self, tensor: Tensor) -> Tensor:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):  # which leaves alone what is not in parts
+            return self._copy_on_main(tensor)
+
+    @staticmethod
+    def exchange(weight: Tensor, other: Tensor) -> None:
+        # DeepSpeed reads from memory that it knows, so values change hands and not pointers
+        part = weight.ds_tensor.data
+        kept = part.clone()
+        part.copy_(other)
+        other.copy_(kept)
+
+    def _set_state(self, weight: Parameter, name: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_local_optimizer_state
+
+        size, rank = weight.ds_tensor.numel(), self.accelerator.process_index
+        mine = value.flatten()[size * rank : size * (rank + 1)]
+        part = torch.zeros_like(weight.ds_tensor)
+        part[: len(mine)] = mine
+        safe_set_local_optimizer_state(weight, part, name)
+
+    def _flat(self) -> list[Tensor]:
+        return self.optimizer.fp32_partitioned_groups_flat
+
+    def _config(self) -> dict[str, Any]:
+        # small weights are in parts as well, so that between two steps every weight is, and may be exchanged
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        return {**super()._config(), "zero_optimization": zero}
+
+
+STAGES = {2: Zero2, 3: Zero3}
+
+
+class _Tuples(nn.Module):
+    """The policy, whose scores come as a tuple: DeepSpeed does not look for tensors elsewhere."""
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, *columns: Tensor | None) -> tuple[Tensor | None, ...]:
+        # not called as a module, which would have DeepSpeed look at what it returns
+        scores = self.policy.forward(*columns)
+        return tuple(getattr(scores, field.name) for field in fields(scores))
+
+
+class _Scores:
+    """An engine around `_Tuples`, to be called as the policy is."""
+
+    def __init__(self, engine: nn.Module):
+        self.engine = engine
+        self.train = engine.train
+
+    def __call__(self, *columns: Tensor | None) -> TokenScores:
+        return TokenScores(*self.engine(*columns))
+
+
+def _check_dtypes(policy: Policy) -> None:
+    others = {weight.dtype for weight in policy.parameters()} - {torch.float32}
+    if others:
+        names = ", ".join(sorted(str(dtype) for dtype in others))
+        raise ValueError(
+            f"Under DeepSpeed all weights must be float32, but there are {names}: leave dtype and quantization out of "
+            "model.model_extra_configs, and set train.mixed_precision to bf16 instead"
+        )

@@ -1,0 +1,248 @@
+"""``model_config.yaml`` of a `.nemo` archive, and the way between it and a `Shape`.
+
+The keys are those of NeMo 1.x's GPT models. A model that would be computed in another way here is refused, and so is
+one that those keys cannot describe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trlx import logging
+from trlx.backends.megatron.archive import CONFIG_FILE
+from trlx.backends.megatron.settings_file import Lookup
+from trlx.backends.megatron.settings_keys import KEYS, REFUSED
+from trlx.backends.megatron.settings_shape import SIZES, read_shape
+from trlx.backends.megatron.shape import Shape
+from trlx.strict import ConfigError
+
+logger = logging.get_logger(__name__)
+
+WITH_WEIGHTS = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_query_groups",
+    "kv_channels": "kv_channels",
+    "normalization": "normalization",
+    "norm_offset": "normalization",
+    "gated": "activation",
+    "bias": "bias",
+    "qkv_bias": "bias",
+    "qk_norm": "qk_layernorm",
+    "position": "position_embedding_type",
+    "tied": "share_embeddings_and_output_weights",
+}
+"""Fields of a shape that go with the weights, and the key that says each."""
+
+ADDED = {
+    "mcore_gpt": "layout of the weights",
+    "qkv_bias": "a bias for queries, keys and values alone",
+    "qk_layernorm": "norms of queries and keys",
+    "layernorm_zero_centered_gamma": "1 is added to the weight of every norm",
+    "apply_embedding_scaling": "embeddings are multiplied by the root of the width",
+    "scale_positional_embedding": "Llama-3's stretched rotary embedding, by 8",
+    "window_size": "how far attention looks back",
+    "vocab_size": "tokens, without the padding",
+    "tokenizer": "the tokenizer that is given to the run",
+    "nemo_version": "for the record",
+    "target": "for the record",
+    "use_flash_attention": "speed only",
+    "override_vocab_size": "rows of the embedding",
+}
+"""Keys that archives have beside those of docs/megatron-config.md."""
+
+COMPUTES: dict[str, tuple[Any, ...]] = {
+    **{key: REFUSED[f"model.{key}"][0] for key in ("headscale", "normalize_attention_scores", "attention_type")},
+    "transformer_block_type": REFUSED["model.transformer_block_type"][0],
+    "rotary_interleaved": (False,),
+    "seq_len_interpolation_factor": (1,),
+    "multi_query_attention": (False,),
+    "num_moe_experts": (0, 1),
+    "hyena": ({},),
+    "mcore_customization_config": ({},),
+}
+"""Keys that change what a model computes: the values, beside null, with which it is computed here."""
+
+STRETCHED = 8.0
+"""The factor that ``scale_positional_embedding`` stands for."""
+
+
+def read_config(config: Mapping[str, Any], where: str, changes: Mapping[str, Any] | None = None) -> Shape:
+    """The shape that an archive's config describes, its ``vocab_size`` None where the config does not say it.
+
+    Args:
+        where: what error messages call the archive.
+        changes: values of the ``model`` section that win, unless they are null.
+
+    Raises:
+        ConfigError: the config describes no GPT model, or one that is not computed here, or a change is one that needs
+            other weights; the message names the keys.
+    """
+    own = _read(config, where)
+    given = {key: value for key, value in (changes or {}).items() if value is not None}
+    if not given:
+        return own
+    wanted = dataclasses.replace(_read({**config, **given}, where), vocab_size=own.vocab_size)
+    differing = [field for field in WITH_WEIGHTS if getattr(own, field) != getattr(wanted, field)]
+    if wanted.position == "learned" and wanted.max_position_embeddings != own.max_position_embeddings:
+        differing.append("max_position_embeddings")
+    if differing:
+        keys = dict.fromkeys(WITH_WEIGHTS.get(field, field) for field in differing)
+        said = ", ".join(f"{key} {given.get(key)!r} (it has {config.get(key)!r})" for key in keys)
+        raise ConfigError(f"megatron_cfg.model does not fit the weights in {where}: {said}; leave these keys out")
+    return wanted
+
+
+def write_config(
+    shape: Shape, *, tensor: int, pipeline: int, rows: int, divisor: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What ``model_config.yaml`` says of a model.
+
+    Args:
+        rows: of the embedding, a multiple of `divisor` x `tensor`.
+
+    Raises:
+        ValueError: the shape has something that NeMo's keys cannot say; the message names it.
+    """
+    config = {
+        # the class that every NeMo since 1.0 has; restore_from puts the one it is called on in its place
+        "target": "nemo.core.classes.modelPT.ModelPT",
+        "mcore_gpt": True,
+        "precision": _PRECISIONS.get(dtype, 32),
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "encoder_seq_length": shape.max_position_embeddings,
+        **_sizes(shape),
+        **_variants(shape),
+        "make_vocab_size_divisible_by": divisor,
+        "padded_vocab_size": rows,
+        "vocab_size": shape.vocab_size,
+        "init_method_std": shape.init_std,
+        "hidden_dropout": shape.hidden_dropout,
+        "attention_dropout": shape.attention_dropout,
+    }
+    said = _read(config, "this model")
+    different = [f.name for f in dataclasses.fields(Shape) if getattr(said, f.name) != getattr(shape, f.name)]
+    if different:
+        raise ValueError(f"A .nemo archive cannot describe this model: NeMo has no keys for its {', '.join(different)}")
+    return config
+
+
+def warn_of_unknown(config: Mapping[str, Any], where: str) -> None:
+    """Says which settings of an archive are not read; what they do may be missing."""
+    known = {key.split(".")[1] for key in KEYS if key.startswith("model.")} | ADDED.keys() | COMPUTES.keys()
+    unknown = [key for key, value in config.items() if key not in known and value not in (None, False, {}, [])]
+    if unknown:
+        logger.warning(f"{where}: these keys of {CONFIG_FILE} are not read: {', '.join(map(str, unknown))}")
+
+
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: 16}
+
+
+def _read(config: Mapping[str, Any], where: str) -> Shape:
+    section = Lookup(config, CONFIG_FILE)
+    try:
+        if not all(section.has(key) for key in SIZES):
+            raise ConfigError(f"{CONFIG_FILE} describes no GPT model: it must have {', '.join(SIZES)}")
+        _check_computed(section)
+        shape = read_shape(section)
+        assert shape is not None  # the sizes are there
+        return dataclasses.replace(shape, **_additions(section, shape))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_computed(section: Lookup) -> None:
+    for key, accepted in COMPUTES.items():
+        if section.has(key) and section.get(key) not in accepted:
+            said = " or ".join(str(value) for value in accepted)
+            raise ConfigError(
+                f"{CONFIG_FILE} has {key} {section.get(key)!r}, which the Megatron backend does not compute: it must "
+                f"be {said} or null"
+            )
+    if section.flag("megatron_legacy", False) and section.has("num_query_groups"):
+        groups, heads = section.get("num_query_groups"), section.get("num_attention_heads")
+        section.require(groups == heads, "num_query_groups", f"be {heads}, one for each head, with megatron_legacy")
+
+
+def _additions(section: Lookup, shape: Shape) -> dict[str, Any]:
+    """Fields that only archives have keys for."""
+    found: dict[str, Any] = {
+        "vocab_size": section.integer("vocab_size"),
+        "qkv_bias": shape.bias or section.flag("qkv_bias", False),
+        "qk_norm": section.flag("qk_layernorm", False),
+        "attention_window": _window(section),
+    }
+    if section.flag("layernorm_zero_centered_gamma", False):
+        found["norm_offset"] = 1.0
+    if section.flag("apply_embedding_scaling", False):
+        found["embedding_scale"] = shape.hidden_size**0.5
+    if section.flag("scale_positional_embedding", False):
+        found["rotary_scaling"] = STRETCHED
+    if shape.activation == "gelu" and _is_tanh(section, shape):
+        found["activation"] = "gelu_tanh"
+    return found
+
+
+def _is_tanh(section: Lookup, shape: Shape) -> bool:
+    """Whether a gelu that gates is of the tanh form; `read_shape` knows it of one that does not."""
+    is_fused = shape.bias and section.flag("bias_activation_fusion", True) and not section.flag("mcore_gpt", False)
+    return section.flag("openai_gelu", False) or (shape.gated and is_fused)
+
+
+def _window(section: Lookup) -> int | None:
+    window = section.get("window_size")
+    if window is None:
+        return None
+    is_pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(type(each) is int for each in window)
+    section.require(is_pair and window[0] > 0 and window[1] == 0, "window_size", "be [how far back, 0]")
+    return window[0]
+
+
+def _sizes(shape: Shape) -> dict[str, Any]:
+    return {
+        "max_position_embeddings": shape.max_position_embeddings,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+    }
+
+
+def _variants(shape: Shape) -> dict[str, Any]:
+    is_offset, is_rms = shape.norm_offset == 1, shape.normalization == "rmsnorm"
+    return {
+        "normalization": "layernorm1p" if is_offset and not is_rms else shape.normalization,
+        "layernorm_zero_centered_gamma": is_offset and is_rms,
+        "layernorm_epsilon": shape.norm_epsilon,
+        "activation": _activation(shape),
+        "openai_gelu": shape.activation == "gelu_tanh",
+        "bias_activation_fusion": False,
+        "bias": shape.bias,
+        "qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "position_embedding_type": "rope" if shape.position == "rope" else "learned_absolute",
+        "rotary_percentage": shape.rotary_percentage,
+        "rotary_base": shape.rotary_base,
+        "scale_positional_embedding": shape.rotary_scaling is not None,
+        "apply_embedding_scaling": shape.embedding_scale != 1,
+        "window_size": None if shape.attention_window is None else [shape.attention_window, 0],
+        "share_embeddings_and_output_weights": shape.tied,
+    }
+
+
+def _activation(shape: Shape) -> str:
+    kind = shape.activation.removesuffix("_tanh")
+    if not shape.gated:
+        return "gelu" if kind == "silu" else kind
+    return {"gelu": "fast-geglu", "relu": "fast-reglu", "silu": "fast-swiglu"}[kind]

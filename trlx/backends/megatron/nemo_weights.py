@@ -1,0 +1,344 @@
+"""Models in `.nemo` archives: read for any layout from any other, and written for any number of ranks.
+
+Weights go from the ranks of an archive to those of a run one at a time, put together as in ``mapping``; what lies in
+the archive's files is read only where it is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from trlx.backends.megatron.archive import CONFIG_FILE, WEIGHTS_FILE, Archive, Rank, opened, write_archive
+from trlx.backends.megatron.families import TRAINING_ONLY, config_of, shape_of
+from trlx.backends.megatron.mapping import ENGINE, Entry, Read, entries, padded_vocab
+from trlx.backends.megatron.nemo_config import read_config, warn_of_unknown, write_config
+from trlx.backends.megatron.nemo_names import Part, in_stage, layer_of, nemo_name
+from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.weights import InMemory, Source
+from trlx.models.policy import HEADS_FILE
+
+HF_CONFIG = "config.json"
+DIVISOR = 128
+"""The vocabulary is padded to a multiple of this times the tensor ranks: NeMo's default."""
+EMBEDDING, POSITIONS, HEAD = (
+    "embedding.word_embeddings.weight",
+    "embedding.position_embeddings.weight",
+    "output_layer.weight",
+)
+
+
+@dataclass(frozen=True)
+class NemoModel:
+    """What an archive holds."""
+
+    shape: Shape
+    config: PretrainedConfig | None
+    """The same as a configuration of transformers; None: it has no architecture of this shape."""
+    source: Source
+    """Weights by their names in transformers, or, without a `config`, by those of the family ``ENGINE``."""
+    heads: Source | None
+    dtype: torch.dtype
+
+    @property
+    def family(self) -> str:
+        """Which names the weights have."""
+        return family_of(self.config)
+
+
+def family_of(config: PretrainedConfig | None) -> str:
+    """What the tensors of a model with this configuration are called."""
+    return ENGINE if config is None else config.model_type
+
+
+def is_nemo(path: str | Path) -> bool:
+    """Whether `path` is a `.nemo` file or a folder that one was unpacked into."""
+    path = Path(path)
+    return (path / CONFIG_FILE).is_file() if path.is_dir() else path.suffix == ".nemo"
+
+
+def open_nemo(path: str | Path, tokens: int | None = None, changes: Mapping[str, Any] | None = None) -> NemoModel:
+    """The GPT model in a `.nemo` file or in the folder it was unpacked into.
+
+    Args:
+        tokens: how many of the embedding's rows are tokens, where the archive does not say it; None: all of them.
+        changes: values of the ``model`` section that win over the archive's, where the weights do not change by them.
+
+    Raises:
+        FileNotFoundError: there is no archive, or no ``model_config.yaml`` in it.
+        ValueError: it is not a whole GPT model of a shape that is computed here; the message says what is wrong.
+    """
+    with opened(path) as archive:
+        where = str(archive.source)
+        config = _model_section(archive.config)
+        stages = _stages(archive, config)
+        config = _with_sizes_of_weights(config, stages)
+        shape = read_config(config, where, changes)
+        warn_of_unknown(config, where)
+        shape = dataclasses.replace(shape, vocab_size=_tokens(shape.vocab_size, stages, tokens, where))
+        hf_config = _hf_config(archive, shape)
+        heads = InMemory(load_file(archive.file(HEADS_FILE)), where) if HEADS_FILE in archive.names else None
+        source = NemoSource(stages, shape, family_of(hf_config), where)
+        return NemoModel(shape, hf_config, source, heads, stages[0][0].read(EMBEDDING, "meta").dtype)
+
+
+def write_nemo(
+    path: str | Path,
+    shape: Shape,
+    read: Read,
+    family: str,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    files: Mapping[str, Path | bytes] | None = None,
+) -> None:
+    """Writes a model as a `.nemo` archive for `tensor` x `pipeline` ranks, in NeMo's layout of Megatron-Core.
+
+    Args:
+        read: gives tensors by the names of `family`; no more than one rank's are in memory at a time.
+        files: the tokenizer's, and whatever else shall be in the archive, by name.
+
+    Raises:
+        ValueError: NeMo has no keys for such a shape, or it cannot be divided over so many ranks.
+    """
+    if shape.num_layers % pipeline:
+        raise ValueError(f"{shape.num_layers} layers cannot be divided evenly over {pipeline} pipeline ranks")
+    rows = padded_vocab(shape.vocab_size, DIVISOR * tensor)
+    found = entries(shape, family, rows)
+    dtype = read(found[EMBEDDING].hf_names[0])[:1].dtype
+    config = write_config(shape, tensor=tensor, pipeline=pipeline, rows=rows, divisor=DIVISOR, dtype=dtype)
+    files = files or {}
+    config["tokenizer"] = _tokenizer(files)
+    write_archive(path, config, _Ranks(found, shape, read, tensor, pipeline), files)
+
+
+class NemoSource:
+    """The weights of an archive as those of one model, each put together when it is read.
+
+    Args:
+        stages: the parts of every pipeline stage, in the order of tensor ranks.
+        family: whose names the weights get.
+
+    Raises:
+        ValueError: a weight is missing, has another shape than the config says, or would not be used.
+    """
+
+    def __init__(self, stages: list[list[Part]], shape: Shape, family: str, where: str):
+        self.where = where
+        self._stages, self._shape = stages, shape
+        self._entries = entries(shape, family, _rows(stages))
+        self._firsts = _firsts(stages)
+        _check_layers(self._firsts[-1], shape, where)
+        owners = [(name, owner) for owner, entry in self._entries.items() for name in entry.hf_names]
+        # a tied model's head comes last and is made of the embedding's tensor
+        self._owners = dict(reversed(owners))
+        self._check()
+        self._latest: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def names(self) -> Iterable[str]:
+        return self._owners.keys()
+
+    def read(self, name: str) -> Whole:
+        return Whole(self._entries[self._owners[name]].hf_shapes[name], partial(self._tensor, name))
+
+    def _tensor(self, name: str) -> Tensor:
+        owner = self._owners[name]
+        if self._latest[0] != owner:  # queries, keys and values are asked for one after the other
+            self._latest = (owner, self._entries[owner].whole([part.read(local) for part, local in self._parts(owner)]))
+        return self._latest[1][name]
+
+    def _parts(self, name: str) -> list[tuple[Part, str]]:
+        """Where a weight lies: (part, its name there) of every tensor rank."""
+        stage = self._stage(name)
+        return [(part, in_stage(name, self._firsts[stage])) for part in self._stages[stage]]
+
+    def _stage(self, name: str) -> int:
+        layer = layer_of(name)
+        if layer is not None:
+            return max(stage for stage, first in enumerate(self._firsts[:-1]) if first <= layer)
+        return 0 if name.startswith("embedding.") else len(self._stages) - 1
+
+    def _check(self) -> None:
+        used: dict[int, set[str]] = {id(part): set() for stage in self._stages for part in stage}
+        for name, entry in self._entries.items():
+            if name == HEAD and self._shape.tied:
+                self._check_copy(used)
+                continue
+            expected = _part_shape(entry, len(self._stages[0]))
+            for part, local in self._parts(name):
+                self._check_weight(name, part, local, expected)
+                used[id(part)] |= set(part.needs(local))
+        for part in (part for stage in self._stages for part in stage):
+            _refuse_unused(part, used[id(part)], self.where)
+
+    def _check_weight(self, name: str, part: Part, local: str, expected: torch.Size) -> None:
+        if not part.needs(local):
+            raise ValueError(f"{self.where} has no {name}, which a model of its {CONFIG_FILE} needs")
+        try:
+            got = part.read(local, "meta").shape
+        except RuntimeError as error:
+            raise ValueError(f"{part.theirs[local]} in {self.where} does not fit its {CONFIG_FILE}: {error}") from error
+        if got != expected:
+            raise ValueError(
+                f"{part.theirs[local]} in {self.where} is {list(got)}, but by its {CONFIG_FILE} it is {list(expected)}"
+            )
+
+    def _check_copy(self, used: dict[int, set[str]]) -> None:
+        """The last stage's copy of a tied embedding is to be one."""
+        for first, last in zip(self._stages[0], self._stages[-1], strict=True):
+            if not last.needs(HEAD):
+                continue
+            used[id(last)].add(HEAD)
+            if not torch.equal(first.read(EMBEDDING), last.read(HEAD)):
+                raise ValueError(
+                    f"{last.theirs[HEAD]} in {self.where} is not the embedding, though its {CONFIG_FILE} says "
+                    "share_embeddings_and_output_weights: set it to false there"
+                )
+
+
+class Whole:
+    """A tensor that is put together when values are asked for."""
+
+    def __init__(self, shape: tuple[int, ...], read: Any):
+        self._shape, self._read = shape, read
+
+    def get_shape(self) -> list[int]:
+        """Its shape, for which nothing is read."""
+        return list(self._shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._read()[index]
+
+
+class _Ranks(Mapping[Rank, Mapping[str, Tensor]]):
+    """What every rank of an archive holds, made when it is asked for."""
+
+    def __init__(self, found: Mapping[str, Entry], shape: Shape, read: Read, tensor: int, pipeline: int):
+        self._found, self._shape, self._read = found, shape, read
+        self._tensor, self._pipeline = tensor, pipeline
+
+    def __len__(self) -> int:
+        return self._tensor * self._pipeline
+
+    def __iter__(self) -> Iterator[Rank]:
+        return ((t, p) for t in range(self._tensor) for p in range(self._pipeline))
+
+    def __getitem__(self, rank: Rank) -> dict[str, Tensor]:
+        t, stage = rank
+        layers = self._shape.num_layers // self._pipeline
+        return {
+            nemo_name(in_stage(name, stage * layers)): entry.part(self._read, t, self._tensor)
+            for name, entry in self._found.items()
+            if self._is_on(stage, name, layers)
+        }
+
+    def _is_on(self, stage: int, name: str, layers: int) -> bool:
+        if name == HEAD and self._shape.tied and self._pipeline == 1:
+            return False  # the embedding itself serves
+        layer, last = layer_of(name), self._pipeline - 1
+        home = (0 if name.startswith("embedding.") else last) if layer is None else layer // layers
+        return stage == home
+
+
+def _model_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What describes the model, also where a whole training file lies beside the weights."""
+    return config["model"] if isinstance(config.get("model"), Mapping) else config
+
+
+def _stages(archive: Archive, config: Mapping[str, Any]) -> list[list[Part]]:
+    tensor, pipeline = archive.layout()
+    heads = config.get("num_attention_heads")
+    is_legacy = config.get("megatron_legacy") is True and config.get("mcore_gpt") is not True
+    groups = heads // tensor if is_legacy and isinstance(heads, int) and heads >= tensor else None
+    stages = [[Part(archive.weights(t, p), groups) for t in range(tensor)] for p in range(pipeline)]
+    if EMBEDDING not in stages[0][0].theirs:
+        raise ValueError(f"{archive.source} is not a GPT model of NeMo 1.x: it has no {EMBEDDING} under any known name")
+    return stages
+
+
+def _with_sizes_of_weights(config: Mapping[str, Any], stages: list[list[Part]]) -> dict[str, Any]:
+    """The config with the length of its learned positions: two keys say it, and which one counts depends on NeMo."""
+    if POSITIONS not in stages[0][0].theirs:
+        return dict(config)
+    return {**config, "max_position_embeddings": len(stages[0][0].read(POSITIONS, "meta"))}
+
+
+def _rows(stages: list[list[Part]]) -> int:
+    return sum(len(part.read(EMBEDDING, "meta")) for part in stages[0])
+
+
+def _tokens(said: int | None, stages: list[list[Part]], tokens: int | None, where: str) -> int:
+    rows = _rows(stages)
+    if said is not None and said > rows:
+        raise ValueError(f"{where} has embeddings for {rows} tokens only, but its {CONFIG_FILE} says vocab_size {said}")
+    return said or min(rows, tokens or rows)
+
+
+def _firsts(stages: list[list[Part]]) -> list[int]:
+    """The first layer of every stage, then the number of all layers."""
+    found = [0]
+    for parts in stages:
+        found.append(found[-1] + parts[0].layers)
+    return found
+
+
+def _check_layers(found: int, shape: Shape, where: str) -> None:
+    if found != shape.num_layers:
+        raise ValueError(f"{where} has {found} layers, but its {CONFIG_FILE} says num_layers {shape.num_layers}")
+
+
+def _part_shape(entry: Entry, size: int) -> torch.Size:
+    """The shape of one tensor rank's part, of which there are `size`."""
+    return entry.part(lambda name: torch.empty(entry.hf_shapes[name], device="meta"), 0, size).shape
+
+
+def _refuse_unused(part: Part, used: set[str], where: str) -> None:
+    # some converters wrote a bias of zeros to every norm, and NeMo ignored it
+    unused = [name for name in part.theirs.keys() - used if not (name.endswith(".bias") and not part.read(name).any())]
+    if unused:
+        named = ", ".join(sorted(part.theirs[name] for name in unused)[:3])
+        raise ValueError(f"{where} has {named}, which no model of its {CONFIG_FILE} uses")
+
+
+def _hf_config(archive: Archive, shape: Shape) -> PretrainedConfig | None:
+    """The configuration that came along, if it says the same; else one that is made, without special tokens."""
+    if HF_CONFIG in archive.names:
+        config = AutoConfig.from_pretrained(archive.file(HF_CONFIG))
+        same = {name: getattr(shape, name) for name in TRAINING_ONLY}
+        if dataclasses.replace(shape_of(config), **same) == shape:
+            return config
+    try:
+        return config_of(shape)
+    except ValueError:
+        return None
+
+
+def _tokenizer(files: Mapping[str, Path | bytes]) -> dict[str, Any]:
+    """The ``tokenizer`` section for the files that are there."""
+    section: dict[str, Any] = dict.fromkeys(("library", "type", "model", "vocab_file", "merge_file"))
+    if "tokenizer.model" in files:
+        return section | {"library": "sentencepiece", "model": "nemo:tokenizer.model"}
+    if {"vocab.json", "merges.txt"} <= files.keys():
+        of_gpt2 = {"vocab_file": "nemo:vocab.json", "merge_file": "nemo:merges.txt"}
+        return section | {"library": "megatron", "type": "GPT2BPETokenizer"} | of_gpt2
+    if "tokenizer.json" in files:
+        return section | {"library": "huggingface", "model": "nemo:tokenizer.json"}
+    return section
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file at the root of an archive or a model's folder belongs to the model but holds neither its weights
+    nor its description: the tokenizer's files, and the heads."""
+    if name == HEADS_FILE:
+        return True
+    ends = (".json", ".txt", ".model", ".jinja")
+    return "/" not in name and name.endswith(ends) and not name.endswith(".index.json") and name != WEIGHTS_FILE
