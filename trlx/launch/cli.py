@@ -13,6 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_report(commands)
     _add_plan(commands)
+    _add_convert(commands)
     args = parser.parse_args(argv)
     return args.run(args)
 
@@ -38,7 +39,7 @@ def _run_report(args: argparse.Namespace) -> int:
 def _add_plan(commands) -> None:
     command = commands.add_parser("plan", help="memory and traffic of a NeMo trainer's layout, without running it")
     command.add_argument("model", help="a preset (megatron_20b), a YAML file, or a folder with a Hugging Face model")
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, e.g. train.minibatch_size=1")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings, dotted")
     command.add_argument("--method", default="ppo", help="preset of the method: ppo, ilql or sft (default: ppo)")
     command.add_argument("--gpus", type=int, help="in all (default: as many as the preset says)")
     command.add_argument("--tp", type=int, help="tensor ranks")
@@ -61,7 +62,28 @@ def _run_plan(args: argparse.Namespace) -> int:
     }
     layout = [f"train.trainer_kwargs.{key}={value}" for key, value in keys.items() if value is not None]
     try:
-        plan(args.model, args.method, [*layout, *args.overrides], args.gpus, args.vocabulary, args.gpu_memory * GIB)
+        plan(args.model, args.method, [*layout, *args.set], args.gpus, args.vocabulary, args.gpu_memory * GIB)
     except (ValueError, OSError) as error:
         raise SystemExit(f"trlx plan: {error}") from None
+    return 0
+
+
+def _add_convert(commands) -> None:
+    command = commands.add_parser("convert", help="a model between a Hugging Face folder and a .nemo archive")
+    command.add_argument("source", type=Path, help="a Hugging Face folder, a .nemo file or an unpacked one")
+    command.add_argument("target", type=Path, help="what to write: an archive if it ends in .nemo, else a folder")
+    command.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks of the archive (default: 1)")
+    command.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel ranks of the archive (default: 1)")
+    command.add_argument("--vocab-size", type=int, help="tokens, where an archive with a padded vocabulary hides them")
+    command.set_defaults(run=_run_convert)
+
+
+def _run_convert(args: argparse.Namespace) -> int:
+    from trlx.launch.convert import convert
+
+    try:
+        convert(args.source, args.target, tensor=args.tensor, pipeline=args.pipeline, vocab_size=args.vocab_size)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"trlx convert: {error}") from None
+    print(args.target)
     return 0

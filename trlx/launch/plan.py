@@ -28,11 +28,11 @@ SBATCH = "examples/slurm/megatron_{}_node.sbatch"
 COLUMNS = {
     "weights": "weights",
     "gradients": "gradients",
-    "main weights": "main_weights",
+    "float32\nweights": "main_weights",
     "moments": "moments",
     "reference": "reference",
-    "activations": "activations",
-    "temporary": "temporary",
+    "acti-\nvations": "activations",
+    "tempo-\nrary": "temporary",
     "total": "total",
 }
 
@@ -141,7 +141,7 @@ def plan(name: str, method: str, overrides: list[str], gpus: int | None, vocabul
     run = read_run(config, gpus, vocabulary)
     console = Console()
     for line in _headline(name, run):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(_memory_table(run))
     console.print(_traffic_table(run))
     for line in _remarks(config, run, limit):
@@ -189,7 +189,7 @@ def _layouts(shape: Shape, gpus: int) -> list[Parallel]:
 
 def _headline(name: str, run: Run) -> Iterator[str]:
     parallel = run.parallel
-    virtual = f" of {parallel.virtual} chunks" if parallel.virtual else ""
+    virtual = f", {parallel.virtual} chunks of layers a stage" if parallel.virtual else ""
     sequence = ", sequence parallel" if parallel.sequence else ""
     trained = "all" if run.unfrozen == -1 else f"the top {run.unfrozen}"
     yield (
@@ -197,28 +197,28 @@ def _headline(name: str, run: Run) -> Iterator[str]:
         f"{run.shape.num_layers} layers trained"
     )
     yield (
-        f"{run.gpus} GPUs = {parallel.tensor} tensor ranks x {parallel.pipeline} stages{virtual} x {run.data} data "
-        f"ranks{sequence}"
+        f"{run.gpus} GPUs = {parallel.tensor} (tensor) x {parallel.pipeline} (pipeline) x {run.data} (data)"
+        f"{virtual}{sequence}"
     )
     yield (
         f"{run.data * run.rows * run.microbatches} rows of {run.length} tokens per step, {run.response} of them "
-        f"scored; {run.microbatches} microbatches of {run.rows} rows on each data rank; pipeline bubble "
+        f"scored; {run.microbatches} microbatches of {run.rows} each on every data rank; pipeline bubble "
         f"{bubble(run):.1%}"
     )
 
 
 def _memory_table(run: Run) -> Table:
-    table = _table("GiB on a GPU at most, by stage", ["stage", "parameters", *COLUMNS])
+    table = _table("GiB on a GPU at most, by stage", ["stage", "billion\nweights", *COLUMNS])
     for stage in run.stages:
         held, count = memory(run, stage), parameters(run, stage)
         sizes = [f"{getattr(held, field) / GIB:.2f}" for field in COLUMNS.values()]
-        table.add_row(str(stage), f"{(count.model + count.heads) / 1e9:.3f} B", *sizes)
+        table.add_row(str(stage), f"{(count.model + count.heads) / 1e9:.3f}", *sizes)
     return table
 
 
 def _traffic_table(run: Run) -> Table:
     groups = ["tensor", "pipeline", "embedding", "data"]
-    table = _table("GB that a GPU sends in one optimizer step, by stage", ["stage", *groups])
+    table = _table("GB that a GPU sends in a step, by stage", ["stage", *groups])
     for stage in run.stages:
         sent = traffic(run, stage)
         table.add_row(str(stage), *[f"{sent[group] / 1e9:.2f}" for group in groups])
@@ -226,11 +226,12 @@ def _traffic_table(run: Run) -> Table:
 
 
 def _table(title: str, columns: list[str]) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True, min_width=7)
     return table
 
 

@@ -90,18 +90,17 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 """Constants of Llama-3's stretched rotary embedding, which the engine has built in."""
 
 
-TRAINING_ONLY = ("init_std", "hidden_dropout", "attention_dropout")
+TRAINING_ONLY = ("init_std", "hidden_dropout", "embedding_dropout", "attention_dropout")
 """Fields of a shape that say nothing about what a trained model computes."""
 
 
 def _read_gpt2(config: PretrainedConfig) -> dict[str, Any]:
-    if config.embd_pdrop != config.resid_pdrop:
-        raise ValueError(_refusal(config, "embd_pdrop", config.embd_pdrop, f"resid_pdrop is {config.resid_pdrop}"))
     return {
         "ffn_hidden_size": config.n_inner or 4 * config.n_embd,
         "norm_epsilon": config.layer_norm_epsilon,
         "activation": _activation(config, "activation_function"),
         "hidden_dropout": config.resid_pdrop,
+        "embedding_dropout": config.embd_pdrop,
         "attention_dropout": config.attn_pdrop,
     }
 
@@ -116,7 +115,7 @@ def _write_gpt2(shape: Shape) -> dict[str, Any]:
         "n_inner": shape.ffn_hidden_size,
         "activation_function": _hf_activation(shape),
         "layer_norm_epsilon": shape.norm_epsilon,
-        "embd_pdrop": shape.hidden_dropout,
+        "embd_pdrop": shape.hidden_dropout if shape.embedding_dropout is None else shape.embedding_dropout,
         "resid_pdrop": shape.hidden_dropout,
         "attn_pdrop": shape.attention_dropout,
     }

@@ -71,6 +71,8 @@ class ScoringModel(GPTModel):
         part = VocabularyPart(parallel_state.get_tensor_model_parallel_rank() * width, width, shape.vocab_size)
         self.part = part
         self.heads = make_heads(shape, part, needs, seed) if is_last else None
+        if is_first and needs.dropout and shape.embedding_dropout is not None:
+            self.embedding.embedding_dropout.p = shape.embedding_dropout
         if is_first and shape.embedding_scale != 1.0:
             scale = torch.tensor(shape.embedding_scale, dtype=config.params_dtype)
             self.embedding.register_forward_hook(lambda _, args, embedded: embedded * scale.to(embedded.device))

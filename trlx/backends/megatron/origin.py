@@ -124,6 +124,7 @@ def find_origin(
         origin = _pretrained(settings.pretrained_model, model, settings, tokenizer, train)
     elif isinstance(model.model_path, PretrainedConfig):
         origin = _random(model, needs, train.seed)
+        _check_same(origin.shape, settings.shape)
     else:
         shape = dataclasses.replace(settings.shape, vocab_size=len(tokenizer))
         origin = Origin(shape, _hf_config(shape), None)
@@ -204,7 +205,10 @@ def _with_dropout(shape: Shape, settings: MegatronSettings) -> Shape:
         "hidden_dropout": settings.hidden_dropout,
         "attention_dropout": settings.attention_dropout,
     }
-    return dataclasses.replace(shape, **{name: value for name, value in wanted.items() if value is not None})
+    given = {name: value for name, value in wanted.items() if value is not None}
+    if "hidden_dropout" in given:
+        given["embedding_dropout"] = None
+    return dataclasses.replace(shape, **given)
 
 
 def _for_export(config: PretrainedConfig | None, dtype: torch.dtype) -> PretrainedConfig | None:

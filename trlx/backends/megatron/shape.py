@@ -54,4 +54,6 @@ class Shape:
     """Token embedding and output head are one weight."""
     init_std: float = 0.02
     hidden_dropout: float = 0.0
+    embedding_dropout: float | None = None
+    """Of what comes out of the embedding; None: as `hidden_dropout`."""
     attention_dropout: float = 0.0

@@ -1,0 +1,110 @@
+"""Models between Hugging Face folders and `.nemo` archives, in both directions and from one division to another."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from trlx.backends.megatron.archive import opened
+from trlx.backends.megatron.families import config_of, shape_of
+from trlx.backends.megatron.mapping import Read, entries
+from trlx.backends.megatron.nemo_weights import family_of, is_companion, is_nemo, open_nemo, write_nemo
+from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.weights import ShardWriter, checked_reader, open_source, write_index
+
+NAMED_BY_NEMO = re.compile(r"^[0-9a-f]{32}_")
+"""What NeMo puts before the names of files that it takes into an archive."""
+
+
+def convert(source: Path, target: Path, *, tensor: int = 1, pipeline: int = 1, vocab_size: int | None = None) -> None:
+    """Writes the model at `source` as `target`: a `.nemo` archive if it is called so, else a Hugging Face folder.
+
+    The tokenizer's files and the heads of a training go with it. Weights keep their bits.
+
+    Args:
+        source: a folder that transformers can load, a `.nemo` file, or the folder it was unpacked into.
+        tensor, pipeline: ranks that the archive is divided over.
+        vocab_size: how many rows of an archive's embedding are tokens, where it does not say it; None: all of them.
+
+    Raises:
+        FileExistsError: there is something at `target`.
+        FileNotFoundError: there is no model at `source`.
+        ValueError: the model is none that the other form can hold, or cannot be divided so; the message says why.
+    """
+    if target.exists():
+        raise FileExistsError(f"There is something at {target} already: write another name, or remove it")
+    to_archive = target.suffix == ".nemo"
+    if not to_archive and (tensor, pipeline) != (1, 1):
+        raise ValueError(f"--tensor and --pipeline divide a .nemo archive, and {target} is a folder: leave them out")
+    if not to_archive and not is_nemo(source):
+        raise ValueError(f"{source} and {target} are both Hugging Face folders; call one of them something.nemo")
+    with _opened_model(source, vocab_size) as model:
+        if to_archive:
+            family = family_of(model.config)
+            write_nemo(target, model.shape, model.read, family, tensor=tensor, pipeline=pipeline, files=model.files)
+        else:
+            _write_folder(target, model)
+
+
+@dataclass(frozen=True)
+class _Model:
+    shape: Shape
+    config: PretrainedConfig | None
+    read: Read
+    files: Mapping[str, Path]
+
+
+@contextmanager
+def _opened_model(source: Path, vocab_size: int | None) -> Iterator[_Model]:
+    if not is_nemo(source):
+        if not (source / "config.json").is_file():
+            raise FileNotFoundError(f"There is no model at {source}: neither a .nemo archive, nor a config.json in it")
+        config = AutoConfig.from_pretrained(source)
+        shape = shape_of(config)
+        read = checked_reader(open_source(source), entries(shape, config.model_type))
+        yield _Model(shape, config, read, _companions({file.name: file for file in source.iterdir()}))
+        return
+    found = open_nemo(source, vocab_size)
+    read = checked_reader(found.source, entries(found.shape, found.family))
+    with opened(source) as archive:
+        files = {name: archive.file(name) for name in archive.names if is_companion(name)}
+        yield _Model(found.shape, found.config, read, _companions(files))
+
+
+def _companions(files: Mapping[str, Path]) -> dict[str, Path]:
+    return {NAMED_BY_NEMO.sub("", name): files[name] for name in sorted(files) if is_companion(name)}
+
+
+def _write_folder(target: Path, model: _Model) -> None:
+    config = model.config if model.config is not None else config_of(model.shape)
+    temporary = target.parent / f".{target.name}.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name, file in model.files.items():
+            shutil.copyfile(file, temporary / name)
+        config.dtype = _write_weights(temporary, model.read, model.shape, config.model_type)
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+        config.save_pretrained(temporary)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(folder: Path, read: Read, shape: Shape, family: str) -> torch.dtype:
+    """Writes every tensor once; returns the type of the last."""
+    writer = ShardWriter(folder, "000")
+    names = dict.fromkeys(name for entry in entries(shape, family).values() for name in entry.hf_names)
+    for name in names:
+        tensor = read(name)[:]
+        writer.add({name: tensor})
+    write_index(folder, [writer.close()])
+    return tensor.dtype
