@@ -1,7 +1,7 @@
 """PPO towards positive film reviews on tensor and pipeline parallelism; a sentiment classifier is the reward.
 
-Usage: torchrun --nproc-per-node 8 -m examples.nemo_ppo_sentiments --model FOLDER [--preset megatron_20b]
-       python -m examples.nemo_ppo_sentiments --model tiny --data made --reward made [--tp 2] [--pp 2] [section.key=value ...]
+Usage: torchrun --nproc-per-node 8 -m examples.nemo_ppo_sentiments --model FOLDER [--preset megatron_20b] [--tp 4]
+       python -m examples.nemo_ppo_sentiments --model tiny --data made --reward made [section.key=value ...]
 """
 
 from __future__ import annotations
