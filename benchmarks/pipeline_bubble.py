@@ -144,9 +144,7 @@ def measure(repetitions: int) -> list[dict[str, Any]]:
         command = ["torchrun", "--nproc-per-node", str(STAGES), "-m", "benchmarks.pipeline_bubble"]
         command = [sys.executable, "-m", "torch.distributed.run", *command[1:], "--repetitions", str(repetitions)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, "--folder", folder], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run([*command, "--folder", folder], cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         stages = [json.loads((Path(folder) / f"{stage}.json").read_text()) for stage in range(STAGES)]

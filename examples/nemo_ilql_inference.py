@@ -19,8 +19,8 @@ def main(hparams=None, data: str = "default", reward: str = "default") -> dict[f
     config = inference_config("ilql", {"method.gen_kwargs.beta": BETAS, **(hparams or {})})
     trainer = NeMoILQLTrainer(config, **config.train.trainer_kwargs)
     prompts, judge = openings(reviews(data, "test"))[:PROMPTS], sentiment(reward)
-    found = {}
-    for beta in config.method.gen_kwargs["beta"]:
+    found, betas = {}, config.method.gen_kwargs["beta"]
+    for beta in betas if isinstance(betas, list) else [betas]:
         if trainer.backend.is_main:
             print(f"beta {beta}")
         found[beta] = speak(trainer, prompts, judge, beta=beta)

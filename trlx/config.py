@@ -84,7 +84,8 @@ class OptimizerConfig(Section):
     section: ClassVar[str] = "optimizer"
 
     name: str = "adamw"
-    """One of adam, adamw, adam_8bit_bnb, adamw_8bit_bnb, sgd."""
+    """One of adam, adamw, adam_8bit_bnb, adamw_8bit_bnb, sgd; for NeMo trainers adam, adamw, sgd, fused_adam or
+    distributed_fused_adam."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Its keyword arguments, e.g. ``{lr: 3.0e-5, weight_decay: 0.01}``."""
 
@@ -100,7 +101,8 @@ class SchedulerConfig(Section):
     section: ClassVar[str] = "scheduler"
 
     name: str = "constant"
-    """One of cosine_annealing, linear, constant."""
+    """One of cosine_annealing, linear, constant; for NeMo trainers also CosineAnnealing, WarmupAnnealing and more, see
+    docs/megatron-config.md."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Its keyword arguments in torch, e.g. ``{T_max: 10000, eta_min: 1.0e-6}``."""
 

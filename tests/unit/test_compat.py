@@ -120,20 +120,8 @@ def test_trainers_and_pipelines_are_found_in_any_case():
         get_trainer("AcceleratePPOTrainr")
 
 
-def test_nemo_presets_that_are_not_there_are_explained():
-    from trlx.presets import preset_path
-
-    try:
-        preset_path("megatron_20b")
-    except ValueError:
-        with (
-            pytest.warns(DeprecationWarning),
-            pytest.raises(NotImplementedError, match="no preset 'megatron_20b'.*Accelerate"),
-        ):
-            forget("trlx.data.default_configs")
-            importlib.import_module("trlx.data.default_configs").default_nemo_20b_config()
-    else:
-        assert importlib.import_module("trlx.compat").default_nemo_20b_config().model.hidden_size == 6144
+def test_the_default_nemo_configs_are_there():
+    assert importlib.import_module("trlx.compat").default_nemo_20b_config().model.hidden_size == 6144
 
 
 def test_a_dialogue_becomes_turns_and_eos_joins_the_last():

@@ -10,14 +10,14 @@ from trlx.strict import ConfigError
 
 
 def layout(
-    vocab_size=None, parallel=(1, 1, None, False), batch_size=8, world_size=8, vocab=100, trainer=None, **changes
+    vocab_size=None, parallel=(1, 1, None, False), batch_size=8, world_size=8, trainer=None, **changes
 ):
     """Checks a model of 8 layers with 8 heads in a layout."""
     settings = dataclasses.replace(
         read({**model(**SMALL, num_query_groups=4), "trainer": trainer or {}}), parallel=Parallel(*parallel), **changes
     )
     shape = dataclasses.replace(settings.shape, vocab_size=vocab_size)
-    check_layout(settings, shape, world_size, vocab, batch_size)
+    check_layout(settings, shape, world_size, batch_size)
 
 
 @pytest.mark.parametrize("parallel", [(1, 1, None, False), (4, 2, None, True), (2, 2, 4, True), (1, 8, None, False)])
@@ -60,7 +60,6 @@ def test_a_layout_that_divides_everything_passes(parallel):
             {"recompute": Recompute("full", "block", 5), "parallel": (1, 2, None, False)},
             "num_layers is 5, .* has 4 layers",
         ),
-        ({"vocab_size": 99}, "tokenizer knows 100 tokens, the model 99"),
         (
             {"trainer": {"devices": 8, "num_nodes": 4}},
             "8 x trainer.num_nodes 4 = 32 processes, but 8 were started.* torchrun --nnodes 4 --nproc-per-node 8",

@@ -34,7 +34,7 @@ def test_a_preset_over_a_methods_preset_is_a_whole_configuration(size):
     ) == SIZES_OF[size]
     assert settings.dtype == torch.bfloat16 and settings.optim.distributed
     assert settings.optim.schedule.rate(config.train.total_steps, settings.optim.lr) == settings.optim.schedule.min_lr
-    check_layout(settings, shape, world, 50257, config.train.batch_size)
+    check_layout(settings, shape, world, config.train.batch_size)
 
 
 def test_only_the_2b_model_turns_and_gates():

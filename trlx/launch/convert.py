@@ -41,6 +41,8 @@ def convert(source: Path, target: Path, *, tensor: int = 1, pipeline: int = 1, v
     """
     if target.exists():
         raise FileExistsError(f"There is something at {target} already: write another name, or remove it")
+    if tensor < 1 or pipeline < 1:
+        raise ValueError(f"An archive is divided over at least 1 x 1 ranks, not {tensor} x {pipeline}")
     to_archive = target.suffix == ".nemo"
     if not to_archive and (tensor, pipeline) != (1, 1):
         raise ValueError(f"--tensor and --pipeline divide a .nemo archive, and {target} is a folder: leave them out")

@@ -27,10 +27,10 @@ FULL = Recompute("full", "uniform", 1)
 SBATCH = "examples/slurm/megatron_{}_node.sbatch"
 COLUMNS = {
     "weights": "weights",
-    "gradients": "gradients",
+    "gra-\ndients": "gradients",
     "float32\nweights": "main_weights",
     "moments": "moments",
-    "reference": "reference",
+    "refe-\nrence": "reference",
     "acti-\nvations": "activations",
     "tempo-\nrary": "temporary",
     "total": "total",
@@ -57,9 +57,7 @@ def read_run(config: TRLConfig, gpus: int | None = None, vocabulary: int = GPT2_
     copy = parallel.tensor * parallel.pipeline
     gpus = gpus or (settings.devices or 1) * (settings.num_nodes or 1)
     gpus = max(gpus, copy)
-    check_layout(
-        dataclasses.replace(settings, devices=None, num_nodes=None), shape, gpus, shape.vocab_size, train.batch_size
-    )
+    check_layout(dataclasses.replace(settings, devices=None, num_nodes=None), shape, gpus, train.batch_size)
     return Run(
         shape=shape,
         parallel=parallel,
@@ -226,12 +224,11 @@ def _traffic_table(run: Run) -> Table:
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
+    table = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True, min_width=7)
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -254,4 +251,3 @@ def _advice(run: Run | None) -> str:
         return "Take more GPUs, fewer rows per microbatch or fewer tokens."
     again = ", computing layers again (activations_checkpoint_granularity: full)" if run.recompute == FULL else ""
     return f"{run.parallel.tensor} tensor ranks x {run.parallel.pipeline} stages would{again}."
-

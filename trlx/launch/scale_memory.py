@@ -126,7 +126,7 @@ def computed_again(run: Run, stage: int) -> float:
 
 
 def cache(run: Run, stage: int, rows: int, tokens: int) -> int:
-    """Bytes of keys and values while `rows` rows per data rank grow to `tokens` tokens: two vectors a layer and token."""
+    """Bytes of keys and values while `rows` rows per data rank grow to `tokens` tokens: two vectors a layer each."""
     shape = run.shape
     width = shape.num_query_groups * shape.kv_channels // run.parallel.tensor
     return 2 * len(run.layers(stage)) * rows * tokens * width * run.element

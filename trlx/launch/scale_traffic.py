@@ -104,7 +104,7 @@ def _scores(run: Run, state: int) -> Iterator[Message]:
 
 
 def _pipeline(run: Run, stage: int) -> Iterator[Message]:
-    """Hidden states to the next stage and their gradients to the one before, each tensor rank its part of a sequence."""
+    """Hidden states to the next stage, their gradients to the one before; each tensor rank its part of a sequence."""
     chunks = run.parallel.virtual or 1
     sends = 2 * chunks - (1 if stage == 0 else 0) - (1 if run.is_last(stage) else 0)
     state = run.tokens * run.element * run.shape.hidden_size // run.sequence_split

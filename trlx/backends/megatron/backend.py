@@ -57,7 +57,7 @@ class MegatronBackend(Backend):
         self.origin = find_origin(model, settings, tokenizer, train, needs)
         shape, vocab = self.origin.shape, self.origin.shape.vocab_size
         self.place = arrange(settings.parallel, train.seed)
-        check_layout(settings, shape, dist.get_world_size(), vocab, train.batch_size)
+        check_layout(settings, shape, dist.get_world_size(), train.batch_size)
         self.device, self.is_main, self.leads = self.place.device, self.place.is_main, self.place.leads
         self.part = "" if self.leads else f"-{self.place.tensor_rank:03d}-{self.place.stage:03d}"
         self.data_rank, self.data_size = self.place.data_rank, self.place.data_size

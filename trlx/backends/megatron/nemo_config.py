@@ -14,6 +14,7 @@ import torch
 
 from trlx import logging
 from trlx.backends.megatron.archive import CONFIG_FILE
+from trlx.backends.megatron.families import TRAINING_ONLY
 from trlx.backends.megatron.settings_file import Lookup
 from trlx.backends.megatron.settings_keys import KEYS, REFUSED
 from trlx.backends.megatron.settings_shape import SIZES, read_shape
@@ -130,7 +131,8 @@ def write_config(
         "attention_dropout": shape.attention_dropout,
     }
     said = _read(config, "this model")
-    different = [f.name for f in dataclasses.fields(Shape) if getattr(said, f.name) != getattr(shape, f.name)]
+    names = [field.name for field in dataclasses.fields(Shape) if field.name not in TRAINING_ONLY]
+    different = [name for name in names if getattr(said, name) != getattr(shape, name)]
     if different:
         raise ValueError(f"A .nemo archive cannot describe this model: NeMo has no keys for its {', '.join(different)}")
     return config

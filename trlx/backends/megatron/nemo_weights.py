@@ -86,6 +86,7 @@ def open_nemo(path: str | Path, tokens: int | None = None, changes: Mapping[str,
         warn_of_unknown(config, where)
         shape = dataclasses.replace(shape, vocab_size=_tokens(shape.vocab_size, stages, tokens, where))
         hf_config = _hf_config(archive, shape)
+        shape = _with_embedding_dropout(shape, hf_config)
         heads = InMemory(load_file(archive.file(HEADS_FILE)), where) if HEADS_FILE in archive.names else None
         source = NemoSource(stages, shape, family_of(hf_config), where)
         return NemoModel(shape, hf_config, source, heads, stages[0][0].read(EMBEDDING, "meta").dtype)
@@ -320,6 +321,13 @@ def _hf_config(archive: Archive, shape: Shape) -> PretrainedConfig | None:
         return config_of(shape)
     except ValueError:
         return None
+
+
+def _with_embedding_dropout(shape: Shape, config: PretrainedConfig | None) -> Shape:
+    """NeMo has one dropout for embeddings and blocks; a configuration that came along may have two."""
+    if config is None or (said := shape_of(config)).hidden_dropout != shape.hidden_dropout:
+        return shape
+    return dataclasses.replace(shape, embedding_dropout=said.embedding_dropout)
 
 
 def _tokenizer(files: Mapping[str, Path | bytes]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from trlx.backends.megatron.weights import (
     InMemory,
     ShardWriter,
     Source,
-    checked_reader,
+    load_weights,
     open_source,
     write_index,
 )
@@ -68,7 +68,9 @@ class Origin:
             ValueError: tensors are missing, left over or of other shapes than the config says.
         """
         if self.source is not None:
-            weights.load(checked_reader(self.source, weights.entries), weights.of_model())
+            place = weights.place
+            named = [(weight.name, weight.value) for weight in weights.of_model()]
+            load_weights(named, weights.entries, self.source, place.tensor_rank, place.layout.tensor)
         if self.heads is not None:
             weights.load(self.heads.read, _fitting(weights, self.heads))
         self.source = self.heads = None  # what was made in memory is not needed again

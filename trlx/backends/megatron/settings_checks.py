@@ -12,13 +12,12 @@ if TYPE_CHECKING:
     from trlx.backends.megatron.settings import MegatronSettings
 
 
-def check_layout(settings: MegatronSettings, shape: Shape, world_size: int, vocab: int, batch_size: int) -> None:
+def check_layout(settings: MegatronSettings, shape: Shape, world_size: int, batch_size: int) -> None:
     """Makes sure that the layout divides what it has to divide.
 
     Args:
         shape: the model that is going to be built.
         world_size: processes that were started.
-        vocab: tokens that the tokenizer knows.
         batch_size: rows per optimizer step and data rank.
 
     Raises:
@@ -30,7 +29,6 @@ def check_layout(settings: MegatronSettings, shape: Shape, world_size: int, voca
         *_pipeline(settings, shape),
         *_batch(settings, batch_size),
         *_recompute(settings, shape),
-        *_vocabulary(shape, vocab),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -108,15 +106,6 @@ def _recompute(settings: MegatronSettings, shape: Shape) -> Iterator[str]:
         yield (
             f"activations_checkpoint_num_layers is {wanted}, but a stage of the pipeline has {in_chunk} layers at a "
             f"time: write at most {in_chunk}."
-        )
-
-
-def _vocabulary(shape: Shape, vocab: int) -> Iterator[str]:
-    # the engine takes a token it has no embedding for without a word, and gives it probability 0
-    if shape.vocab_size is not None and vocab > shape.vocab_size:
-        yield (
-            f"The tokenizer knows {vocab} tokens, the model {shape.vocab_size}: take the tokenizer that belongs to the "
-            "model, or resize_token_embeddings and save the model first."
         )
 
 

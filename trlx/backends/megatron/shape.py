@@ -18,8 +18,8 @@ class Shape:
     kv_channels: int
     """Width of one attention head."""
     max_position_embeddings: int
-    vocab_size: int
-    """Tokens the model knows, padding rows not counted."""
+    vocab_size: int | None
+    """Tokens the model knows, padding rows not counted; None until the tokenizer is known."""
 
     normalization: str = "layernorm"
     """"layernorm" or "rmsnorm"."""

@@ -1,0 +1,30 @@
+# Sourced by the sbatch files beside it. `run MODULE [ARGUMENTS ...]` starts torchrun once on every node of the job and,
+# where the run saved itself before its time was over, puts the job back into the queue.
+
+run() {
+    local module=$1 gpus=${SLURM_GPUS_ON_NODE:-8} head code
+    shift
+    # the processes of all nodes meet at the first one; jobs that share a node need a PORT each
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+    # as many threads as there are cores for each process; torchrun says 1 where nothing is said
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-gpus} / gpus))}
+    # tokenizers' threads and the processes that a reward function may start do not go together
+    export TOKENIZERS_PARALLELISM=false
+    # srun no longer takes it over from sbatch (since SLURM 22.05), and would give every node's processes a single core
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}
+    # nodes without a way out: the model and the data must be in the cache, and nothing waits for a connection
+    # export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+
+    mkdir -p logs
+    # --open-mode: a job that was requeued goes on in the same files
+    # --wait: where one node fails, the others would wait for its processes
+    srun --ntasks-per-node=1 --wait=120 --open-mode=append --output="logs/%x-%j-node%n.log" \
+        "${PYTHON:-python}" examples/slurm/launch.py --nnodes "$SLURM_NNODES" --nproc-per-node "$gpus" \
+        --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" \
+        -m "$module" train.resume_from_checkpoint=auto "$@"
+    code=$?
+    # saved at the end of a step because SLURM asked for it; anything else would fail again
+    if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
+    return "$code"
+}

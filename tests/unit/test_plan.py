@@ -1,0 +1,250 @@
+"""A layout's memory, traffic and waiting on paper, against numbers worked by hand."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.pipeline_bubble import predicted, replay
+from docs.scaling_tables import MARK, page
+from tests.unit.megatron_configs import ROOT
+from trlx.__main__ import main
+from trlx.backends.megatron.settings import Parallel, Recompute
+from trlx.backends.megatron.shape import Shape
+from trlx.launch.plan import fit, fullest, launch_line, needs, read_config, read_run
+from trlx.launch.scale import Run, bubble, parameters, total_parameters
+from trlx.launch.scale_memory import cache, chunk_activations, in_flight, layer_activations, memory
+from trlx.launch.scale_traffic import Message, messages, traffic
+from trlx.strict import ConfigError
+
+SHAPE = Shape(
+    num_layers=4,
+    hidden_size=8,
+    ffn_hidden_size=32,
+    num_attention_heads=2,
+    num_query_groups=2,
+    kv_channels=4,
+    max_position_embeddings=16,
+    vocab_size=10,
+    tied=True,
+)
+RUN = Run(shape=SHAPE, parallel=Parallel(), rows=2, microbatches=4, length=16, response=8, divisor=4)
+
+
+def changed(**changes) -> Run:
+    return dataclasses.replace(RUN, **changes)
+
+
+def test_a_layer_has_12_h_squared_and_13_h_weights():
+    # queries, keys, values 3 h^2 + 3 h, projection h^2 + h, feed-forward 8 h^2 + 5 h, two norms 4 h
+    assert parameters(RUN, 0).model == 4 * (12 * 64 + 13 * 8) + 12 * 8 + 16 * 8 + 2 * 8
+
+
+def test_padding_of_the_vocabulary_is_held_but_is_no_parameter_of_the_model():
+    assert parameters(RUN, 0).model - total_parameters(SHAPE) == (12 - 10) * 8
+
+
+def test_tensor_ranks_divide_all_of_a_layer_but_norms_and_late_biases():
+    two = changed(parallel=Parallel(tensor=2))
+    layer = (12 * 64 + 3 * 8 + 4 * 8) // 2 + 4 * 8 + 2 * 8
+    # 10 tokens fill up to 16: 8 rows for each rank
+    assert parameters(two, 0).model == 4 * layer + 8 * 8 + 16 * 8 + 2 * 8
+
+
+def test_both_ends_of_a_pipeline_hold_a_tied_embedding():
+    two = changed(parallel=Parallel(pipeline=2))
+    layers = 2 * (12 * 64 + 13 * 8)
+    assert parameters(two, 0).model == layers + 12 * 8 + 16 * 8
+    assert parameters(two, 1).model == layers + 2 * 8 + 12 * 8
+
+
+def test_heads_stand_on_the_last_stage_and_targets_do_not_train():
+    ilql = changed(parallel=Parallel(pipeline=2), value_head=True, q_heads=2)
+    value, q = 8 * 16 + 16 + 16 + 1, 8 * 16 + 16 + (16 + 1) * 12
+    assert parameters(ilql, 0).heads == 0
+    assert (parameters(ilql, 1).heads, parameters(ilql, 1).trained_heads) == (value + 4 * q, value + 2 * q)
+
+
+def test_only_the_top_layers_and_the_last_norm_train_where_the_rest_is_frozen():
+    assert parameters(changed(unfrozen=1), 0).trained == 12 * 64 + 13 * 8 + 16
+    assert parameters(changed(unfrozen=0), 0).trained == 0
+
+
+def test_adam_in_bfloat16_takes_18_bytes_a_weight_with_the_gradient_and_the_reference_two_more():
+    held = memory(changed(reference=True), 0)
+    assert held.lasting == 20 * parameters(RUN, 0).model - 2 * parameters(RUN, 0).model + 2 * parameters(RUN, 0).model
+    assert (held.weights, held.gradients, held.main_weights, held.moments) == tuple(
+        n * parameters(RUN, 0).model for n in (2, 4, 4, 8)
+    )
+
+
+def test_a_distributed_optimizer_divides_main_weights_and_moments():
+    held, shared = memory(changed(data=4), 0), memory(changed(data=4, distributed=True), 0)
+    assert (held.main_weights, held.moments) == (4 * shared.main_weights, 4 * shared.moments)
+    assert held.gradients == shared.gradients
+
+
+@pytest.mark.parametrize(
+    "parallel, inside, outside",
+    [(Parallel(), 24, 10), (Parallel(tensor=2), 12, 10), (Parallel(tensor=2, sequence=True), 12, 5)],
+)
+def test_a_layer_keeps_34_bytes_a_token_and_width_as_in_the_paper(parallel, inside, outside):
+    run = changed(parallel=parallel, dropout=True)
+    noted = (
+        4 * 2 / parallel.tensor + 16 / run.sequence_split
+    )  # the kernel's float per head, mean and spread of two norms
+    assert layer_activations(run) == 2 * 16 * (8 * (inside + outside) + noted)
+
+
+def test_a_layer_that_is_computed_again_keeps_its_input_only():
+    full = changed(recompute=Recompute("full", "uniform", 1))
+    assert chunk_activations(full, 0) == 4 * (2 * 16 * 8 * 2)
+    pairs = changed(recompute=Recompute("full", "uniform", 2))
+    assert chunk_activations(pairs, 0) == 2 * (2 * 16 * 8 * 2)
+    one = changed(recompute=Recompute("full", "block", 1))
+    assert chunk_activations(one, 0) == 3 * layer_activations(RUN) + 2 * 16 * 8 * 2
+
+
+def test_the_first_of_four_stages_holds_four_microbatches_the_last_one():
+    four = changed(parallel=Parallel(pipeline=4), microbatches=8)
+    assert [in_flight(four, stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert in_flight(changed(parallel=Parallel(pipeline=4), microbatches=2), 0) == 2
+
+
+def test_an_interleaved_stage_holds_more_by_the_factor_of_the_paper():
+    # 1 + (p - 1) / (p v) of all layers' activations: p v + p - 1 chunks of L / (p v) layers
+    run = changed(parallel=Parallel(pipeline=2, virtual=2))
+    assert in_flight(run, 0) * len(run.layers(0)) // 2 == 2 * 2 + 2 - 1
+    assert run.layers(0) == [0, 2] and run.layers(1) == [1, 3]
+
+
+def test_keys_and_values_of_one_token_are_two_vectors_a_layer():
+    assert cache(changed(parallel=Parallel(tensor=2, pipeline=2)), 0, rows=3, tokens=5) == 2 * 2 * 3 * 5 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    "pipeline, virtual, microbatches, share",
+    [(1, None, 4, 0), (2, None, 1, 1 / 2), (4, None, 5, 3 / 8), (4, 2, 8, 3 / 19)],
+)
+def test_the_bubble_is_what_filling_and_draining_take(pipeline, virtual, microbatches, share):
+    run = changed(parallel=Parallel(pipeline=pipeline, virtual=virtual), microbatches=microbatches)
+    assert bubble(run) == pytest.approx(share)
+
+
+def test_a_replayed_pipeline_of_equal_passes_waits_as_predicted():
+    first = [("F", 1.0), ("F", 1.0), ("B", 2.0), ("F", 1.0), ("B", 2.0), ("B", 2.0)]
+    last = [("F", 1.0), ("B", 2.0)] * 3
+    assert 1 - 9 / replay([first, last]) == pytest.approx(predicted(2, 3)) == pytest.approx(1 / 4)
+
+
+def test_a_replay_of_passes_that_wait_for_each_other_is_refused():
+    with pytest.raises(ValueError, match="no order that a pipeline can run in"):
+        replay([[("B", 1.0), ("F", 1.0)], [("F", 1.0), ("B", 1.0)]])
+
+
+def test_a_layer_is_reduced_twice_forward_and_twice_backward():
+    run = changed(parallel=Parallel(tensor=2))
+    state, number = 2 * 16 * 8 * 2, 4 * 2 * 8
+    assert list(messages(run, 0)) == [
+        Message("tensor", "all_reduce", state, 4 * 4 * 4),
+        Message("tensor", "all_reduce", state, 4),  # the embedding
+        Message("tensor", "all_reduce", number, 3 * 4),  # largest logit, sum of exponentials, chosen logit
+        Message("tensor", "all_reduce", 2 * 8 * 8 * 2, 4),  # gradients of the states that are scored
+    ]
+    # a ring of two sends as many bytes as it reduces
+    assert traffic(run, 0)["tensor"] == state * 68 + number * 12 + 256 * 4
+
+
+def test_sequence_parallelism_sends_a_quarter_more_for_gathering_inputs_again():
+    layers = {}
+    for sequence in (False, True):
+        run = changed(parallel=Parallel(tensor=2, sequence=sequence), unfrozen=-1)
+        layers[sequence] = sum(
+            (2 if m.kind == "all_reduce" else 1) * m.times for m in messages(run, 0) if m.times >= 4 * 4 * 4
+        )
+    assert layers[True] / layers[False] == 5 / 4
+
+
+def test_stages_send_every_microbatch_on_and_its_gradient_back():
+    run = changed(parallel=Parallel(pipeline=4))
+    state = 2 * 16 * 8 * 2
+    assert [traffic(run, stage)["pipeline"] for stage in range(4)] == [4 * state, 8 * state, 8 * state, 4 * state]
+    assert [traffic(run, stage)["embedding"] for stage in range(4)] == [4 * 12 * 8, 0, 0, 4 * 12 * 8]
+
+
+def test_data_ranks_reduce_float32_gradients_once_a_step():
+    count = parameters(RUN, 0).model
+    assert traffic(changed(data=4), 0)["data"] == 2 * 3 / 4 * 4 * count
+    assert traffic(changed(data=4, distributed=True), 0)["data"] == 3 / 4 * (4 + 2) * count
+
+
+def test_the_20b_preset_is_read_with_its_layout():
+    run = read_run(read_config("megatron_20b", "ppo", ["model.num_layers_unfrozen=-1"]))
+    assert (run.parallel, run.data, run.gpus) == (Parallel(4, 1, None, True), 8, 32)
+    assert (run.rows, run.microbatches, run.element, run.distributed, run.reference) == (2, 4, 2, True, True)
+    assert total_parameters(run.shape) == 44 * (12 * 6144**2 + 13 * 6144) + (50257 + 2048 + 2) * 6144
+
+
+def test_a_folder_with_a_model_is_read(tmp_path):
+    from tests.builders import tiny_gpt2_config
+
+    tiny_gpt2_config().save_pretrained(tmp_path)
+    run = read_run(read_config(str(tmp_path), "sft", ["train.trainer_kwargs.tensor_model_parallel_size=2"]), gpus=4)
+    assert (run.shape.hidden_size, run.parallel.tensor, run.data, run.value_head) == (32, 2, 2, False)
+
+
+def test_gpus_that_a_layout_does_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="start a multiple of 32"):
+        read_run(read_config("megatron_65b", "ppo", []), gpus=48)
+
+
+def test_a_method_without_a_nemo_trainer_is_refused():
+    with pytest.raises(ValueError, match="no NeMo trainer for RFT: write one of PPO, ILQL, SFT"):
+        needs("RFT")
+
+
+def test_the_smallest_layout_that_fits_is_found():
+    whole = fullest(RUN).total
+    assert fit(RUN, 2, whole).parallel == Parallel()
+    smaller = fit(changed(data=2), 4, whole - 1)
+    assert smaller.parallel == Parallel(2, 1, None, True)
+    assert smaller.data * smaller.rows * smaller.microbatches == 2 * 2 * 4
+    assert fit(RUN, 2, 10) is None
+
+
+def test_one_node_and_several_start_with_their_own_file():
+    assert launch_line(4) == "sbatch --nodes=1 --gpus-per-node=4 examples/slurm/megatron_single_node.sbatch"
+    assert launch_line(64) == "sbatch --nodes=8 --gpus-per-node=8 examples/slurm/megatron_multi_node.sbatch"
+
+
+def test_the_command_prints_every_stage_and_how_to_start(capsys):
+    assert main(["plan", "megatron_65b", "--gpus", "64", "--pp", "2", "--set", "model.num_layers_unfrozen=-1"]) == 0
+    printed = capsys.readouterr().out
+    assert "64 GPUs = 8 (tensor) x 2 (pipeline) x 4 (data), sequence parallel" in printed
+    assert "64.86 billion parameters, all of 80 layers trained" in printed
+    assert "sbatch --nodes=8 --gpus-per-node=8 examples/slurm/megatron_multi_node.sbatch" in printed
+
+
+def test_a_layout_that_does_not_fit_comes_with_one_that_does(capsys):
+    wide = ["--tp", "1", "--pp", "1", "--set", "model.num_layers_unfrozen=-1", "train.minibatch_size=1"]
+    main(["plan", "megatron_20b", "--gpus", "32", *wide])
+    assert "It does not fit into 80 GiB. 4 tensor ranks x 1 stages would." in capsys.readouterr().out
+
+
+def test_an_unknown_preset_is_an_error_without_a_traceback():
+    with pytest.raises(SystemExit, match="trlx plan: Unknown preset 'megatron_21b'"):
+        main(["plan", "megatron_21b"])
+
+
+def test_the_tables_of_the_scaling_page_are_those_of_the_formulas():
+    written = (ROOT / "docs" / "scaling.md").read_text()
+    assert written.partition(MARK)[2] == page().partition(MARK)[2], "run: python -m docs.scaling_tables"
+
+
+def test_the_scaling_page_shows_the_recorded_bubbles():
+    written = (ROOT / "docs" / "scaling.md").read_text()
+    results = json.loads(Path(ROOT / "benchmarks" / "results" / "pipeline_bubble.json").read_text())
+    for step in results["steps"]:
+        row = f"| {step['microbatches']} | {step['predicted']:.1%} | {step['replayed']['median']:.1%} |"
+        assert row in written
