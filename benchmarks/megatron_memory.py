@@ -1,7 +1,6 @@
-"""What a process of the Megatron backend really holds and sends in one optimizer step, beside what `python -m trlx plan`
-says it does.
+"""What a process of the Megatron backend holds and sends in one optimizer step, beside what `python -m trlx plan` says.
 
-    torchrun --nproc-per-node 4 -m benchmarks.megatron_memory --out benchmarks/results/megatron_memory.json
+    torchrun --nproc-per-node 4 -m benchmarks.megatron_memory
 
 Tiny models on CPUs. Kept activations are the storages that autograd saves, weights left out, at their peak; traffic is
 counted where torch.distributed is called.
@@ -9,14 +8,10 @@ counted where torch.distributed is called.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -262,3 +257,21 @@ def _replaced(place: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(place, name, original)
+
+
+def main() -> None:
+    """Prints (measured, on paper) of each process for one layout of a small GPT-2 trained by PPO."""
+    from tests.builders import tiny_gpt2_config
+    from trlx.backends.megatron.cpu import prepare_engine
+
+    prepare_engine()
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    found = measure(Case(tiny_gpt2_config(layers=4, hidden=64, n_head=4), layout, "PPO"))
+    for rank in range(dist.get_world_size()):
+        dist.barrier()
+        if rank == dist.get_rank():
+            print(f"process {rank}", *(f"  {name}: {both}" for name, both in found.items()), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

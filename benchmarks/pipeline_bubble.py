@@ -120,7 +120,7 @@ def _step() -> Any:
             chunk.zero_grad_buffer()
         dist.barrier()
         passes.ran, began = [], time.perf_counter()
-        run_forward_backward(backend.wrapped, [one] * microbatches, lambda *args: scored(*args))
+        run_forward_backward(backend.wrapped, [one] * microbatches, scored)
         passes.seconds = time.perf_counter() - began
         return passes
 
@@ -141,8 +141,8 @@ def _timed(call: Any, kind: str, passes: Passes) -> Any:
 def measure(repetitions: int) -> list[dict[str, Any]]:
     """Per number of microbatches: what is predicted, and what each way of measuring gives."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["torchrun", "--nproc-per-node", str(STAGES), "-m", "benchmarks.pipeline_bubble"]
-        command = [sys.executable, "-m", "torch.distributed.run", *command[1:], "--repetitions", str(repetitions)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(STAGES)]
+        command += ["-m", "benchmarks.pipeline_bubble", "--repetitions", str(repetitions)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*command, "--folder", folder], cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -12,7 +12,7 @@ run() {
     # tokenizers' threads and the processes that a reward function may start do not go together
     export TOKENIZERS_PARALLELISM=false
     # srun no longer takes it over from sbatch (since SLURM 22.05), and would give every node's processes a single core
-    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     # nodes without a way out: the model and the data must be in the cache, and nothing waits for a connection
     # export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 

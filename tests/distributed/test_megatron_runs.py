@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.builders import tiny_gpt2_config
-from tests.distributed.test_two_processes import CALM, close
+from tests.distributed.test_two_processes import CALM, NO_DROPOUT, close
 from tests.processes import together
 from tests.runs import DATA, metrics, run, tiny_config
 from trlx.checkpoint import newest
@@ -101,3 +101,59 @@ def test_heads_cross_too(tmp_path, first, second):
     together(2, heads_of, tmp_path, first, second)
     one, two = (load_file(tmp_path / name / "export" / "trlx_heads.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def scored_on_each_rank(folder) -> None:
+    """Two data ranks of two processes; each process would give another reward."""
+    import os
+
+    import trlx
+
+    rank = int(os.environ["RANK"])
+
+    def reward_fn(samples, **kwargs):
+        return [float(rank)] * len(samples)
+
+    train = {
+        "trainer": "NeMoPPOTrainer",
+        "trainer_kwargs": {"pipeline_model_parallel_size": 2},
+        "reward_on": "each_rank",
+        "batch_size": 4,
+        "total_steps": 2,
+    }
+    config = tiny_config(folder, "PPO", model=NO_DROPOUT, train=train)
+    trainer = trlx.train(config=config, **DATA["PPO"] | {"reward_fn": reward_fn})
+    assert trainer.backend.leads is (rank in (0, 1))
+
+
+def test_rewards_are_asked_of_one_process_of_each_data_rank(tmp_path):
+    together(4, scored_on_each_rank, tmp_path)
+    step = next(line for line in metrics(tmp_path) if "rollout_scores/mean" in line)
+    # the first stages are ranks 0 and 1, with half of the rollouts each
+    assert step["rollout_scores/mean"] == 0.5
+
+
+def stopped_from_the_side(folder) -> None:
+    """A signal reaches the process that holds the second half of the layers."""
+    import os
+    import signal
+
+    from trlx.trainer.sft import SFTTrainer
+
+    train = {"trainer": "NeMoSFTTrainer", "trainer_kwargs": {"pipeline_model_parallel_size": 2}, "total_steps": 8}
+    original = SFTTrainer.after_step
+
+    def after_step(self, found):
+        if self.state.step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, found)
+
+    SFTTrainer.after_step = after_step
+    with pytest.raises(SystemExit) as stopped:
+        run("SFT", folder, model=NO_DROPOUT, train=train)
+    assert stopped.value.code == 75
+
+
+def test_a_signal_to_any_process_saves_and_stops_all(tmp_path):
+    together(2, stopped_from_the_side, tmp_path)
+    assert newest(tmp_path).name == "checkpoint_3"

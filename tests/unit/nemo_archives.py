@@ -108,8 +108,10 @@ def older_gpt(model, prefix="model."):
             found[f"{own}{ours}.weight"] = state[f"{hf}{theirs}.weight"].T.clone()
             found[f"{own}{ours}.bias"] = state[f"{hf}{theirs}.bias"]
         for kind in ("weight", "bias"):
-            q, k, v = state[f"{hf}attn.c_attn.{kind}"].T.chunk(3)
-            found[f"{own}self_attention.query_key_value.{kind}"] = heads_first(q, k, v, 0, 1, False)
+            q, k, v = state[f"{hf}attn.c_attn.{kind}"].chunk(3, -1)
+            found[f"{own}self_attention.query_key_value.{kind}"] = heads_first(
+                *((q, k, v) if kind == "bias" else (q.T, k.T, v.T)), 0, 1, False
+            )
             found[f"{own}input_layernorm.{kind}"] = state[f"{hf}ln_1.{kind}"]
             found[f"{own}post_attention_layernorm.{kind}"] = state[f"{hf}ln_2.{kind}"]
             if p == 1:

@@ -9,9 +9,7 @@ from trlx.backends.megatron.settings import Parallel, Recompute, check_layout
 from trlx.strict import ConfigError
 
 
-def layout(
-    vocab_size=None, parallel=(1, 1, None, False), batch_size=8, world_size=8, trainer=None, **changes
-):
+def layout(vocab_size=None, parallel=(1, 1, None, False), batch_size=8, world_size=8, trainer=None, **changes):
     """Checks a model of 8 layers with 8 heads in a layout."""
     settings = dataclasses.replace(
         read({**model(**SMALL, num_query_groups=4), "trainer": trainer or {}}), parallel=Parallel(*parallel), **changes

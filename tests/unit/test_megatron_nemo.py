@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 
-import trlx
 from tests.unit.nemo_archives import (
     GPT,
     LLAMA,
@@ -102,8 +101,8 @@ def test_a_tied_gpt_from_before_megatron_core_is_read(tmp_path):
     model = gpt2()
     write_archive(tmp_path / "m.nemo", GPT | {"max_position_embeddings": 99}, older_gpt(model, "model.module."))
     found = open_nemo(tmp_path / "m.nemo")
-    # gelu with a fused bias is the tanh form, which transformers calls gelu_new; the table says how many positions
-    assert (found.family, found.config.activation_function, found.config.n_positions) == ("gpt2", "gelu_new", 16)
+    # gelu with a fused bias is the tanh form; the table says how many positions there are
+    assert (found.family, found.shape.activation, found.config.n_positions) == ("gpt2", "gelu_tanh", 16)
     assert same_weights(found, model)
 
 
@@ -208,17 +207,10 @@ def test_keys_that_nothing_reads_are_said_once(tmp_path, caplog):
     assert len(said) == 1 and said[0].endswith("are not read: my_scale")
 
 
-def preset_shape():
-    cfg = trlx.load_preset("megatron_2b").train.trainer_kwargs["megatron_cfg"]
-    model = read_megatron_cfg(cfg)["model"]
-    return dataclasses.replace(read_config(model, "the preset"), vocab_size=7)
-
-
 def test_a_shape_that_transformers_has_not_is_written_and_read_under_the_engines_names(tmp_path):
-    shape = dataclasses.replace(
-        preset_shape(), num_layers=2, hidden_size=8, ffn_hidden_size=12, num_attention_heads=2, num_query_groups=2
-    )
-    shape = dataclasses.replace(shape, kv_channels=4)
+    sizes = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "num_attention_heads": 2, "kv_channels": 4}
+    preset = read_megatron_cfg("megatron_2b")["model"]
+    shape = dataclasses.replace(read_config(preset | sizes, "the preset"), vocab_size=7)
     with pytest.raises(ValueError, match="cannot be written for transformers"):
         config_of(shape)
     tensors = {

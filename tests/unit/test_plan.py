@@ -15,7 +15,7 @@ from trlx.backends.megatron.shape import Shape
 from trlx.launch.plan import fit, fullest, launch_line, needs, read_config, read_run
 from trlx.launch.scale import Run, bubble, parameters, total_parameters
 from trlx.launch.scale_memory import cache, chunk_activations, in_flight, layer_activations, memory
-from trlx.launch.scale_traffic import Message, messages, traffic
+from trlx.launch.scale_traffic import RING, Message, messages, traffic
 from trlx.strict import ConfigError
 
 SHAPE = Shape(
@@ -73,10 +73,9 @@ def test_only_the_top_layers_and_the_last_norm_train_where_the_rest_is_frozen():
 
 def test_adam_in_bfloat16_takes_18_bytes_a_weight_with_the_gradient_and_the_reference_two_more():
     held = memory(changed(reference=True), 0)
-    assert held.lasting == 20 * parameters(RUN, 0).model - 2 * parameters(RUN, 0).model + 2 * parameters(RUN, 0).model
-    assert (held.weights, held.gradients, held.main_weights, held.moments) == tuple(
-        n * parameters(RUN, 0).model for n in (2, 4, 4, 8)
-    )
+    sizes = (held.weights, held.gradients, held.main_weights, held.moments, held.reference)
+    assert sizes == tuple(n * parameters(RUN, 0).model for n in (2, 4, 4, 8, 2))
+    assert held.lasting == (18 + 2) * parameters(RUN, 0).model
 
 
 def test_a_distributed_optimizer_divides_main_weights_and_moments():
@@ -91,9 +90,8 @@ def test_a_distributed_optimizer_divides_main_weights_and_moments():
 )
 def test_a_layer_keeps_34_bytes_a_token_and_width_as_in_the_paper(parallel, inside, outside):
     run = changed(parallel=parallel, dropout=True)
-    noted = (
-        4 * 2 / parallel.tensor + 16 / run.sequence_split
-    )  # the kernel's float per head, mean and spread of two norms
+    # one float per head by the kernel, mean and spread by two norms
+    noted = 4 * 2 / parallel.tensor + 16 / run.sequence_split
     assert layer_activations(run) == 2 * 16 * (8 * (inside + outside) + noted)
 
 
@@ -157,13 +155,14 @@ def test_a_layer_is_reduced_twice_forward_and_twice_backward():
 
 
 def test_sequence_parallelism_sends_a_quarter_more_for_gathering_inputs_again():
-    layers = {}
-    for sequence in (False, True):
-        run = changed(parallel=Parallel(tensor=2, sequence=sequence), unfrozen=-1)
-        layers[sequence] = sum(
-            (2 if m.kind == "all_reduce" else 1) * m.times for m in messages(run, 0) if m.times >= 4 * 4 * 4
-        )
-    assert layers[True] / layers[False] == 5 / 4
+    state, layers = 2 * 16 * 8 * 2, 4 * 4  # the layers of four microbatches
+    of_layers = list(messages(changed(parallel=Parallel(tensor=2, sequence=True)), 0))[:2]
+    assert of_layers == [
+        Message("tensor", "all_gather", state, layers * 6),
+        Message("tensor", "reduce_scatter", state, layers * 4),
+    ]
+    # an all-reduce is worth two of either: 10 instead of 2 x 4
+    assert RING == {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 
 
 def test_stages_send_every_microbatch_on_and_its_gradient_back():

@@ -27,6 +27,7 @@ from trlx.backends.megatron.weights import (
     InMemory,
     ShardWriter,
     Source,
+    checked_reader,
     load_weights,
     open_source,
     write_index,

@@ -1,0 +1,110 @@
+"""The sbatch files do on this machine, with stand-ins for SLURM's commands, what they are to do on a cluster."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from examples.slurm.launch import exit_code
+from trlx import checkpoint
+from trlx.trainer.guards import EXIT_REQUEUE
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
+COMMANDS = {
+    # runs the command in a session of its own, as SLURM runs a step, and notes which
+    "srun": 'while [[ $1 == --* ]]; do shift; done; echo $$ > "$STEP"; exec setsid "$@"',
+    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" > "$ASKED"; fi',
+}
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Environment of a batch script on a node with two "GPUs"."""
+    for name, body in COMMANDS.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STEP": str(tmp_path / "step"), "PORT": str(port)}
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_ON_NODE": "2"}
+    return {**os.environ, **job, **own, "ASKED": str(tmp_path / "asked"), "SLURM_JOB_NODELIST": "here"}
+
+
+def submit(file, cluster, folder, *arguments):
+    """Starts a batch script; SLURM would do it in the folder that sbatch was called in."""
+    with (folder / "output").open("a") as output:
+        return subprocess.Popen(
+            ["bash", str(file), *map(str, arguments)], cwd=ROOT, env=cluster, stdout=output, stderr=output
+        )
+
+
+def waited(job, folder, seconds=200):
+    """The exit code of a job; kills its processes if it does not come."""
+    try:
+        return job.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(int((folder / "step").read_text()), signal.SIGKILL)
+        job.kill()
+        pytest.fail((folder / "output").read_text()[-3000:])
+
+
+@pytest.mark.parametrize("file", [*FILES, ROOT / "examples" / "slurm" / "run.sh"], ids=lambda path: path.name)
+def test_bash_understands_the_file(file):
+    subprocess.run(["bash", "-n", str(file)], check=True)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
+def test_a_job_is_told_before_its_end_and_may_be_put_back_into_the_queue(file):
+    options = [line.split()[1] for line in file.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert {"--requeue", "--signal=USR1@300", "--ntasks-per-node=1", "--gpus-per-node=8"} <= set(options)
+    nodes = next(option for option in options if option.startswith("--nodes="))
+    assert (nodes == "--nodes=1") == ("single" in file.name)
+
+
+def test_the_answer_is_that_of_the_process_that_failed_first():
+    def failed(code, when):
+        failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file="none")
+        failure.timestamp = when
+        return failure
+
+    first, later = failed(75, when=1), failed(-signal.SIGTERM, when=2)
+    assert exit_code(ChildFailedError("script", {0: later, 1: first})) == 75
+    assert exit_code(ChildFailedError("script", {0: later})) == 128 + 15
+
+
+@pytest.mark.distributed
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_its_next_job(cluster, tmp_path):
+    (file,) = [path for path in FILES if path.name == "megatron_single_node.sbatch"]
+    run = tmp_path / "run"
+    tiny = ["--model", "tiny", "--data", "made", "--reward", "made", "--tp", 2, "--out", run]
+    quick = ["train.batch_size=4", "train.tracker=null", "train.save_best=false", "method.gen_kwargs.max_new_tokens=4"]
+    command = ["examples.nemo_sft_sentiments", *tiny, *quick]
+
+    job = submit(file, cluster, tmp_path, *command, "train.total_steps=100000", "train.epochs=100000")
+    began = time.monotonic()
+    while job.poll() is None and time.monotonic() - began < 200:
+        if (run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text():
+            os.killpg(int((tmp_path / "step").read_text()), signal.SIGUSR1)
+            break
+        time.sleep(0.05)
+    assert waited(job, tmp_path) == EXIT_REQUEUE, (tmp_path / "output").read_text()[-3000:]
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    stopped = checkpoint.read_state(checkpoint.newest(run))[0].step
+    assert stopped >= 1
+
+    (tmp_path / "asked").unlink()
+    job = submit(file, cluster, tmp_path, *command, f"train.total_steps={stopped + 1}", "train.epochs=100000")
+    assert waited(job, tmp_path) == 0, (tmp_path / "output").read_text()[-3000:]
+    assert not (tmp_path / "asked").exists()
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == list(range(1, stopped + 2))
