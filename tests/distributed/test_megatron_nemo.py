@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.builders import char_tokenizer, tiny_gpt2_config
+from tests.distributed.test_megatron_truth import NEEDS, rows, settings
 from tests.processes import together
 from tests.runs import metrics, run
 from tests.unit.test_megatron_families import random_model
@@ -36,38 +37,40 @@ SHAPE = {
 """A small sibling of the preset megatron_2b, for which transformers has no architecture."""
 
 
-def trained(folder, algorithm="SFT", steps=2, **trainer_kwargs):
+TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+
+
+def trained(folder, algorithm, steps, **trainer_kwargs):
     train = {"trainer": f"NeMo{algorithm}Trainer", "trainer_kwargs": trainer_kwargs, "total_steps": steps}
-    return run(algorithm, folder, train=train)
+    return run(algorithm, folder, train=train, model={"model_path": "named-in-the-other-file"}).backend
+
+
+def built(model: Path, **trainer_kwargs):
+    from trlx.backends.megatron.backend import MegatronBackend
+
+    return MegatronBackend(**settings("", pretrained_model=model, **trainer_kwargs), needs=NEEDS["SFT"])
 
 
 def from_archives(folder: Path) -> None:
-    """On two processes: runs from a folder, from archives of three layouts, and with changed settings."""
-    sharded = {"tensor_model_parallel_size": 2}
-    truth = trained(folder / "truth", pretrained_model=folder / "hf", **sharded).backend.initial_digest
-    for name, layout in (
-        ("quarters.nemo", sharded),
-        ("unpacked", sharded),
-        ("one.nemo", {**sharded, "sequence_parallel": True}),
-        ("quarters.nemo", {"pipeline_model_parallel_size": 2}),
-    ):
-        at = folder / f"from-{name}-{len(layout)}-{'pipeline_model_parallel_size' in layout}"
-        assert trained(at, pretrained_model=folder / name, **layout).backend.initial_digest == truth
-        assert [losses(line) for line in metrics(at)] == [
-            pytest.approx(losses(line), abs=1e-6) for line in metrics(folder / "truth")
-        ]
-    assert metrics(folder / "from-quarters.nemo-1-False") == metrics(folder / "truth")
+    """On two processes: models from a folder, from archives in three layouts, and with changed settings."""
+    trained(folder / "truth", "SFT", 1, pretrained_model=folder / "hf", **TENSOR)
+    trained(folder / "found", "SFT", 1, pretrained_model=folder / "quarters.nemo", **TENSOR)
+    assert metrics(folder / "found") == metrics(folder / "truth")
 
-    changed = {"model": {"hidden_dropout": 0.5, "layernorm_epsilon": 1e-2, "num_layers": 2}}
-    backend = trained(folder / "changed", pretrained_model=folder / "one.nemo", megatron_cfg=changed, **sharded).backend
+    truth = built(folder / "hf", **TENSOR).score(rows()).logprobs
+    for name, layout in (("one.nemo", TENSOR), ("unpacked", TENSOR | {"sequence_parallel": True})):
+        assert torch.equal(built(folder / name, **layout).score(rows()).logprobs, truth)
+    scores = built(folder / "quarters.nemo", **PIPELINE).score(rows())
+    assert float((scores.logprobs - truth).abs().max()) < 1e-5
+
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+    changed = {"model": {**sizes, "hidden_dropout": 0.5, "layernorm_epsilon": 1e-2}}
+    backend = built(folder / "one.nemo", megatron_cfg=changed, **TENSOR)
     assert (backend.origin.shape.hidden_dropout, backend.origin.shape.norm_epsilon) == (0.5, 1e-2)
-    assert backend.initial_digest == truth
+    assert backend.origin.config.layer_norm_epsilon == 1e-2
+    assert not torch.equal(backend.score(rows()).logprobs, truth)
     with pytest.raises(ConfigError, match=r"does not fit the weights in .*one\.nemo: hidden_size 64 \(it has 32\)"):
-        trained(folder / "wrong", pretrained_model=folder / "one.nemo", megatron_cfg={"model": {"hidden_size": 64}})
-
-
-def losses(line: dict) -> dict:
-    return {name: value for name, value in line.items() if "loss" in name}
+        built(folder / "one.nemo", megatron_cfg={"model": sizes | {"hidden_size": 64}})
 
 
 def test_a_run_from_an_archive_is_the_run_from_the_folder_it_was_made_of(tmp_path):
@@ -82,23 +85,16 @@ def test_a_run_from_an_archive_is_the_run_from_the_folder_it_was_made_of(tmp_pat
 
 def to_archives(folder: Path) -> None:
     """On two processes: a model of which there is none in transformers is trained, saved and taken up again."""
-    file = {"model": SHAPE}
-    first = trained(folder / "first", "PPO", 4, megatron_cfg=file, tensor_model_parallel_size=2)
-    last = first.backend.weights.digest()
-    for layout in ({"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}):
-        again = trained(
-            folder / f"again-{next(iter(layout))}",
-            "PPO",
-            1,
-            pretrained_model=folder / "first" / "checkpoint_4" / "hf_model" / "model.nemo",
-            **layout,
-        ).backend
+    first = trained(folder / "first", "PPO", 2, megatron_cfg={"model": SHAPE}, **TENSOR)
+    last = first.weights.digest()
+    for layout in (TENSOR, PIPELINE):
+        again = built(folder / "first" / "checkpoint_2" / "hf_model" / "model.nemo", **layout)
         assert again.initial_digest == last
 
 
 def test_a_model_that_transformers_has_not_is_saved_as_an_archive_and_taken_up_again(tmp_path):
     together(2, to_archives, tmp_path)
-    folder = tmp_path / "first" / "checkpoint_4" / "hf_model"
+    folder = tmp_path / "first" / "checkpoint_2" / "hf_model"
     names = {file.name for file in folder.iterdir()}
     assert "model.nemo" in names and "tokenizer.json" in names
     assert not {name for name in names if name.endswith(".safetensors") or name.startswith(".")}

@@ -18,8 +18,8 @@ from trlx.trainer.guards import EXIT_REQUEUE
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
 COMMANDS = {
-    # runs the command in a session of its own, as SLURM runs a step, and notes which
-    "srun": 'while [[ $1 == --* ]]; do shift; done; echo $$ > "$STEP"; exec setsid "$@"',
+    # without its options, and so that signal_step finds the processes
+    "srun": 'while [[ $1 == --* ]]; do shift; done; echo $$ > "$STEP"; exec "$@"',
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" > "$ASKED"; fi',
 }
 
@@ -48,13 +48,22 @@ def submit(file, cluster, folder, *arguments):
         )
 
 
-def waited(job, folder, seconds=200):
+def signal_step(folder, number):
+    """Sends a signal to every process of the step, as SLURM does."""
+    processes = [int((folder / "step").read_text())]
+    for process in processes:  # grows while it is walked
+        for children in Path(f"/proc/{process}/task").glob("*/children"):
+            processes += map(int, children.read_text().split())
+    for process in processes:
+        os.kill(process, number)
+
+
+def waited(job, folder, seconds=120):
     """The exit code of a job; kills its processes if it does not come."""
     try:
         return job.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(int((folder / "step").read_text()), signal.SIGKILL)
-        job.kill()
+        signal_step(folder, signal.SIGKILL)
         pytest.fail((folder / "output").read_text()[-3000:])
 
 
@@ -92,9 +101,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_its_next_job(cluster, 
 
     job = submit(file, cluster, tmp_path, *command, "train.total_steps=100000", "train.epochs=100000")
     began = time.monotonic()
-    while job.poll() is None and time.monotonic() - began < 200:
+    while job.poll() is None and time.monotonic() - began < 120:
         if (run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text():
-            os.killpg(int((tmp_path / "step").read_text()), signal.SIGUSR1)
+            signal_step(tmp_path, signal.SIGUSR1)
             break
         time.sleep(0.05)
     assert waited(job, tmp_path) == EXIT_REQUEUE, (tmp_path / "output").read_text()[-3000:]

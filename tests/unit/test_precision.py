@@ -69,12 +69,6 @@ def test_fp16_on_a_cpu_is_refused(tmp_path):
         run("SFT", tmp_path, train={"mixed_precision": "fp16"})
 
 
-def test_deepspeed_is_refused_before_it_starts(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(NotImplementedError, match="zero3.yaml"):
-        run("SFT", tmp_path)
-
-
 def made(name: str, *parameters: Parameter, **kwargs):
     return make_optimizer(OptimizerConfig(name, kwargs), parameters or [Parameter(torch.ones(2))])
 
