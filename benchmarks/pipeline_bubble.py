@@ -192,7 +192,7 @@ def main() -> None:
         )
         print(f"{step['microbatches']} microbatches: predicted {step['predicted']:.3f}  {ways} (min / median / max)")
     model = {**MODEL, "length": LENGTH, "rows": ROWS, "stages": STAGES}
-    load = {"other_load_before": before}
+    load = {"load_average_before": before}
     results = {"environment": environment() | load, "model": model, "repetitions": options.repetitions, "steps": steps}
     if options.out:
         options.out.write_text(json.dumps(results, indent=1))

@@ -208,8 +208,8 @@ def test_a_stop_sequence_stops_sampling(tmp_path):
     prompts = PROMPTS[:4]
     free = alone(model, prompts, eos_token_id=None, max_new_tokens=12)
     # two tokens in a row of the first response end it, and one token each of the others theirs
-    stops = [tokenizer.decode(free[0][3:5]), *(tokenizer.decode(row[i : i + 1]) for row, i in zip(free[1:], (1, 3, 5)))]
-    stopper = Stopper(tokenizer, [stop for stop in stops if stop])
+    ends = [free[0][3:5], free[1][1:2], free[2][3:4], free[3][5:6]]
+    stopper = Stopper(tokenizer, [text for text in map(tokenizer.decode, ends) if text])
     expected = [row[: next(i for i in range(1, 13) if stopper.done(row[:i]))] for row in free]
     lengths = [len(row) for row in expected]
     assert max(lengths) < 12 and len(set(lengths)) > 1

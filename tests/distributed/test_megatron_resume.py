@@ -28,10 +28,14 @@ AUTO = {"resume_from_checkpoint": "auto"}
 
 
 def nemo(algorithm, folder, layout, train=None, model=None, **changes):
-    """A run of 8 steps; evaluations at 0, 3, 6 and 8."""
+    """A run, of 8 steps where nothing else is said, with an evaluation every third step."""
     train = {"trainer": f"NeMo{algorithm}Trainer", "trainer_kwargs": layout, "eval_interval": 3, **(train or {})}
     model = {"model_path": tiny_gpt2_config(**FOUR_LAYERS), **(model or {})}
     return run(algorithm, folder, train={"minibatch_size": 2, **train}, model=model, **changes)
+
+
+STEPS = 6
+"""PPO samples before the first of them and, after 4, in the resumed part."""
 
 
 def in_parts(algorithm, folder, runs):
@@ -40,7 +44,7 @@ def in_parts(algorithm, folder, runs):
     The stopped ones come before the undisturbed one, so that nothing left of them in the process helps to resume.
     """
     for number, (layout, train, changes) in enumerate(runs):
-        here = folder / str(number)
+        here, train = folder / str(number), {"total_steps": STEPS, **train}
         nemo(algorithm, here / "parts", layout, {**train, "total_steps": 3}, **changes)
         nemo(algorithm, here / "whole", layout, train, **changes)
         nemo(algorithm, here / "parts", layout, {**train, **AUTO}, **changes)
@@ -58,7 +62,7 @@ def saved(folder):
 
 def check_same(whole, parts):
     assert metrics(parts) == metrics(whole)
-    assert [line["step"] for line in metrics(whole) if "grad_norm" in line] == [*range(1, 9)]
+    assert [line["step"] for line in metrics(whole) if "grad_norm" in line] == [*range(1, STEPS + 1)]
     expected, found = saved(whole), saved(parts)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -87,6 +91,10 @@ def test_a_resumed_run_of_one_process_is_bit_equal(tmp_path, algorithm):
         check_same(tmp_path / str(number) / "whole", tmp_path / str(number) / "parts")
 
 
+MAGNIFYING = ("values/values_mape_error", "values/clipfrac")
+"""One divides by returns that may be next to nothing, the other compares two numbers that are one but for rounding."""
+
+
 def whole_tensors(folder, kind):
     """The weights, or what the optimizer keeps of them, from the files of all stages."""
     return {name: tensor for (file, name), tensor in saved(folder).items() if file.startswith(f"{kind}-")}
@@ -102,8 +110,7 @@ def test_a_run_goes_on_in_other_layouts(tmp_path, algorithm):
     expected, found = metrics(whole), metrics(turns)
     assert [line.keys() for line in found] == [line.keys() for line in expected]
     for mine, theirs in zip(found, expected, strict=True):
-        # one number is a percentage of returns that may be next to nothing
-        shown = [name for name in theirs if name != "values/values_mape_error"]
+        shown = [name for name in theirs if name not in MAGNIFYING]
         assert [mine[name] for name in shown] == pytest.approx([theirs[name] for name in shown], rel=1e-6, abs=1e-6)
     for kind in ("policy", "optimizer"):
         close(whole_tensors(turns, kind), whole_tensors(whole, kind), tolerance=1e-6)

@@ -252,3 +252,14 @@ def test_an_old_call_of_update_with_a_dict_and_dotted_keys_works():
         default = importlib.import_module("trlx.data.default_configs").default_ilql_config
     config = TRLConfig.update(default().to_dict(), {"method.gamma": 0.5, "train": {"seed": 3}})
     assert (config.method.gamma, config.train.seed, config.method.tau) == (0.5, 3, 0.7)
+
+
+def test_a_trainer_of_ones_own_is_registered_as_in_the_original():
+    from trlx.registry import trainers
+    from trlx.trainer import register_trainer
+
+    @register_trainer
+    class TrainerOfMyOwn:
+        pass
+
+    assert trainers.get("trainerofmyown") is TrainerOfMyOwn
