@@ -134,7 +134,7 @@ def preset_cells(name: str, unfrozen: int) -> list[str]:
         f"{fullest(run).total / GIB:.1f}",
         f"{generating / GIB:.1f} for {rows} rows",
         f"{bubble(run):.1%}",
-        f"`{launch_line(run.gpus)} SCRIPT.py`",
+        f"`{launch_line(run.gpus)} YOUR.MODULE`",
     ]
 
 

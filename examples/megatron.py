@@ -102,14 +102,16 @@ def inference_config(method: str, hparams: Mapping[str, Any] | None) -> trlx.TRL
     """A config that holds ``model.model_path`` and trains nothing but heads, so that nearly all memory is for weights.
 
     The model is a folder that ``save_pretrained`` wrote, a checkpoint with such a folder in it, a ``.nemo`` archive, a
-    name on the hub, or "tiny"; its tokenizer comes from there, too, unless another one is named.
+    name on the hub, or "tiny"; its tokenizer is expected in the same folder, unless another one is named.
     """
     base = trlx.load_preset(method).evolve(
         model={"model_path": TRAINED, "num_layers_unfrozen": 0}, tokenizer={"tokenizer_path": TRAINED}
     )
     config = configure(base, hparams)
-    model, tokenizer = config.model.model_path, config.tokenizer.tokenizer_path
-    return config.evolve(model={"model_path": _exported(model)}, tokenizer={"tokenizer_path": _exported(tokenizer)})
+    model, tokenizer = _exported(config.model.model_path), config.tokenizer.tokenizer_path
+    if tokenizer == TRAINED:
+        tokenizer = str(Path(model).parent) if Path(model).suffix == ".nemo" else model
+    return config.evolve(model={"model_path": model}, tokenizer={"tokenizer_path": tokenizer})
 
 
 def speak(trainer: Any, prompts: Sequence[str], judge: RewardFn, **gen_kwargs: Any) -> list[str]:
@@ -127,6 +129,11 @@ def _with_layout(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _exported(path: Any) -> Any:
-    """The folder ``hf_model`` in a checkpoint; everything else stands for itself."""
-    inside = isinstance(path, str) and Path(path) / "hf_model"
-    return str(inside) if inside and inside.is_dir() else path
+    """What ``save_pretrained`` wrote into a folder or a checkpoint; anything else stands for itself."""
+    if not isinstance(path, str) or not Path(path).is_dir():
+        return path
+    inside = Path(path) / "hf_model"
+    folder = inside if inside.is_dir() else Path(path)
+    # that of a model that transformers has no architecture for
+    archive = folder / "model.nemo"
+    return str(archive if archive.is_file() else folder)

@@ -121,7 +121,7 @@ def write_truth(folder: Path, family: str, algorithm: str, unfrozen: int = -1) -
     loss, _ = LOSSES[algorithm](backend.policy(batch.tokens, batch.attention_mask, batch.response_mask), batch)
     (loss / batch.response_mask.sum()).backward()
     save_file(_gradients(backend.policy), folder / "gradients")
-    backend.optimizer.zero_grad()
+    backend.policy.zero_grad()
     metrics = [backend.train_step(batch, LOSSES[algorithm]) for _ in range(STEPS)]
     (folder / "metrics.json").write_text(json.dumps(metrics))
     save_file(_weights(backend.policy), folder / "trained")

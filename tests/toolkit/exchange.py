@@ -20,6 +20,10 @@ from nemo.utils.app_state import AppState
 from omegaconf import OmegaConf
 
 from trlx.backends.megatron.archive import opened, write_archive
+from trlx.backends.megatron.mapping import entries
+from trlx.backends.megatron.nemo_config import write_config
+from trlx.backends.megatron.nemo_weights import open_nemo, write_nemo
+from trlx.backends.megatron.shape import Shape
 
 CONFIG = {
     "target": "nemo.core.classes.modelPT.ModelPT",
@@ -32,6 +36,18 @@ CONFIG = {
     "tokenizer": {"vocab_file": "nemo:0123_vocab.txt", "merge_file": None},
 }
 VOCABULARY = b"first second third"
+SHAPE = Shape(
+    num_layers=2,
+    hidden_size=4,
+    ffn_hidden_size=8,
+    num_attention_heads=2,
+    num_query_groups=2,
+    kv_channels=2,
+    max_position_embeddings=16,
+    vocab_size=7,
+    tied=True,
+    embedding_dropout=0.0,
+)
 
 
 class Linear(ModelPT):
@@ -53,6 +69,53 @@ class Linear(ModelPT):
     def list_available_models(cls):
         """There are none to download."""
         return []
+
+
+class Decoder(ModelPT):
+    """The parameters of NeMo's GPT on Megatron-Core with Transformer Engine, and nothing that computes with them."""
+
+    def __init__(self, cfg, trainer=None):
+        super().__init__(cfg=cfg, trainer=trainer)
+        state = AppState()
+        tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+        is_first = pipeline == 1 or state.pipeline_model_parallel_rank == 0
+        is_last = pipeline == 1 or state.pipeline_model_parallel_rank == pipeline - 1
+        hidden, rows = cfg.hidden_size, cfg.padded_vocab_size // tensor
+        self.model = torch.nn.Module()
+        if is_first:
+            self.model.embedding = torch.nn.Module()
+            self.model.embedding.word_embeddings = torch.nn.Embedding(rows, hidden)
+            self.model.embedding.position_embeddings = torch.nn.Embedding(cfg.max_position_embeddings, hidden)
+        self.model.decoder = torch.nn.Module()
+        self.model.decoder.layers = torch.nn.ModuleList(
+            block(hidden, 3 * hidden // tensor, cfg.ffn_hidden_size // tensor)
+            for _ in range(cfg.num_layers // pipeline)
+        )
+        if is_last:
+            self.model.decoder.final_layernorm = torch.nn.LayerNorm(hidden)
+        if is_last and pipeline > 1:
+            self.model.output_layer = torch.nn.Linear(hidden, rows, bias=False)
+
+    setup_training_data = setup_validation_data = Linear.setup_training_data
+    list_available_models = Linear.list_available_models
+
+
+def block(hidden: int, qkv: int, units: int) -> torch.nn.Module:
+    """One layer's parameters on a tensor rank: `qkv` rows of queries, keys and values, `units` feed-forward units."""
+    layer = torch.nn.Module()
+    layer.self_attention, layer.mlp = torch.nn.Module(), torch.nn.Module()
+    layer.self_attention.linear_qkv, layer.mlp.linear_fc1 = normed(hidden, qkv), normed(hidden, units)
+    layer.self_attention.linear_proj = torch.nn.Linear(qkv // 3, hidden)
+    layer.mlp.linear_fc2 = torch.nn.Linear(units, hidden)
+    return layer
+
+
+def normed(hidden: int, rows: int) -> torch.nn.Module:
+    """A projection and the norm before it."""
+    linear = torch.nn.Linear(hidden, rows)
+    linear.layer_norm_weight = torch.nn.Parameter(torch.randn(hidden))
+    linear.layer_norm_bias = torch.nn.Parameter(torch.randn(hidden))
+    return linear
 
 
 def ours_restores_in_the_toolkit(folder: Path) -> None:
@@ -98,6 +161,37 @@ def an_archive_goes_there_and_back_and_there(folder: Path) -> None:
         assert_same(again.state_dict(), model.state_dict())
         assert settings(again.cfg) == settings(archive.config)
         assert again.vocabulary == VOCABULARY
+
+
+def a_decoder_of_ours_restores_in_the_toolkit_on_every_rank(folder: Path) -> None:
+    for tp, pp in ((1, 1), (2, 1), (2, 2)):
+        found = entries(SHAPE, "gpt2")
+        tensors = {name: torch.randn(size) for entry in found.values() for name, size in entry.hf_shapes.items()}
+        write_nemo(folder / "gpt.nemo", SHAPE, tensors.__getitem__, "gpt2", tensor=tp, pipeline=pp)
+        with opened(folder / "gpt.nemo") as archive:
+            for rank in ((t, p) for t in range(tp) for p in range(pp)):
+                with parallel((tp, pp), rank):
+                    model = Decoder.restore_from(str(folder / "gpt.nemo"), map_location="cpu")
+                theirs, ours = model.state_dict(), archive.weights(*rank)
+                assert_same({name: ours[name] for name in theirs}, theirs)
+                assert ours.keys() == theirs.keys()
+
+
+def a_decoder_saved_by_the_toolkit_becomes_a_model_here(folder: Path) -> None:
+    config = write_config(SHAPE, tensor=1, pipeline=1, rows=128, divisor=128, dtype=torch.float32)
+    model = Decoder(OmegaConf.create(config))
+    model.save_to(str(folder / "theirs.nemo"))
+    found = open_nemo(folder / "theirs.nemo")
+    assert found.shape == SHAPE and found.family == "gpt2"
+    theirs = model.state_dict()
+    embedding = theirs["model.embedding.word_embeddings.weight"]
+    assert torch.equal(found.source.read("transformer.wte.weight")[:], embedding[: SHAPE.vocab_size])
+    up = theirs["model.decoder.layers.1.mlp.linear_fc1.weight"]
+    assert torch.equal(found.source.read("transformer.h.1.mlp.c_fc.weight")[:], up.T)
+    # queries, keys and values of a head after each other there, of all heads here
+    heads = theirs["model.decoder.layers.1.self_attention.linear_qkv.weight"].view(2, 3, 2, 4)
+    qkv = found.source.read("transformer.h.1.attn.c_attn.weight")[:]
+    assert torch.equal(qkv, heads.transpose(0, 1).reshape(12, 4).T)
 
 
 def saved_by_the_toolkit(path: Path) -> Linear:
@@ -150,6 +244,8 @@ if __name__ == "__main__":
         every_rank_of_the_toolkit_finds_its_weights_in_ours,
         the_toolkits_opens_here_packed_and_unpacked,
         an_archive_goes_there_and_back_and_there,
+        a_decoder_of_ours_restores_in_the_toolkit_on_every_rank,
+        a_decoder_saved_by_the_toolkit_becomes_a_model_here,
     ):
         with TemporaryDirectory() as temporary:
             check(Path(temporary))

@@ -35,6 +35,9 @@ def test_a_folder_becomes_an_archive_and_again_the_same_folder(tmp_path, name):
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
     assert load_file(tmp_path / "back" / "trlx_heads.safetensors")["value.bias"].tolist() == [3.0]
+    assert main(["convert", back, str(tmp_path / "third.nemo")]) == 0
+    with opened(tmp_path / "third.nemo") as archive, opened(first) as other:
+        assert set(archive.names) - {"model_weights.ckpt"} == {name for name in other.names if "/" not in name}
     with opened(first) as archive:
         assert archive.config["tokenizer"]["model"] == "nemo:tokenizer.json"
         assert archive.file(archive.config["tokenizer"]["model"]).is_file()

@@ -34,7 +34,7 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)]
 KNOWN = [name for name in CONFIGS if name != "gpt_neox"]  # attention beside the feed-forward block: not in NeMo
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_model_written_for_any_number_of_ranks_comes_back_to_the_bit(tmp_path, name, layout):
     model = random_model(CONFIGS[name])

@@ -228,7 +228,7 @@ def test_the_command_prints_every_stage_and_how_to_start(capsys):
 def test_a_layout_that_does_not_fit_comes_with_one_that_does(capsys):
     wide = ["--tp", "1", "--pp", "1", "--set", "model.num_layers_unfrozen=-1", "train.minibatch_size=1"]
     main(["plan", "megatron_20b", "--gpus", "32", *wide])
-    assert "It does not fit into 80 GiB. 4 tensor ranks x 1 stages would." in capsys.readouterr().out
+    assert "It does not fit into 80 GiB. 4 (tensor) x 1 (pipeline) would." in capsys.readouterr().out
 
 
 def test_an_unknown_preset_is_an_error_without_a_traceback():

@@ -14,6 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_report(commands)
     _add_plan(commands)
     _add_convert(commands)
+    _add_sweep(commands)
+    _add_compare(commands)
     args = parser.parse_args(argv)
     return args.run(args)
 
@@ -86,4 +88,49 @@ def _run_convert(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise SystemExit(f"trlx convert: {error}") from None
     print(args.target)
+    return 0
+
+
+def _add_sweep(commands) -> None:
+    command = commands.add_parser("sweep", help="many runs of a script, each with hyper-parameters of its own")
+    command.add_argument("script", help="a file or module that defines main(hparams)")
+    command.add_argument("--config", type=Path, required=True, help="what to vary, as in configs/sweeps/")
+    command.add_argument("--accelerate_config", type=Path, metavar="FILE", help="for accelerate launch")
+    command.add_argument("--num_gpus", type=int, help="GPUs, and processes, of a trial (default: 1 where there is one)")
+    command.add_argument("--num_cpus", type=int, help="CPUs of a process (default: 4, or as many as there are)")
+    command.add_argument("--server_address", metavar="HOST:PORT", help="a Ray Client server to run on")
+    command.add_argument(
+        "--local", action="store_true", help="without ray: random and grid search, one after the other"
+    )
+    command.add_argument("--out", type=Path, help="folder of all trials (default: one below ckpts/sweeps)")
+    command.add_argument("-y", "--assume_yes", action="store_true", help="do not ask before starting")
+    command.set_defaults(run=_run_sweep)
+
+
+def _run_sweep(args: argparse.Namespace) -> int:
+    from trlx.launch.sweep import run
+
+    try:
+        return run(**{name: value for name, value in vars(args).items() if name != "run"})
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"trlx sweep: {error}") from None
+
+
+def _add_compare(commands) -> None:
+    command = commands.add_parser("compare", help="the metrics of scripts at two revisions of a git repository")
+    command.add_argument("revision", metavar="REF", help="what git calls it, or REPOSITORY:BRANCH to fetch")
+    command.add_argument("--against", default="HEAD", metavar="REF", help="the other one (default: HEAD)")
+    command.add_argument("--script", action="append", metavar="COMMAND", help="may be repeated; run in this order")
+    command.add_argument("--seeds", type=int, nargs="+", default=[1000], help="put for {seed} in a script")
+    command.add_argument("--out", type=Path, default=Path("ckpts/compare"), help="folder for metrics and comparison")
+    command.set_defaults(run=_run_compare)
+
+
+def _run_compare(args: argparse.Namespace) -> int:
+    from trlx.launch.compare import SCRIPTS, compare
+
+    try:
+        print(compare(args.revision, args.against, args.script or SCRIPTS, args.seeds, args.out))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"trlx compare: {error}") from None
     return 0

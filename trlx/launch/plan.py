@@ -241,7 +241,7 @@ def _remarks(config: TRLConfig, run: Run, limit: float) -> Iterator[str]:
     else:
         smaller = fit(run, run.gpus, limit)
         yield f"It does not fit into {limit / GIB:.0f} GiB. {_advice(smaller)}"
-    yield f"{launch_line(run.gpus)} YOUR_SCRIPT.py"
+    yield f"{launch_line(run.gpus)} YOUR.MODULE"
     if config.method.name == "PPOConfig" and run.unfrozen != -1:
         yield "model.num_layers_unfrozen=-1 trains all layers."
 
@@ -250,4 +250,4 @@ def _advice(run: Run | None) -> str:
     if run is None:
         return "Take more GPUs, fewer rows per microbatch or fewer tokens."
     again = ", computing layers again (activations_checkpoint_granularity: full)" if run.recompute == FULL else ""
-    return f"{run.parallel.tensor} tensor ranks x {run.parallel.pipeline} stages would{again}."
+    return f"{run.parallel.tensor} (tensor) x {run.parallel.pipeline} (pipeline) would{again}."

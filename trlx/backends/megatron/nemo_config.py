@@ -196,7 +196,7 @@ def _additions(section: Lookup, shape: Shape) -> dict[str, Any]:
 
 def _is_tanh(section: Lookup, shape: Shape) -> bool:
     """Whether a gelu that gates is of the tanh form; `read_shape` knows it of one that does not."""
-    is_fused = shape.bias and section.flag("bias_activation_fusion", True) and not section.flag("mcore_gpt", False)
+    is_fused = shape.bias and section.flag("bias_activation_fusion", True)
     return section.flag("openai_gelu", False) or (shape.gated and is_fused)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from trlx.backends.megatron.archive import CONFIG_FILE, WEIGHTS_FILE, Archive, Rank, opened, write_archive
+from trlx.backends.megatron.archive import CONFIG_FILE, Archive, Rank, opened, write_archive
 from trlx.backends.megatron.families import TRAINING_ONLY, config_of, shape_of
 from trlx.backends.megatron.mapping import ENGINE, Entry, Read, entries, padded_vocab
 from trlx.backends.megatron.nemo_config import read_config, warn_of_unknown, write_config
@@ -349,4 +349,4 @@ def is_companion(name: str) -> bool:
     if name == HEADS_FILE:
         return True
     ends = (".json", ".txt", ".model", ".jinja")
-    return "/" not in name and name.endswith(ends) and not name.endswith(".index.json") and name != WEIGHTS_FILE
+    return "/" not in name and name.endswith(ends) and not name.endswith(".index.json")

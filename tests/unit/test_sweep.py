@@ -1,0 +1,336 @@
+"""Sweeps: their files, their trials, what they find; with ray where it is installed."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import yaml
+
+from trlx.config import TRLConfig
+from trlx.launch.cli import main
+from trlx.launch.results import read_results
+from trlx.launch.script import check_script
+from trlx.launch.space import Parameter, read_space
+from trlx.launch.sweep import Sweep
+from trlx.launch.trial import Launch, Trial, TrialError, claim_folder
+from trlx.optional import is_available
+from trlx.presets import default_ppo_config
+
+ROOT = Path(__file__).parents[2]
+needs_ray = pytest.mark.skipif(not is_available("ray"), reason="ray is not installed")
+
+# Measures lr * (step + 1) at every even step up to 6; asked to save, it remembers its step, as a run of trlx does. It
+# waits at a step until the file "go" beside it holds a number as high.
+SCRIPT = """
+import json, signal, sys, time
+from pathlib import Path
+
+def main(hparams):
+    folder = Path(hparams["train.checkpoint_dir"])
+    go, saved, asked = Path(__file__).with_name("go"), folder / "saved", []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    print("lr is", hparams["optimizer.kwargs.lr"])
+    for step in range(int(saved.read_text()) + 1 if saved.exists() else 0, 7):
+        while go.exists() and int(go.read_text() or 0) < step and not asked:
+            time.sleep(0.01)
+        if asked:
+            saved.write_text(str(step - 1))
+            sys.exit(75)
+        if hparams["optimizer.kwargs.lr"] == 0:
+            raise ValueError("a rate of nothing")
+        measured = {"reward/mean": hparams["optimizer.kwargs.lr"] * (step + 1)} if step % 2 == 0 else {"loss": 1.0}
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **measured}) + "\\n")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "measure.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def write_space(folder, entries=None, **tune):
+    entries = {"optimizer.kwargs.lr": {"strategy": "grid", "values": [1.0, 3.0, 2.0]}} if entries is None else entries
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump({"tune_config": {"metric": "reward/mean", **tune}, **entries}))
+    return path
+
+
+def trial_of(script, metric="reward/mean", lr=1.0, **options):
+    folder = script.parent / "trial"
+    folder.mkdir(exist_ok=True)
+    return Trial(Launch(str(script), ROOT, metric), folder, {"optimizer.kwargs.lr": lr}, **options)
+
+
+@pytest.mark.parametrize("name", ["ppo_sweep", "ilql_sweep"])
+def test_the_sweeps_that_come_along_draw_settings_that_a_config_takes(name):
+    space = read_space(ROOT / "configs" / "sweeps" / f"{name}.yaml")
+    drawn = next(space.draws(Random(0)))
+    changes = {key: value for key, value in (space.fixed | drawn).items() if name == "ppo_sweep" or "method" not in key}
+    config = TRLConfig.update(default_ppo_config(), changes)
+    assert 1e-6 <= config.optimizer.kwargs["lr"] <= 1e-3
+    assert config.train.checkpoint_interval == 10000000
+    assert space.tune.num_samples == (32 if name == "ppo_sweep" else 64)
+
+
+def test_grids_are_tried_at_every_point_as_often_as_num_samples_says(tmp_path):
+    entries = {
+        "a": {"strategy": "grid", "values": [1, 2]},
+        "b": {"strategy": "grid_search", "values": ["x", "y", "z"]},
+        "c": {"strategy": "choice", "values": [7]},
+    }
+    space = read_space(write_space(tmp_path, entries, num_samples=2))
+    points = [(point["a"], point["b"]) for point in space.draws(Random(0))]
+    assert points == [(1, "x"), (1, "y"), (1, "z"), (2, "x"), (2, "y"), (2, "z")] * 2
+    assert space.num_trials == 12
+    assert space.fixed == {"c": 7}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "values", "allowed"),
+    [
+        ("randint", (1, 4), {1, 2, 3}),
+        ("qrandint", (2, 6, 2), {2, 4, 6}),
+        ("lograndint", (1, 4), {1, 2, 3}),
+        ("qlograndint", (10, 30, 10), {10, 20, 30}),
+        ("quniform", (0.0, 1.0, 0.5), {0.0, 0.5, 1.0}),
+        ("qloguniform", (1, 4, 1), {1, 2, 3, 4}),
+        ("qrandn", (0, 0.001, 5), {0}),
+        ("choice", ("a", None), {"a", None}),
+    ],
+)
+def test_a_strategy_draws_every_value_it_may_and_no_other(strategy, values, allowed):
+    rng = Random(0)
+    assert {Parameter(strategy, values).draw(rng) for _ in range(300)} == allowed
+
+
+def test_a_logarithmic_range_has_as_many_draws_in_every_decade():
+    rng = Random(0)
+    draws = [Parameter("loguniform", (1e-4, 1.0)).draw(rng) for _ in range(4000)]
+    assert min(draws) >= 1e-4
+    assert max(draws) <= 1.0
+    assert sum(draw < 1e-2 for draw in draws) / 4000 == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_number_within_the_bounds_stands_for_a_value():
+    assert Parameter("loguniform", (1e-4, 1.0)).decode(-4.605170186) == pytest.approx(0.01)
+    assert Parameter("quniform", (0, 10, 5)).decode(7.4) == 5
+    assert Parameter("randint", (0, 3)).decode(3.0) == 2
+    assert Parameter("qrandint", (0, 3, 1)).decode(3.9) == 3
+
+
+WRONG = [
+    ({"strategy": "unifrom", "values": [0, 1]}, "unknown strategy 'unifrom'. Did you mean 'uniform'?"),
+    ({"strategy": "uniform", "values": [0, 1, 2]}, "uniform takes the values [low, high]; got [0, 1, 2]"),
+    ({"strategy": "qloguniform", "values": [1, 2]}, "takes the values [low, high, q] and, if you like, base"),
+    ({"strategy": "qrandn", "values": [0, 1]}, "qrandn takes the values [mean, standard deviation, q]"),
+    ({"strategy": "uniform", "values": [1, 0]}, "low must be below high"),
+    ({"strategy": "loguniform", "values": [0, 1]}, "low must be above 0"),
+    ({"strategy": "quniform", "values": [0, 1, 0]}, "q must be above 0"),
+    ({"strategy": "randint", "values": [0.5, 2]}, "must be integers"),
+    ({"strategy": "uniform", "values": ["a", 2]}, "must be numbers"),
+    ({"strategy": "choice", "values": []}, "a list that is not empty"),
+    ({"strategy": "choice"}, "must have strategy and values"),
+    (0.1, "must have strategy and values"),
+]
+
+
+@pytest.mark.parametrize(("entry", "message"), WRONG)
+def test_a_wrong_entry_is_an_error_that_says_what_to_write(tmp_path, entry, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_space(write_space(tmp_path, {"train.seed": entry}))
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ({"search_alg": "bayes"}, "unknown value 'bayes'. Did you mean 'bayesopt'?"),
+        ({"scheduler": "hyperbend"}, "unknown value 'hyperbend'. Did you mean 'hyperband'?"),
+        ({"mode": "maximum"}, "tune_config.mode: unknown value 'maximum'. Did you mean 'max'?"),
+        ({"num_sample": 3}, "Unknown key 'tune_config.num_sample'. Did you mean 'num_samples'?"),
+        ({"search_alg": "bohb"}, "be hyperbandforbohb with search_alg bohb"),
+        ({"search_alg": "bayesopt"}, "search_alg bayesopt cannot choose by grid"),
+    ],
+)
+def test_a_wrong_search_is_an_error_that_says_what_to_write(tmp_path, tune, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_space(write_space(tmp_path, **tune))
+
+
+def test_folders_and_checkpoints_cannot_be_swept(tmp_path):
+    entry = {"strategy": "choice", "values": ["a", "b"]}
+    with pytest.raises(ValueError, match="every trial gets a folder of its own"):
+        read_space(write_space(tmp_path, {"train.checkpoint_dir": entry}))
+
+
+def test_a_missing_file_is_an_error_that_knows_the_other_ending(tmp_path):
+    path = write_space(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*space\.yaml\?"):
+        read_space(path.with_suffix(".yml"))
+
+
+def test_a_script_must_define_main(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("def mian(hparams): pass\nif __name__ == '__main__': main({})\n")
+    with pytest.raises(ValueError, match=r"defines no main\(hparams\)"):
+        check_script(str(script))
+    with pytest.raises(FileNotFoundError, match="there is no script nothing.here"):
+        check_script("nothing.here")
+    script.write_text("from json import loads as main\n")
+    check_script(str(script))
+
+
+def test_a_trial_hands_out_every_evaluation_from_the_first_to_the_last(script):
+    trial = trial_of(script, lr=0.5)
+    found = [trial.next_evaluation(0.02) for _ in range(5)]
+    assert found == [{"step": step, "reward/mean": 0.5 * (step + 1)} for step in (0, 2, 4, 6)] + [None]
+    assert json.loads((trial.folder / "trial.json").read_text())["state"] == "finished"
+    assert (trial.folder / "output.log").read_text() == "lr is 0.5\n"
+
+
+def test_a_paused_trial_goes_on_from_its_checkpoint(script):
+    script.with_name("go").write_text("2")
+    trial = trial_of(script)
+    assert [trial.next_evaluation(0.02)["step"] for _ in range(2)] == [0, 2]
+    trial.pause()
+    assert (trial.folder / "saved").read_text() == "2"
+    script.with_name("go").write_text("9")
+    restored = trial_of(script, seen=trial.seen)
+    assert [restored.next_evaluation(0.02)["step"] for _ in range(2)] == [4, 6]
+    assert restored.next_evaluation(0.02) is None
+    assert (trial.folder / "output.log").read_text() == "lr is 1.0\n" * 2
+
+
+def test_a_stopped_trial_has_no_process_left(script):
+    script.with_name("go").write_text("0")
+    trial = trial_of(script)
+    trial.next_evaluation(0.02)
+    process = trial._process
+    trial.stop()
+    assert process.returncode is not None
+    assert json.loads((trial.folder / "trial.json").read_text())["state"] == "stopped"
+    assert "KeyboardInterrupt" in (trial.folder / "output.log").read_text()
+
+
+def test_a_trial_that_fails_shows_the_end_of_its_output(script):
+    trial = trial_of(script, lr=0)
+    with pytest.raises(TrialError, match=r"ended with code 1(.|\n)*a rate of nothing"):
+        trial.next_evaluation(0.02)
+    assert json.loads((trial.folder / "trial.json").read_text())["state"] == "failed"
+
+
+def test_a_metric_that_is_not_measured_ends_the_trial_at_its_first_evaluation(script):
+    script.with_name("go").write_text("0")
+    trial = trial_of(script, metric="reward/maen")
+    with pytest.raises(TrialError, match="Did you mean 'reward/mean'"):
+        trial.next_evaluation(0.02)
+
+
+def test_a_metric_that_is_not_finite_ends_the_trial(script):
+    script.with_name("go").write_text("-1")
+    trial = trial_of(script)
+    (trial.folder / "metrics.jsonl").write_text('{"step": 0, "reward/mean": null}\n')
+    with pytest.raises(TrialError, match="not a finite number at step 0"):
+        trial.next_evaluation(0.02)
+
+
+def test_several_processes_or_a_config_are_started_by_accelerate(tmp_path):
+    def command(**options):
+        return Launch("s.py", tmp_path, "m", **options).command(Path("h.json"))[1:]
+
+    work = ["-m", "trlx.launch.script", "s.py", "h.json"]
+    accelerate = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    assert command(num_gpus=1) == work
+    assert command(num_gpus=2) == [*accelerate, "--multi_gpu", "--num_processes", "2", *work]
+    config = Path("ddp.yaml")
+    assert command(accelerate_config=config) == [*accelerate, "--config_file", "ddp.yaml", *work]
+
+
+def test_trials_claim_the_folders_that_are_free(tmp_path):
+    (tmp_path / "trial_001").mkdir()
+    assert [claim_folder(tmp_path)[0] for _ in range(3)] == [0, 2, 3]
+
+
+def test_every_trial_has_a_seed_unless_the_seed_is_swept(script, monkeypatch):
+    monkeypatch.chdir(script.parent)
+    sweep = Sweep.of("measure.py", write_space(script.parent))
+    assert [sweep.trial({}).hparams for _ in range(2)] == [{"train.seed": 1000}, {"train.seed": 1001}]
+    assert sweep.trial({"train.seed": 5}).hparams == {"train.seed": 5}
+    assert sweep.launch.common["train.project_name"] == "sweep_measure"
+    assert sweep.folder.parent == script.parent / "ckpts" / "sweeps"
+
+
+def test_a_sweep_without_ray_ranks_its_trials_and_writes_the_best(script, capsys):
+    out = script.parent / "out"
+    values = [1.0, 3.0, 0, 2.0]
+    config = write_space(script.parent, {"optimizer.kwargs.lr": {"strategy": "grid", "values": values}})
+    assert main(["sweep", str(script), "--config", str(config), "--local", "-y", "--out", str(out)]) == 0
+    results = read_results(out, "reward/mean", "max")
+    assert [trial.name for trial in results] == ["trial_001", "trial_003", "trial_000", "trial_002"]
+    assert [trial.state for trial in results] == ["finished"] * 3 + ["failed"]
+    assert results[0].series == [(0, 3.0), (2, 9.0), (4, 15.0), (6, 21.0)]
+    best = yaml.safe_load((out / "best.yaml").read_text())
+    assert best == {"train": {"seed": 1001}, "optimizer": {"kwargs": {"lr": 3.0}}}
+    page = (out / "summary.html").read_text()
+    assert "a rate of nothing" in page
+    assert "data:image/png" in page
+    assert "http" not in page
+    assert "trial_001" in capsys.readouterr().out
+
+
+def test_the_lowest_is_best_where_the_mode_is_min(script):
+    out = script.parent / "out"
+    config = write_space(script.parent, mode="min")
+    assert main(["sweep", str(script), "--config", str(config), "--local", "-y", "--out", str(out)]) == 0
+    assert [trial.name for trial in read_results(out, "reward/mean", "min")] == ["trial_000", "trial_002", "trial_001"]
+
+
+def test_nothing_starts_before_someone_has_agreed(script, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "n")
+    out = script.parent / "out"
+    arguments = ["sweep", str(script), "--config", str(write_space(script.parent)), "--local", "--out", str(out)]
+    assert main(arguments) == 1
+    assert not out.exists()
+
+
+def test_the_command_has_its_old_name_too(script):
+    config = str(write_space(script.parent, scheduler="hyperband"))
+    command = [sys.executable, "-m", "trlx.sweep", "-y", "--local", "--config", config, str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 1
+    assert (
+        ended.stderr
+        == "trlx sweep: --local knows search_alg random and scheduler fifo only, and no time_budget_s: leave it out\n"
+    )
+
+
+@pytest.mark.skipif(is_available("ray"), reason="ray is installed")
+def test_without_ray_the_error_says_how_to_install_it(script):
+    arguments = ["sweep", str(script), "--config", str(write_space(script.parent)), "-y"]
+    with pytest.raises(SystemExit, match=r'needs ray, which is not installed: pip install "trlx\[sweep\]"'):
+        main(arguments)
+
+
+@needs_ray
+@pytest.mark.parametrize("scheduler", ["fifo", "hyperband"])
+def test_a_sweep_on_ray_finds_the_best_of_a_grid(script, scheduler):
+    out = script.parent / "out"
+    config = write_space(script.parent, scheduler=scheduler, max_evaluations=3)
+    assert main(["sweep", str(script), "--config", str(config), "--num_cpus", "1", "-y", "--out", str(out)]) == 0
+    results = read_results(out, "reward/mean", "max")
+    assert len(results) == 3
+    assert results[0].hparams["optimizer.kwargs.lr"] == 3.0
+    assert results[0].series[0] == (0, 3.0)
+
+
+@needs_ray
+def test_a_trial_that_needs_more_than_there_is_is_refused(script):
+    arguments = ["sweep", str(script), "--config", str(write_space(script.parent)), "--num_cpus", "9999", "-y"]
+    with pytest.raises(SystemExit, match="a trial needs 9999 CPUs and there are"):
+        main(arguments)
