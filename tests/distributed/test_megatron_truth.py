@@ -133,8 +133,12 @@ def _columns(scores) -> dict[str, torch.Tensor]:
 
 
 def _parameters(policy) -> dict[str, torch.nn.Parameter]:
+    """By the names they have in files, where GPT-NeoX's output head has its own."""
     heads = policy.heads.named_parameters() if policy.heads is not None else ()
-    return dict([*policy.model.named_parameters(), *heads])
+    named = dict([*policy.model.named_parameters(), *heads])
+    if policy.model.config.model_type == "gpt_neox":
+        named["embed_out.weight"] = named.pop("lm_head.weight")
+    return named
 
 
 def _gradients(policy) -> dict[str, torch.Tensor]:
@@ -166,11 +170,14 @@ def compare_one(folder: Path, algorithm: str, layout: dict, unfrozen: int) -> No
         assert found.keys() == expected.keys()
         # how much is padding depends on how rows are divided
         shown = [name for name in expected if not name.startswith("time/") and name != "padding_percentage"]
-        assert [found[name] for name in shown] == pytest.approx([expected[name] for name in shown], abs=2e-5, rel=1e-5)
+        for name in shown:
+            # rounding decides whether a token that stands at the clipping range counts as clipped
+            margin = 1 / float(batch.response_mask.sum()) if name.endswith("clipfrac") else 2e-5
+            assert found[name] == pytest.approx(expected[name], abs=margin, rel=1e-5), name
     compare_trained(folder, backend)
     if NEEDS[algorithm].reference:
         assert torch.equal(backend.score(mine, reference=True).logprobs, first)
-        assert not torch.equal(backend.score(mine).logprobs, first)
+        assert torch.equal(backend.score(mine).logprobs, first) is (unfrozen == 0)
 
 
 def megatron(model, algorithm: str, layout: dict, unfrozen: int = -1):

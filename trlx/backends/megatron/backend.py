@@ -192,9 +192,7 @@ class MegatronBackend(Backend):
 def _refuse(needs: ModelNeeds) -> None:
     """Says what this backend does not do before anything is built."""
     if needs.value_layers:
-        raise ValueError(
-            "method.num_value_layers_unfrozen must be 0 with a NeMo trainer: its values come from a head"
-        )
+        raise ValueError("method.num_value_layers_unfrozen must be 0 with a NeMo trainer: its values come from a head")
 
 
 def _language_models(stage: list[ScoringModel]) -> SimpleNamespace:

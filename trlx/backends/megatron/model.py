@@ -70,6 +70,7 @@ class ScoringModel(GPTModel):
         width = padded_vocab // config.tensor_model_parallel_size
         part = VocabularyPart(parallel_state.get_tensor_model_parallel_rank() * width, width, shape.vocab_size)
         self.part = part
+        self._clear_padding()
         self.heads = make_heads(shape, part, needs, seed) if is_last else None
         if is_first and needs.dropout and shape.embedding_dropout is not None:
             self.embedding.embedding_dropout.p = shape.embedding_dropout
@@ -107,6 +108,15 @@ class ScoringModel(GPTModel):
             # every rank goes on with all tokens, and back with its own
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, False)
         return self._scores(hidden_states.transpose(0, 1), input_ids, loss_mask)
+
+    @torch.no_grad()
+    def _clear_padding(self) -> None:
+        # rows that no token has are zeros, in random weights too, so that their number changes nothing
+        real = max(0, self.part.size - self.part.first)
+        tables = [self.embedding.word_embeddings.weight] if self.pre_process else []
+        tables += [self.output_layer.weight] if self.post_process and self.output_layer.weight is not None else []
+        for table in tables:
+            table[real:].zero_()
 
     def _scores(self, hidden: Tensor, tokens: Tensor, response_mask: Tensor) -> TokenScores:
         assert not response_mask[:, 0].any(), "the first token of a row has no state before it"

@@ -344,8 +344,8 @@ def _tokenizer(files: Mapping[str, Path | bytes]) -> dict[str, Any]:
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file at the root of an archive or a model's folder belongs to the model but holds neither its weights
-    nor its description: the tokenizer's files, and the heads."""
+    """Whether a file at the root of an archive or of a model's folder goes along with the model: the configuration of
+    transformers, the tokenizer's files, and the heads."""
     if name == HEADS_FILE:
         return True
     ends = (".json", ".txt", ".model", ".jinja")
