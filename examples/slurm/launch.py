@@ -9,11 +9,8 @@ along before they have saved, and answer 1 to whatever they answer.
 import signal
 import sys
 
-# the training processes inherit this, too, until training begins and they listen themselves
-signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
-from torch.distributed.run import main  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
 
 
 def exit_code(error: ChildFailedError) -> int:
@@ -23,6 +20,8 @@ def exit_code(error: ChildFailedError) -> int:
 
 
 if __name__ == "__main__":
+    # the training processes inherit this, too, until training begins and they listen themselves
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         main()
     except ChildFailedError as error:

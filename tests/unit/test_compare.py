@@ -36,7 +36,8 @@ def repository(tmp_path, monkeypatch):
     folder = tmp_path / "repository"
     folder.mkdir()
     git(folder, "init", "--quiet", "--initial-branch", "main")
-    (folder / "script.py").write_text(SCRIPT)
+    (folder / "runs").mkdir()
+    (folder / "runs" / "script.py").write_text(SCRIPT)  # pace.py is not beside it, but in the revision's root
     for pace in (1.0, 3.0):
         (folder / "pace.py").write_text(f"PACE = {pace}\n")
         git(folder, "add", ".")
@@ -48,7 +49,7 @@ def repository(tmp_path, monkeypatch):
 
 def test_each_revision_runs_its_own_code_in_turns(repository, tmp_path, capsys):
     order, out = tmp_path / "order", tmp_path / "out"
-    script = f"python script.py {{seed}} {order}"
+    script = f"python runs/script.py {{seed}} {order}"
     assert (
         main(["compare", "HEAD", "--against", "slow", "--script", script, "--seeds", "1", "2", "--out", str(out)]) == 0
     )
@@ -82,7 +83,7 @@ def test_no_worktree_is_left(repository, tmp_path):
             "--against",
             "slow",
             "--script",
-            f"python script.py 1 {tmp_path / 'o'}",
+            f"python runs/script.py 1 {tmp_path / 'o'}",
             "--out",
             str(tmp_path / "out"),
         ]
@@ -97,7 +98,7 @@ def test_a_branch_of_another_repository_is_fetched(repository, tmp_path):
     (other / "pace.py").write_text("PACE = 7.0\n")
     git(other, "commit", "--quiet", "--all", "--message", "pace 7")
     out = tmp_path / "out"
-    script = f"python script.py 1 {tmp_path / 'order'}"
+    script = f"python runs/script.py 1 {tmp_path / 'order'}"
     assert main(["compare", f"{other}:main", "--script", script, "--out", str(out)]) == 0
     (row,) = json.loads((out / "comparison.json").read_text())["metrics"]
     assert (row["against_last"], row["revision_last"]) == (18.0, 42.0)
@@ -108,9 +109,10 @@ def test_what_cannot_be_compared_says_why(repository, tmp_path):
     with pytest.raises(SystemExit, match="git knows no revision 'mian'"):
         main(["compare", "mian", *out])
     with pytest.raises(SystemExit, match=r"ended with code 1:(.|\n)*IndexError"):
-        main(["compare", "main", "--script", "python script.py", *out])
+        main(["compare", "main", "--script", "python runs/script.py", *out])
     with pytest.raises(SystemExit, match=r"wrote no metrics\.jsonl below its current folder"):
-        main(["compare", "main", "--script", "python -c pass", *out])
+        first = f"python runs/script.py 1 {tmp_path / 'order'}"
+        main(["compare", "main", "--script", first, "--script", "python -c pass", *out])
 
 
 def test_an_area_is_the_mean_over_steps():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from types import ModuleType
 
 import pytest
 
+from tests.runs import tiny_config
 from trlx import logging
 from trlx.optional import is_available, optional_import, require
 from trlx.registry import trainers
@@ -33,14 +33,8 @@ def install(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_toolkit(monkeypatch):
-    monkeypatch.setitem(sys.modules, "megatron", None)
-    monkeypatch.setitem(sys.modules, "einops", None)
-
-
-@pytest.fixture
-def toolkit(monkeypatch):
     for name in ("megatron", "megatron.core", "einops"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 def test_an_installed_package_is_the_package_itself(install):
@@ -103,9 +97,9 @@ def test_without_the_toolkit_a_nemo_trainer_is_registered_and_says_what_to_insta
         assert word in str(caught.value)
 
 
-def test_with_the_toolkit_a_nemo_trainer_does_not_ask_to_install_it(toolkit):
-    with pytest.raises(NotImplementedError, match="Megatron backend"):
-        trainers.get("NeMoPPOTrainer")()
+def test_with_the_toolkit_a_nemo_trainer_is_a_trainer_like_the_others(tmp_path):
+    with pytest.raises(ValueError, match="NeMoPPOTrainer needs method.name PPOConfig, got SFTConfig"):
+        trainers.get("NeMoPPOTrainer")(config=tiny_config(tmp_path, "SFT"))
 
 
 def test_a_typo_of_ours_is_not_reported_as_a_missing_toolkit(no_toolkit, install, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from trlx.config import TRLConfig
 from trlx.launch.cli import main
-from trlx.launch.results import read_results
+from trlx.launch.results import Result, read_results
 from trlx.launch.script import check_script
 from trlx.launch.space import Parameter, read_space
 from trlx.launch.sweep import Sweep
@@ -52,7 +53,8 @@ def main(hparams):
 def script(tmp_path):
     path = tmp_path / "measure.py"
     path.write_text(SCRIPT)
-    return path
+    yield path
+    path.with_name("go").unlink(missing_ok=True)  # nobody is left waiting
 
 
 def write_space(folder, entries=None, **tune):
@@ -90,6 +92,7 @@ def test_grids_are_tried_at_every_point_as_often_as_num_samples_says(tmp_path):
     assert points == [(1, "x"), (1, "y"), (1, "z"), (2, "x"), (2, "y"), (2, "z")] * 2
     assert space.num_trials == 12
     assert space.fixed == {"c": 7}
+    assert list(space.varied) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +213,9 @@ def test_a_paused_trial_goes_on_from_its_checkpoint(script):
 def test_a_stopped_trial_has_no_process_left(script):
     script.with_name("go").write_text("0")
     trial = trial_of(script)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as ray does, and processes inherit it
     trial.next_evaluation(0.02)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     process = trial._process
     trial.stop()
     assert process.returncode is not None
@@ -289,6 +294,11 @@ def test_the_lowest_is_best_where_the_mode_is_min(script):
     config = write_space(script.parent, mode="min")
     assert main(["sweep", str(script), "--config", str(config), "--local", "-y", "--out", str(out)]) == 0
     assert [trial.name for trial in read_results(out, "reward/mean", "min")] == ["trial_000", "trial_002", "trial_001"]
+
+
+def test_a_trial_that_failed_is_not_ranked_by_what_it_measured_before():
+    assert not Result("trial_000", {}, "failed", "out of memory", [(0, 9.0)]).is_ranked
+    assert Result("trial_000", {}, "stopped", None, [(0, 9.0)]).is_ranked
 
 
 def test_nothing_starts_before_someone_has_agreed(script, monkeypatch):

@@ -154,5 +154,5 @@ def _print(rows: list[dict], names: dict[str, str]) -> None:
         for kind in ("last", "area"):
             old, new = row[f"against_{kind}"], row[f"revision_{kind}"]
             cells += [f"{new:.4g}", f"{new - old:+.3g}"]
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
     Console().print(table)

@@ -88,7 +88,7 @@ def _table(title: str, results: list[Result], mode: str, varied: list[str]) -> T
         measured = [values[-1], best_of(values), trial.series[-1][0]] if values else [None, None, None]
         cells = [trial.name, trial.state, *(trial.hparams.get(name) for name in varied), *measured]
         # as Text, since square brackets in a string would be read as markup
-        table.add_row(*(Text(_cell(value)) for value in cells))
+        table.add_row(*(Text(_cell(value), overflow="fold") for value in cells))
     return table
 
 

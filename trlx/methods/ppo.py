@@ -141,7 +141,7 @@ def ppo_loss(
         # Where A >= 0 the loss is not above 0, so this bound acts on A < 0 alone.
         policy_loss = policy_loss.minimum(advantages.abs() * dual_clip)
 
-    clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     value_plain, value_clipped = (values - returns).square(), (clipped_values - returns).square()
     value_loss = torch.maximum(value_plain, value_clipped) / 2
 

@@ -108,6 +108,8 @@ class Drawing:
         if not self.sampling.do_sample:
             return logits.argmax(dim=-1)
         probabilities = self.warpers(None, logits).double().softmax(dim=-1)
+        if probabilities.isnan().any():
+            raise ValueError("No token can be drawn: logits are not numbers, or logit_mask forbids every token")
         step = len(self.rows[0]) - self.starts[0]
         # the first token at which the probabilities so far exceed the row's number; rounding must not run off the end
         reached = probabilities.cumsum(dim=-1)

@@ -125,12 +125,12 @@ class _Pipeline:
                 chunk.set_input_tensor(self._receive_states(chunk, inputs["tokens"].shape))
             output = chunk(**inputs, inference_context=group.context)
             if not chunk.post_process:
-                self._send(output, (self.place.stage + 1) % size)
+                self._send_states(output, (self.place.stage + 1) % size)
                 continue
             # only the last stage gets here, with its last chunk
             drawn = group.drawing.draw(*output, chunk.heads)
             for other in range(size - 1):
-                self._send(drawn, other)
+                self._send(drawn, other, self.place.back)
             group.context.sequence_len_offset = group.tokens.shape[1]
             group.take(drawn)
             return
@@ -149,7 +149,7 @@ class _Pipeline:
         if not group.awaits:
             return
         drawn = torch.empty(3, len(group.prompts), dtype=torch.int64, device=self.place.device)
-        dist.recv(drawn, self.ranks[-1], group=pipeline_group())
+        dist.recv(drawn, self.ranks[-1], group=self.place.back)
         group.take(drawn)
 
     def _receive_states(self, chunk: ScoringModel, shape: torch.Size) -> Tensor:
@@ -161,13 +161,17 @@ class _Pipeline:
         states = torch.empty(
             columns, rows, chunk.config.hidden_size, dtype=chunk.config.params_dtype, device=self.place.device
         )
-        dist.recv(states, self.ranks[(self.place.stage - 1) % len(self.ranks)], group=pipeline_group())
+        before = (self.place.stage - 1) % len(self.ranks)
+        dist.recv(states, self.ranks[before], group=self.place.back if self.place.stage == 0 else pipeline_group())
         return states
 
-    def _send(self, tensor: Tensor, stage: int) -> None:
+    def _send_states(self, states: Tensor, stage: int) -> None:
+        self._send(states, stage, self.place.back if stage == 0 else pipeline_group())
+
+    def _send(self, tensor: Tensor, stage: int, group: dist.ProcessGroup) -> None:
         self.sent = [(work, kept) for work, kept in self.sent if not work.is_completed()]
         tensor = tensor.contiguous()
-        self.sent.append((dist.isend(tensor, self.ranks[stage], group=pipeline_group()), tensor))
+        self.sent.append((dist.isend(tensor, self.ranks[stage], group=group), tensor))
 
 
 _DIVIDING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")

@@ -28,6 +28,9 @@ class Place:
     stage: int
     data_rank: int
     data_size: int
+    back: dist.ProcessGroup | None
+    """The stages once more, for what goes from the last one to others: NCCL finishes what goes one way between two
+    processes before it begins with what goes the other way, unless it is of another group. None where there is one."""
 
     @property
     def is_main(self) -> bool:
@@ -123,6 +126,7 @@ def arrange(layout: Parallel, seed: int) -> Place:
         stage=stage,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        back=_pipelines_again() if layout.pipeline > 1 else None,
     )
 
 
@@ -134,6 +138,13 @@ def tensor_group() -> dist.ProcessGroup:
 def pipeline_group() -> dist.ProcessGroup:
     """The processes whose stages make up one model."""
     return parallel_state.get_pipeline_model_parallel_group()
+
+
+def _pipelines_again() -> dist.ProcessGroup:
+    ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(ranks, dist.get_process_group_ranks(pipeline_group()))
+    pipelines = [list(pipeline) for pipeline in sorted({tuple(each) for each in ranks})]
+    return dist.new_subgroups_by_enumeration(pipelines, timeout=PATIENCE)[0]
 
 
 def _join() -> None:
