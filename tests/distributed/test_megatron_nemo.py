@@ -12,7 +12,7 @@ from tests.distributed.test_megatron_truth import NEEDS, rows, settings
 from tests.processes import together
 from tests.runs import metrics, run
 from tests.unit.test_megatron_families import random_model
-from trlx.backends.megatron.nemo_weights import open_nemo
+from trlx.backends.megatron.nemo.weights import open_nemo
 from trlx.launch.cli import main
 from trlx.strict import ConfigError
 

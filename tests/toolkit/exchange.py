@@ -19,10 +19,10 @@ from nemo.package_info import __version__
 from nemo.utils.app_state import AppState
 from omegaconf import OmegaConf
 
-from trlx.backends.megatron.archive import opened, write_archive
 from trlx.backends.megatron.mapping import entries
-from trlx.backends.megatron.nemo_config import write_config
-from trlx.backends.megatron.nemo_weights import open_nemo, write_nemo
+from trlx.backends.megatron.nemo.archive import opened, write_archive
+from trlx.backends.megatron.nemo.config import write_config
+from trlx.backends.megatron.nemo.weights import open_nemo, write_nemo
 from trlx.backends.megatron.shape import Shape
 
 CONFIG = {

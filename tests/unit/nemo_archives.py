@@ -6,7 +6,7 @@ from transformers import GPT2Config, LlamaConfig
 from tests.unit.test_megatron_families import random_model
 from trlx.backends.megatron.families import shape_of
 from trlx.backends.megatron.mapping import entries
-from trlx.backends.megatron.nemo_weights import write_nemo
+from trlx.backends.megatron.nemo.weights import write_nemo
 from trlx.backends.megatron.weights import checked_reader, open_source
 
 SIZES = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 4, "ffn_hidden_size": 12}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.builders import char_tokenizer
 from tests.unit.nemo_archives import LLAMA, llama, older_llama, written
 from tests.unit.test_megatron_families import CONFIGS, logits_of, random_model
-from trlx.backends.megatron.archive import opened, write_archive
+from trlx.backends.megatron.nemo.archive import opened, write_archive
 from trlx.launch.cli import main
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trlx.backends.megatron.archive import opened, write_archive
+from trlx.backends.megatron.nemo.archive import opened, write_archive
 
 CONFIG = {"hidden_size": 2, "optim": {"lr": 1e-5, "betas": [0.9, 0.98]}, "precision": "bf16", "tokenizer": None}
 WEIGHT = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -303,5 +303,5 @@ def test_what_would_make_a_broken_archive_is_not_written(tmp_path, ranks, files,
 
 
 def test_archives_are_read_without_megatron():
-    code = "import sys; sys.modules['megatron'] = None; import trlx.backends.megatron.archive"
+    code = "import sys; sys.modules['megatron'] = None; import trlx.backends.megatron.nemo.archive"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.unit.megatron_configs import ROOT, nested
-from trlx.backends.megatron.settings_keys import HONOURED, KEYS, NO_EFFECT, REFUSED, check_keys
+from trlx.backends.megatron.nemo.keys import HONOURED, KEYS, NO_EFFECT, REFUSED, check_keys
 from trlx.strict import ConfigError
 
 ORIGINAL_KEYS = """
@@ -71,7 +71,7 @@ def test_a_refused_key_accepts_what_is_done_anyway_and_says_what_to_do_instead(k
 
 def test_every_honoured_key_is_asked_for():
     folder = ROOT / "trlx/backends/megatron"
-    text = "".join((folder / f"{name}.py").read_text() for name in ("settings", "settings_shape", "learning_rate"))
+    text = "".join((folder / f"{name}.py").read_text() for name in ("settings", "nemo/shape", "learning_rate"))
     assert [key for key in HONOURED if f'"{key.rpartition(".")[2]}"' not in text] == []
 
 
@@ -99,5 +99,5 @@ def _yaml(value) -> str:
 
 def test_the_documentation_has_the_tables_of_the_code():
     page = (ROOT / "docs/megatron-config.md").read_text()
-    mark = "<!-- Below this line everything is written from trlx/backends/megatron/settings_keys.py. -->\n"
+    mark = "<!-- Below this line everything is written from trlx/backends/megatron/nemo/keys.py. -->\n"
     assert page.partition(mark)[2] == tables()

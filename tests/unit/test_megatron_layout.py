@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from tests.unit.megatron_configs import SMALL, model, read
-from trlx.backends.megatron.settings import Parallel, Recompute, check_layout
+from trlx.backends.megatron.layout_checks import check_layout
+from trlx.backends.megatron.settings import Parallel, Recompute
 from trlx.strict import ConfigError
 
 

@@ -21,12 +21,12 @@ from tests.unit.nemo_archives import (
     written,
 )
 from tests.unit.test_megatron_families import CONFIGS, random_model
-from trlx.backends.megatron.archive import opened, write_archive
 from trlx.backends.megatron.families import config_of, shape_of
 from trlx.backends.megatron.mapping import entries
-from trlx.backends.megatron.nemo_config import read_config
-from trlx.backends.megatron.nemo_weights import is_nemo, open_nemo, write_nemo
-from trlx.backends.megatron.settings_file import read_megatron_cfg
+from trlx.backends.megatron.nemo.archive import opened, write_archive
+from trlx.backends.megatron.nemo.config import read_config
+from trlx.backends.megatron.nemo.file import read_megatron_cfg
+from trlx.backends.megatron.nemo.weights import is_nemo, open_nemo, write_nemo
 from trlx.backends.megatron.weights import load_weights
 from trlx.launch.cli import main
 
@@ -142,7 +142,7 @@ def test_nothing_is_read_before_a_value_is_asked_for(tmp_path, monkeypatch):
     found = open_nemo(written(tmp_path / "m.nemo", llama(), 2, 2))
     reads = []
     monkeypatch.setattr(
-        "trlx.backends.megatron.nemo_names.Part.read", lambda part, name, device="cpu": reads.append((name, device))
+        "trlx.backends.megatron.nemo.names.Part.read", lambda part, name, device="cpu": reads.append((name, device))
     )
     for name in found.source.names():
         assert found.source.read(name).get_shape()

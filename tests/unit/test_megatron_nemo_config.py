@@ -8,7 +8,7 @@ import torch
 from tests.unit.nemo_archives import GPT, LLAMA
 from tests.unit.test_megatron_families import CONFIGS
 from trlx.backends.megatron.families import shape_of
-from trlx.backends.megatron.nemo_config import read_config, write_config
+from trlx.backends.megatron.nemo.config import read_config, write_config
 
 
 @pytest.mark.parametrize(

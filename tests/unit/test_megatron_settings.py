@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from tests.unit.megatron_configs import ROOT, SMALL, bare, model, read, settings_of
 from trlx.backends.megatron import settings
 from trlx.backends.megatron.learning_rate import Annealing, Constant
+from trlx.backends.megatron.nemo.file import Lookup
+from trlx.backends.megatron.nemo.shape import read_shape
 from trlx.backends.megatron.settings import Parallel, Recompute
-from trlx.backends.megatron.settings_file import Lookup
-from trlx.backends.megatron.settings_shape import read_shape
 from trlx.compat import default_nemo_20b_config
 from trlx.presets import load_preset, megatron_preset
 from trlx.strict import ConfigError

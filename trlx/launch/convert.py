@@ -13,10 +13,10 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from trlx.backends.megatron.archive import opened
 from trlx.backends.megatron.families import config_of, shape_of
 from trlx.backends.megatron.mapping import Read, entries
-from trlx.backends.megatron.nemo_weights import family_of, is_companion, is_nemo, open_nemo, write_nemo
+from trlx.backends.megatron.nemo.archive import opened
+from trlx.backends.megatron.nemo.weights import family_of, is_companion, is_nemo, open_nemo, write_nemo
 from trlx.backends.megatron.shape import Shape
 from trlx.backends.megatron.weights import ShardWriter, checked_reader, open_source, write_index
 

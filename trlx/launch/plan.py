@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trlx.backends.megatron.settings import OPTIONS, MegatronSettings, Parallel, Recompute, check_layout, read_settings
+from trlx.backends.megatron.layout_checks import check_layout
+from trlx.backends.megatron.settings import OPTIONS, MegatronSettings, Parallel, Recompute, read_settings
 from trlx.backends.megatron.shape import Shape
 from trlx.config import TRLConfig
 from trlx.launch.scale import Run, bubble, parameters, total_parameters

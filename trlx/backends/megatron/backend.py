@@ -20,12 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from trlx.backends.base import Backend, LossFn, ModelNeeds
 from trlx.backends.megatron.drawing import check_settings
 from trlx.backends.megatron.generation import generate
+from trlx.backends.megatron.layout_checks import check_layout
 from trlx.backends.megatron.mapping import entries, padded_vocab
 from trlx.backends.megatron.model import ScoringModel, build_chunks, freeze, language_model
 from trlx.backends.megatron.origin import find_origin
 from trlx.backends.megatron.parallel import arrange
 from trlx.backends.megatron.schedule import run_forward, run_forward_backward
-from trlx.backends.megatron.settings import OPTIONS, check_layout, read_settings
+from trlx.backends.megatron.settings import OPTIONS, read_settings
 from trlx.backends.megatron.stage import Randomness, StageWeights
 from trlx.backends.megatron.updates import Updates
 from trlx.batch import TokenBatch, TokenScores

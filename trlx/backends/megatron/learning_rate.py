@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trlx.backends.megatron.settings_file import Lookup
+from trlx.backends.megatron.nemo.file import Lookup
 from trlx.strict import ConfigError, suggestion
 
 

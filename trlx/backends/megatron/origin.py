@@ -17,9 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trlx import logging
 from trlx.backends.base import ModelNeeds
 from trlx.backends.megatron.families import config_of, shape_of
-from trlx.backends.megatron.nemo_weights import family_of, is_companion, is_nemo, open_nemo, write_nemo
+from trlx.backends.megatron.nemo.file import read_megatron_cfg
+from trlx.backends.megatron.nemo.weights import family_of, is_companion, is_nemo, open_nemo, write_nemo
 from trlx.backends.megatron.settings import MegatronSettings
-from trlx.backends.megatron.settings_file import read_megatron_cfg
 from trlx.backends.megatron.shape import Shape
 from trlx.backends.megatron.stage import StageWeights
 from trlx.backends.megatron.weights import (

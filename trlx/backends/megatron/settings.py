@@ -1,6 +1,6 @@
 """What the Megatron backend is to do: read from the config's sections and a file in NeMo's shape, once, at the start.
 
-`read_settings` puts them together and `check_layout` compares them with the model and the processes, before anything is
+`read_settings` puts them together; `layout_checks` compares them with the model and the processes before anything is
 built. docs/megatron-config.md lists every key, and which of two places wins.
 """
 
@@ -14,15 +14,12 @@ import torch
 
 from trlx import logging
 from trlx.backends.megatron.learning_rate import Schedule, read_schedule
-from trlx.backends.megatron.settings_checks import check_layout
-from trlx.backends.megatron.settings_file import WHERE, Lookup, read_megatron_cfg
-from trlx.backends.megatron.settings_keys import check_keys
-from trlx.backends.megatron.settings_shape import read_shape
+from trlx.backends.megatron.nemo.file import WHERE, Lookup, read_megatron_cfg
+from trlx.backends.megatron.nemo.keys import check_keys
+from trlx.backends.megatron.nemo.shape import read_shape
 from trlx.backends.megatron.shape import Shape
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.strict import ConfigError, suggestion
-
-__all__ = ["MegatronSettings", "Optim", "Parallel", "Recompute", "check_layout", "read_settings"]
 
 logger = logging.get_logger(__name__)
 

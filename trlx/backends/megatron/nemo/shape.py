@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trlx.backends.megatron.settings_file import Lookup
+from trlx.backends.megatron.nemo.file import Lookup
 from trlx.backends.megatron.shape import Shape
 from trlx.strict import ConfigError
 

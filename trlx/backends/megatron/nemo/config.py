@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from trlx import logging
-from trlx.backends.megatron.archive import CONFIG_FILE
 from trlx.backends.megatron.families import TRAINING_ONLY
-from trlx.backends.megatron.settings_file import Lookup
-from trlx.backends.megatron.settings_keys import KEYS, REFUSED
-from trlx.backends.megatron.settings_shape import SIZES, read_shape
+from trlx.backends.megatron.nemo.archive import CONFIG_FILE
+from trlx.backends.megatron.nemo.file import Lookup
+from trlx.backends.megatron.nemo.keys import KEYS, REFUSED
+from trlx.backends.megatron.nemo.shape import SIZES, read_shape
 from trlx.backends.megatron.shape import Shape
 from trlx.strict import ConfigError
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from trlx.backends.megatron.settings import MegatronSettings
 from trlx.backends.megatron.shape import Shape
 from trlx.strict import ConfigError
-
-if TYPE_CHECKING:
-    from trlx.backends.megatron.settings import MegatronSettings
 
 
 def check_layout(settings: MegatronSettings, shape: Shape, world_size: int, batch_size: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trlx.backends.megatron.settings_file import WHERE
+from trlx.backends.megatron.nemo.file import WHERE
 from trlx.strict import ConfigError, suggestion
 
 HONOURED: dict[str, str] = {

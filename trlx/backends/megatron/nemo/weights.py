@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from trlx.backends.megatron.archive import CONFIG_FILE, Archive, Rank, opened, write_archive
 from trlx.backends.megatron.families import TRAINING_ONLY, config_of, shape_of
 from trlx.backends.megatron.mapping import ENGINE, Entry, Read, entries, padded_vocab
-from trlx.backends.megatron.nemo_config import read_config, warn_of_unknown, write_config
-from trlx.backends.megatron.nemo_names import Part, in_stage, layer_of, nemo_name
+from trlx.backends.megatron.nemo.archive import CONFIG_FILE, Archive, Rank, opened, write_archive
+from trlx.backends.megatron.nemo.config import read_config, warn_of_unknown, write_config
+from trlx.backends.megatron.nemo.names import Part, in_stage, layer_of, nemo_name
 from trlx.backends.megatron.shape import Shape
 from trlx.backends.megatron.weights import InMemory, Source
 from trlx.models.policy import HEADS_FILE

@@ -1,0 +1,1 @@
+"""NeMo's forms: the keys of its configuration files, and models in `.nemo` archives."""
