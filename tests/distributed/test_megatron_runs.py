@@ -58,6 +58,21 @@ def test_the_curves_of_both_backends_agree(tmp_path, algorithm):
         close(*exported, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("algorithm", ["ILQL", "PPO"])
+def test_interleaved_stages_take_any_number_of_microbatches(tmp_path, algorithm):
+    # 7 rows in batches of 4, one at a time: 3 microbatches are left for two stages at the end
+    layout = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    method = {"PPO": {"num_rollouts": 7, "chunk_size": 7}, "ILQL": {}}[algorithm]
+    for trainer, size, options in (("Accelerate", 1, {}), ("NeMo", 2, layout)):
+        train = {"trainer": f"{trainer}{algorithm}Trainer", "trainer_kwargs": options, "minibatch_size": 1}
+        changes = {"train": {**train, "total_steps": 4}, "method": {**GREEDY[algorithm], **method}, "optimizer": CALM}
+        model = {"model_path": tiny_gpt2_config(layers=4)}
+        together(size, run, algorithm, tmp_path / trainer, model=model, **changes)
+    for mine, theirs in zip(metrics(tmp_path / "Accelerate"), metrics(tmp_path / "NeMo"), strict=True):
+        shown = [name for name in mine if name != "padding_percentage"]
+        assert [theirs[name] for name in shown] == pytest.approx([mine[name] for name in shown], abs=1e-4, rel=1e-4)
+
+
 def sft_then_ppo(folder, first: str, second: str, **options) -> None:
     """Trains on one backend, exports, and goes on with the other."""
     import trlx

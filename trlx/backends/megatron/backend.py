@@ -163,8 +163,18 @@ class MegatronBackend(Backend):
         return self.initial_digest
 
     def _pieces(self, batch: TokenBatch) -> list[TokenBatch]:
-        """Microbatches on the device, of widths that tensor ranks can share."""
-        return [_widened(piece, self.divisor).to(self.device) for piece in batch.split(self.microbatch_size)]
+        """Microbatches on the device, of widths that tensor ranks can share.
+
+        Interleaved stages take turns, which needs a multiple of their number: the last ones may count nothing.
+        """
+        pieces = [_widened(piece, self.divisor).to(self.device) for piece in batch.split(self.microbatch_size)]
+        layout = self.place.layout
+        missing = -len(pieces) % layout.pipeline if layout.virtual else 0
+        if not missing:
+            return pieces
+        first = pieces[0].rows(slice(0, 1))
+        empty = _widened(first.replace(response_mask=torch.zeros_like(first.response_mask)), self.divisor)
+        return pieces + [empty] * missing
 
     def _collected(self, found: list[Tensor], pieces: list[TokenBatch], batch: TokenBatch) -> Tensor:
         """Per-token numbers of all microbatches as one [B, T] of the batch's own width, on every stage."""
