@@ -72,8 +72,8 @@ def nemo_arguments(doc: str, argv: Sequence[str] | None = None) -> dict[str, Any
     return {**_with_layout(args), "preset": args.preset}
 
 
-def inference_arguments(doc: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The same for an example that samples: a trained model knows its sizes, so there is no preset."""
+def layout_arguments(doc: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The same for an example whose model knows its sizes, so that there is no preset."""
     parser = example_parser(doc)
     add_layout(parser)
     return _with_layout(parser.parse_intermixed_args(argv))

@@ -7,7 +7,7 @@ Usage: torchrun --nproc-per-node 4 -m examples.nemo_ilql_inference --model ckpts
 from __future__ import annotations
 
 from examples.imdb import openings, reviews, sentiment
-from examples.megatron import inference_arguments, inference_config, speak
+from examples.megatron import inference_config, layout_arguments, speak
 from trlx.trainer.nemo import NeMoILQLTrainer
 
 PROMPTS = 8
@@ -28,4 +28,4 @@ def main(hparams=None, data: str = "default", reward: str = "default") -> dict[f
 
 
 if __name__ == "__main__":
-    main(**inference_arguments(__doc__))
+    main(**layout_arguments(__doc__))

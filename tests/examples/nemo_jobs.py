@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from examples import nemo_ilql_inference, nemo_ppo_inference
+from examples import nemo_ilql_inference, nemo_ppo_inference, nemo_vs_ds_chat
+from examples.llama_nemo import convert_llama_to_nemo, nemo_llama2_ppo_sentiments
 from tests.runs import metrics, run
+from trlx.backends.megatron.nemo.archive import opened
 from trlx.batch import Rollout
 from trlx.data.collate import collate
 
@@ -48,6 +50,20 @@ def sample_examples(checkpoint: Path, archive: Path, tokenizer: Path, layout: di
     assert {beta: len(texts) for beta, texts in by_beta.items()} == dict.fromkeys([0, 8], nemo_ilql_inference.PROMPTS)
     tiny = dict.fromkeys(["model.model_path", "tokenizer.tokenizer_path"], "tiny")
     assert list(nemo_ilql_inference.main({**few, **tiny, "method.gen_kwargs.beta": 2}, **MADE)) == [2]
+
+
+def llama_and_speed(folder: Path) -> None:
+    """Llama's script trains, its export becomes an archive, and the measuring script measures."""
+    quick = {**QUICK, **PPO}
+    trainer = nemo_llama2_ppo_sentiments.main({**quick, "train.checkpoint_dir": str(folder / "llama")}, **MADE)
+    assert trainer.backend.updates.optim.distributed and trainer.backend.stage[0].config.recompute_granularity == "full"
+    exported = folder / "llama" / "checkpoint_1" / "hf_model"
+    convert_llama_to_nemo.main([str(exported), str(folder / "llama.nemo"), "--tensor", "2"])
+    with opened(folder / "llama.nemo") as archive:
+        assert archive.layout() == (2, 1)
+    speed = {**quick, "train.checkpoint_dir": str(folder / "speed"), "train.total_steps": 2, "train.seq_length": 256}
+    found = nemo_vs_ds_chat.main(speed, **MADE)
+    assert found["answer tokens per second"] > 0 and found["time/step"] > 0
 
 
 def cross(folder: Path, first: str, then: str) -> None:

@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from examples.megatron import add_backend, backend, inference_config, nemo_arguments, nemo_config
-from tests.examples.nemo_jobs import QUICK, cross, sample_examples, train_examples
+from tests.examples.nemo_jobs import QUICK, cross, llama_and_speed, sample_examples, train_examples
 from tests.processes import together
 from trlx.launch.convert import convert
 
@@ -18,6 +18,11 @@ def test_examples_train_in_one_process_and_what_they_leave_speaks_in_two(tmp_pat
     convert(exported, archive, tensor=2)
     layout = {"pipeline_model_parallel_size": 2}
     together(2, sample_examples, tmp_path / "ppo" / "checkpoint_1", archive, exported, layout)
+
+
+@pytest.mark.distributed
+def test_llama_is_converted_and_trained_and_speed_is_measured(tmp_path):
+    together(1, llama_and_speed, tmp_path)
 
 
 @pytest.mark.distributed

@@ -30,6 +30,7 @@ class Updates:
         if settings.dtype == torch.float16:
             for chunk in stage:
                 chunk.config.grad_scale_func = self.engine.scale_loss
+        self._pieces = _pieces_of(self.engine) if settings.optim.distributed else {}
         self._set_rate()
 
     @property
@@ -90,10 +91,9 @@ class Updates:
         if not self.optim.distributed:
             main = weight if weight.dtype == torch.float32 else weight.main_param
             return (main if kind == "main" else self.engine.optimizer.state[main][kind]), None
-        if weight not in self.engine.model_param_group_index_map:
+        main = self._pieces.get(weight)
+        if main is None:
             return None, slice(0)
-        group, order = self.engine.model_param_group_index_map[weight]
-        main = self.engine.optimizer.param_groups[group]["params"][order]
         part = self.engine._get_model_param_range_map(weight)["param"]
         piece = main if kind == "main" else self.engine.optimizer.state[main][kind]
         return piece, slice(part.start, part.end)
@@ -139,3 +139,14 @@ def _engine_optimizer(stage: list[nn.Module], settings: MegatronSettings) -> Meg
         # no overrides: weight decay reaches every weight, as it does in torch's optimizers
         optimizer = get_megatron_optimizer(config, stage, config_overrides={})
     return optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
+
+
+def _pieces_of(engine: MegatronOptimizer) -> dict[Tensor, Tensor]:
+    """For each weight that this data rank updates a piece of, that piece in float32. A half weight's is a copy."""
+    whole = (*engine.model_float16_groups, *engine.model_fp32_groups)
+    pieces = (*engine.shard_fp32_from_float16_groups, *engine.shard_fp32_groups)
+    return {
+        weight: piece
+        for weights, parts in zip(whole, pieces, strict=True)
+        for weight, piece in zip(weights, parts, strict=True)
+    }
