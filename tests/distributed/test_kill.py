@@ -35,8 +35,10 @@ def check_readable(folder):
 
 
 def lines(folder):
-    path = folder / "metrics.jsonl"
-    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+    try:
+        return len((folder / "metrics.jsonl").read_bytes().splitlines())
+    except FileNotFoundError:  # not there yet, or just being put aside by a run that resumes
+        return 0
 
 
 def wait_for_a_random_moment(dice, ranks, folder):
