@@ -50,6 +50,12 @@ def in_chunks(
     return torch.cat([again(*piece) for piece in zip(hidden.split(rows), targets.split(rows), strict=True)], dim=-1)
 
 
+def spread(flat: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
+    """`flat` [..., N] at the places `at` [N] of zeros [..., B, T]; `shape` is [B, T], places count through its rows."""
+    lead = flat.shape[:-1]
+    return flat.new_zeros(*lead, shape.numel()).index_copy(-1, at, flat).view(*lead, *shape)
+
+
 @dataclass(frozen=True)
 class Logits:
     """Hidden states [..., d] to logits [..., V], with what the architecture does to them after its output head."""

@@ -18,7 +18,7 @@ from trlx.batch import TokenScores
 from trlx.models.architecture import Causal, EncoderDecoder
 from trlx.models.decoder import disable_dropout, freeze, hidden_size, output_head
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
-from trlx.models.logprobs import chosen_logprobs, logits_of
+from trlx.models.logprobs import chosen_logprobs, logits_of, spread
 from trlx.models.quantization import quantized
 
 HEADS_FILE = "trlx_heads.safetensors"
@@ -72,11 +72,11 @@ class Policy(nn.Module):
         chosen = tokens.flatten().index_select(0, at)
         before = _rows(hidden, at - 1)
         logprobs = chosen_logprobs(before, chosen, self.logits, self.temperature)
-        scores = TokenScores(_spread(logprobs, at, tokens.shape))
+        scores = TokenScores(spread(logprobs, at, tokens.shape))
         if value_head is not None:
-            scores.values = _spread(value_head(_rows(value_head.states(hidden), at - 1)), at, tokens.shape)
+            scores.values = spread(value_head(_rows(value_head.states(hidden), at - 1)), at, tokens.shape)
         if q_heads is not None:
-            q = [_spread(each, at, tokens.shape) for each in q_heads(before, chosen)]
+            q = [spread(each, at, tokens.shape) for each in q_heads(before, chosen)]
             scores.q, scores.target_q, scores.q_logprobs = q
         return scores
 
@@ -211,8 +211,3 @@ def _no_bars() -> Iterator[None]:
 
 def _rows(states: Tensor, at: Tensor) -> Tensor:
     return states.flatten(0, 1).index_select(0, at)
-
-
-def _spread(flat: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
-    lead = flat.shape[:-1]
-    return flat.new_zeros(*lead, shape.numel()).index_copy(-1, at, flat).view(*lead, *shape)

@@ -20,7 +20,7 @@ from trlx.backends.megatron.settings import MegatronSettings
 from trlx.backends.megatron.shape import Shape
 from trlx.backends.megatron.vocabulary import VocabularyPart
 from trlx.batch import TokenScores
-from trlx.models.logprobs import in_chunks
+from trlx.models.logprobs import in_chunks, spread
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -125,11 +125,11 @@ class ScoringModel(GPTModel):
         before = hidden.flatten(0, 1).index_select(0, at - 1)
         shared = tensor_parallel.copy_to_tensor_model_parallel_region(before)
         logprobs = in_chunks(self._logprobs, shared, chosen, self._logits)
-        scores = TokenScores(_spread(logprobs, at, tokens.shape))
+        scores = TokenScores(spread(logprobs, at, tokens.shape))
         if self.heads is not None and "value" in self.heads:
-            scores.values = _spread(self.heads["value"](before), at, tokens.shape)
+            scores.values = spread(self.heads["value"](before), at, tokens.shape)
         if self.heads is not None and "q" in self.heads:
-            q = [_spread(each, at, tokens.shape) for each in self.heads["q"](before, chosen)]
+            q = [spread(each, at, tokens.shape) for each in self.heads["q"](before, chosen)]
             scores.q, scores.target_q, scores.q_logprobs = q
         return scores
 
@@ -227,8 +227,3 @@ def _top(chunk: ScoringModel, first: int) -> list[nn.Module]:
     norm = [chunk.decoder.final_layernorm] if chunk.post_process else []
     untied = chunk.post_process and not chunk.share_embeddings_and_output_weights
     return [*blocks, *norm, *([chunk.output_layer] if untied else [])]
-
-
-def _spread(flat: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
-    lead = flat.shape[:-1]
-    return flat.new_zeros(*lead, shape.numel()).index_copy(-1, at, flat).view(*lead, *shape)
