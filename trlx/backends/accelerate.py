@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trlx import logging
-from trlx.backends.base import Backend, LossFn, ModelNeeds
+from trlx.backends.base import PATIENCE, Backend, LossFn, ModelNeeds
 from trlx.backends.deepspeed import unseen_by_accelerate, wants_deepspeed, zero_for
 from trlx.backends.generation import generate
 from trlx.backends.optimizer import make_optimizer, make_scheduler
@@ -43,9 +42,6 @@ from trlx.models.vocabulary import check_vocabulary
 from trlx.rollout.sampling import SamplingConfig
 
 logger = logging.get_logger(__name__)
-
-PATIENCE = timedelta(hours=6)
-"""How long processes wait while the main one scores rollouts; torch's own ten minutes end runs with slow rewards."""
 
 
 class AccelerateBackend(Backend):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,9 @@ from trlx.batch import TokenBatch, TokenScores
 from trlx.data.layout import Layout, OneRow
 from trlx.methods.masked import Metrics
 from trlx.rollout.sampling import SamplingConfig
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait while the main one scores rollouts; torch's own ten minutes end runs with slow rewards."""
 
 LossFn = Callable[[TokenScores, TokenBatch], tuple[Tensor, Metrics]]
 """Takes one microbatch; returns the loss **summed** over its response tokens, and its metrics."""

@@ -24,7 +24,7 @@ from trlx.backends.megatron.layout_checks import check_layout
 from trlx.backends.megatron.mapping import entries, padded_vocab
 from trlx.backends.megatron.model import ScoringModel, build_chunks, freeze, language_model
 from trlx.backends.megatron.origin import find_origin
-from trlx.backends.megatron.parallel import arrange
+from trlx.backends.megatron.parallel import arrange, join
 from trlx.backends.megatron.schedule import run_forward, run_forward_backward
 from trlx.backends.megatron.settings import OPTIONS, read_settings
 from trlx.backends.megatron.stage import Randomness, StageWeights
@@ -57,8 +57,9 @@ class MegatronBackend(Backend):
         settings = read_settings(asked, train=train, model=model, optimizer=optimizer, scheduler=scheduler)
         self.origin = find_origin(model, settings, tokenizer, train, needs)
         shape, vocab = self.origin.shape, self.origin.shape.vocab_size
-        self.place = arrange(settings.parallel, train.seed)
+        join()
         check_layout(settings, shape, dist.get_world_size(), train.batch_size)
+        self.place = arrange(settings.parallel, train.seed)
         self.device, self.is_main, self.leads = self.place.device, self.place.is_main, self.place.leads
         self.part = "" if self.leads else f"-{self.place.tensor_rank:03d}-{self.place.stage:03d}"
         self.data_rank, self.data_size = self.place.data_rank, self.place.data_size

@@ -134,7 +134,10 @@ class ScoringModel(GPTModel):
         return scores
 
     def _logprobs(self, hidden: Tensor, chosen: Tensor) -> Tensor:
-        return self.part.logprobs(self._logits(hidden).float() / self.temperature, chosen)
+        logits = self._logits(hidden).float()
+        if self.temperature != 1.0:  # a division by 1 would copy all of them
+            logits = logits / self.temperature
+        return self.part.logprobs(logits, chosen)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """This tensor rank's columns."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,10 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
+from trlx.backends.base import PATIENCE
 from trlx.backends.megatron.settings import Parallel
-
-PATIENCE = timedelta(hours=6)
-"""How long processes wait while the main one scores rollouts."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,6 @@ class Place:
     def leads(self) -> bool:
         """The first of the processes that hold the model for one data rank."""
         return self.tensor_rank == 0 and self.stage == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.stage == self.layout.pipeline - 1
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:
         """The last stage's `tensor` on every stage; all bring one of the same shape and type."""
@@ -96,18 +89,8 @@ class Place:
 
 
 def arrange(layout: Parallel, seed: int) -> Place:
-    """Joins the processes that torchrun started, or one alone, and divides them as `layout` says.
-
-    Raises:
-        ValueError: the number of processes is not a multiple of those that one copy of the model takes.
-    """
-    _join()
-    world, size = dist.get_world_size(), layout.tensor * layout.pipeline
-    if world % size:
-        raise ValueError(
-            f"One copy of the model takes {layout.tensor} x {layout.pipeline} processes (tensor x pipeline), but there "
-            f"are {world}: start a multiple of {size}, e.g. torchrun --nproc-per-node {size}"
-        )
+    """Joins the processes and divides them as `layout` says; ``check_layout`` tells whether it can."""
+    join()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -147,7 +130,8 @@ def _pipelines_again() -> dist.ProcessGroup:
     return dist.new_subgroups_by_enumeration(pipelines, timeout=PATIENCE)[0]
 
 
-def _join() -> None:
+def join() -> None:
+    """Joins the processes that torchrun started, or one alone. Safe to call again."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if dist.is_initialized():

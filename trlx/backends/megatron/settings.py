@@ -91,11 +91,6 @@ class Optim:
             return ("exp_avg", "exp_avg_sq")
         return ("momentum_buffer",) if self.momentum else ()
 
-    @property
-    def keeps_moments(self) -> bool:
-        """Whether anything is kept of each weight."""
-        return bool(self.moment_names)
-
 
 @dataclass(frozen=True)
 class MegatronSettings:
