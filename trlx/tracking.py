@@ -109,28 +109,6 @@ def default_run_name(model_path: Any, num_processes: int) -> str:
     return f"{script}/{model}/{gpus}" + (f":{branch}" if branch else "")
 
 
-def print_samples(title: str, columns: list[str], rows: list[list[Any]], max_rows: int = 3) -> None:
-    """Prints the first rows as a table, long cells shortened; on the main process only."""
-    if not logging.is_main_process():
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns, show_lines=True)
-    for row in rows[:max_rows]:
-        # as Text, since square brackets in a string would be read as markup
-        table.add_row(*(Text(_cell(value), overflow="fold") for value in row))
-    console = Console()
-    console.print(Text(title, style="bold"))
-    console.print(table)
-
-
-def _cell(value: Any, width: int = 240) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= width else f"{text[:width]}…"
-
-
 class _Sink:
     def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
-from tqdm import tqdm
 
 from trlx import checkpoint, logging
 from trlx.backends.base import Backend, ModelNeeds
@@ -26,7 +25,8 @@ from trlx.methods.masked import Metrics
 from trlx.rollout.sampling import SamplingConfig, sweep_variants
 from trlx.rollout.scoring import RewardError, Scorer
 from trlx.rollout.stopping import Stopper
-from trlx.tracking import Tracker, default_run_name, print_samples
+from trlx.tracking import Tracker, default_run_name
+from trlx.trainer.display import Display
 from trlx.trainer.evaluate import Evaluator
 from trlx.trainer.guards import EXIT_REQUEUE, Interrupts, SkippedSteps
 from trlx.trainer.saving import read_run, write_run
@@ -75,7 +75,7 @@ class Trainer(ABC):
             self.scorer = Scorer(reward_fn, self.tokenizer, config.train.reward_timeout, separator)
         self.evaluator: Evaluator | None = None
         self.tracker: Tracker | None = None
-        self.bar: tqdm | None = None
+        self.display: Display | None = None
         self.pending: dict[str, float] = {}  # what collect() measured, logged with the next step
         self._plan: tuple[int, list[list[int]]] | None = None
         self._skipped = SkippedSteps()
@@ -154,7 +154,7 @@ class Trainer(ABC):
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts())
             self.tracker = stack.enter_context(self._open_tracker(resumed))
-            self.bar = stack.enter_context(self._progress_bar())
+            self.display = stack.enter_context(Display(self.total_steps, self.state.step, self.backend.is_main))
             try:
                 if not resumed:
                     self.evaluate()
@@ -241,8 +241,7 @@ class Trainer(ABC):
             samples = [dict(zip(result.columns, row, strict=True)) for row in result.rows]
             self.tracker.log_samples("eval", self.state.step, samples)
             self.tracker.log_table("samples", result.columns, result.rows, self.state.step)
-            if self.backend.is_main:
-                print_samples(_title(self.state.step, result.metrics), result.columns, result.rows)
+            self.display.evaluation(self.state.step, result.metrics, result.columns, result.rows)
             self._keep_best(result.objective)
         return result.metrics
 
@@ -291,7 +290,7 @@ class Trainer(ABC):
         metrics |= {**self.pending, "time/step": time.perf_counter() - began}
         self.pending = {}
         self.tracker.log(metrics, self.state.step)
-        self._show(metrics)
+        self.display.step(metrics)
         train, is_last = self.config.train, self.finished
         if is_last or self.state.step % train.eval_interval == 0:
             self.evaluate()
@@ -354,21 +353,7 @@ class Trainer(ABC):
             state=self.state.tracker if resumed else None,
         )
 
-    def _progress_bar(self) -> tqdm:
-        hidden = not (self.backend.is_main and logging.is_progress_bar_enabled())
-        return tqdm(total=self.total_steps, initial=self.state.step, disable=hidden, unit="step", dynamic_ncols=True)
-
-    def _show(self, metrics: dict[str, float]) -> None:
-        shown = {name: metrics[name] for name in ("losses/total_loss", "losses/loss", "loss") if name in metrics}
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
-        self.bar.update()
-
 
 def _mixed(*numbers: int) -> int:
     """One seed from several numbers, far from the seeds made of neighbouring ones."""
     return random.Random(repr(numbers)).getrandbits(31)
-
-
-def _title(step: int, metrics: dict[str, float]) -> str:
-    means = [f"{name} {value:.4g}" for name, value in metrics.items() if not name.startswith("time/")]
-    return f"Evaluation at step {step}: {', '.join(means)}" if means else f"Evaluation at step {step}"
