@@ -29,7 +29,6 @@ def curve(model: Path, preset: str, seed: int, samples: int, out: Path) -> dict[
     folder = out / f"{preset}-{seed}"
     config = trlx.load_preset(preset).evolve(
         model={"model_path": str(model)},
-        tokenizer={"tokenizer_path": str(model)},
         train={"seed": seed, "eval_interval": 20, "checkpoint_dir": str(folder), "save_best": False, "tracker": None},
     )
     # only the steps shown: the schedules stay those of the whole run

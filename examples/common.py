@@ -49,12 +49,10 @@ def example_parser(doc: str) -> argparse.ArgumentParser:
 
 def chosen(args: argparse.Namespace) -> dict[str, Any]:
     """``hparams``, ``data`` and ``reward`` of a command line."""
-    named = {
-        "model.model_path": args.model,
-        "tokenizer.tokenizer_path": args.tokenizer or args.model,
-        "train.checkpoint_dir": args.out,
-    }
+    named = {"model.model_path": args.model, "train.checkpoint_dir": args.out}
     hparams = {key: value for key, value in named.items() if value is not None}
+    if args.model or args.tokenizer:  # another model has another tokenizer than the example names
+        hparams["tokenizer.tokenizer_path"] = args.tokenizer
     return {"hparams": hparams | _settings(args.overrides), "data": args.data, "reward": args.reward}
 
 

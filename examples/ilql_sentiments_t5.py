@@ -16,7 +16,7 @@ def t5_config() -> trlx.TRLConfig:
     """The ILQL preset for T5, with a strong shift towards Q when sampling."""
     return trlx.load_preset("ilql").evolve(
         model={"model_path": MODEL, "model_arch_type": "seq2seq"},
-        tokenizer={"tokenizer_path": MODEL, "padding_side": "right"},
+        tokenizer={"padding_side": "right"},
         optimizer={"kwargs": {"betas": [0.9, 0.999]}},
         scheduler={"kwargs": {"T_max": 100000}},
         method={"gen_kwargs": {"beta": 4}},

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import trlx
@@ -86,9 +85,7 @@ def nemo_config(method: str, preset: str, hparams: Mapping[str, Any] | None) -> 
     in place of the preset's, whose number of GPUs then does not count either.
     """
     folder = f"ckpts/{preset}"
-    base = trlx.load_preset(method, preset).evolve(
-        model={"model_path": folder}, tokenizer={"tokenizer_path": folder, "truncation_side": "right"}
-    )
+    base = trlx.load_preset(method, preset).evolve(model={"model_path": folder}, tokenizer={"truncation_side": "right"})
     hparams = hparams or {}
     small = base.evolve(train={"minibatch_size": None, "trainer_kwargs": {"megatron_cfg": None}})
     if trlx.TRLConfig.update(small, hparams).model.model_path == "tiny":
@@ -102,16 +99,10 @@ def inference_config(method: str, hparams: Mapping[str, Any] | None) -> trlx.TRL
     """A config that holds ``model.model_path`` and trains nothing but heads, so that nearly all memory is for weights.
 
     The model is a folder that ``save_pretrained`` wrote, a checkpoint with such a folder in it, a ``.nemo`` archive, a
-    name on the hub, or "tiny"; its tokenizer is expected in the same folder, unless another one is named.
+    name on the hub, or "tiny".
     """
-    base = trlx.load_preset(method).evolve(
-        model={"model_path": TRAINED, "num_layers_unfrozen": 0}, tokenizer={"tokenizer_path": TRAINED}
-    )
-    config = configure(base, hparams)
-    model, tokenizer = _exported(config.model.model_path), config.tokenizer.tokenizer_path
-    if tokenizer == TRAINED:
-        tokenizer = str(Path(model).parent) if Path(model).suffix == ".nemo" else model
-    return config.evolve(model={"model_path": model}, tokenizer={"tokenizer_path": tokenizer})
+    base = trlx.load_preset(method).evolve(model={"model_path": TRAINED, "num_layers_unfrozen": 0})
+    return configure(base, hparams)
 
 
 def speak(trainer: Any, prompts: Sequence[str], judge: RewardFn, **gen_kwargs: Any) -> list[str]:
@@ -126,14 +117,3 @@ def speak(trainer: Any, prompts: Sequence[str], judge: RewardFn, **gen_kwargs: A
 def _with_layout(args: argparse.Namespace) -> dict[str, Any]:
     given = chosen(args)
     return {**given, "hparams": {**layout(args), **given["hparams"]}}
-
-
-def _exported(path: Any) -> Any:
-    """What ``save_pretrained`` wrote into a folder or a checkpoint; anything else stands for itself."""
-    if not isinstance(path, str) or not Path(path).is_dir():
-        return path
-    inside = Path(path) / "hf_model"
-    folder = inside if inside.is_dir() else Path(path)
-    # that of a model that transformers has no architecture for
-    archive = folder / "model.nemo"
-    return str(archive if archive.is_file() else folder)

@@ -16,7 +16,6 @@ def llama_config() -> trlx.TRLConfig:
     """The PPO preset with a steered KL and a smaller learning rate."""
     return trlx.load_preset("ppo").evolve(
         model={"model_path": MODEL, "num_layers_unfrozen": 2},
-        tokenizer={"tokenizer_path": MODEL},
         optimizer={"kwargs": {"lr": 1.0e-5}},
         scheduler={"kwargs": {"T_max": 10000, "eta_min": 1.0e-5}},
         method={"init_kl_coef": 0.001, "target": 6},

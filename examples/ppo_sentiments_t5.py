@@ -16,7 +16,7 @@ def t5_config() -> trlx.TRLConfig:
     """Small batches, and a KL steered to 6 nats a response."""
     return trlx.load_preset("ppo").evolve(
         model={"model_path": MODEL, "model_arch_type": "seq2seq", "num_layers_unfrozen": -1},
-        tokenizer={"tokenizer_path": MODEL, "padding_side": "right"},
+        tokenizer={"padding_side": "right"},
         optimizer={"kwargs": {"lr": 5.0e-5, "betas": [0.9, 0.999]}},
         scheduler={"kwargs": {"T_max": 100000, "eta_min": 5.0e-5}},
         method={

@@ -21,7 +21,7 @@ def translation_config() -> trlx.TRLConfig:
     """Rollouts by beam search, as translations are wanted."""
     return trlx.load_preset("ppo").evolve(
         model={"model_path": MODEL, "model_arch_type": "seq2seq", "num_layers_unfrozen": -1},
-        tokenizer={"tokenizer_path": MODEL, "padding_side": "right"},
+        tokenizer={"padding_side": "right"},
         optimizer={"kwargs": {"lr": 2.0e-6, "betas": [0.9, 0.999]}},
         scheduler={"kwargs": {"T_max": 10000, "eta_min": 1.0e-6}},
         method={

@@ -13,14 +13,20 @@ CHARACTERS = string.ascii_lowercase + " .,:!?#\n"
 
 
 def char_tokenizer(
-    *, bos: bool = True, eos: bool = True, pad: bool = True, pad_is_eos: bool = False, adds_bos: bool = False
+    *,
+    bos: bool = True,
+    eos: bool = True,
+    pad: bool = True,
+    pad_is_eos: bool = False,
+    adds_bos: bool = False,
+    characters: str = CHARACTERS,
 ) -> PreTrainedTokenizerFast:
-    """One token per character of `CHARACTERS`; decoding gives back the plain text.
+    """One token per character of `characters`; decoding gives back the plain text.
 
     Ids: <pad> 0, <s> 1, </s> 2, <unk> 3, "a" 4, "b" 5, ... whichever special tokens are declared. `adds_bos` puts <s>
     in front of every text, as Llama's tokenizer does, where special tokens are asked for.
     """
-    ids = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS])}
+    ids = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

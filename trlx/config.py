@@ -62,8 +62,8 @@ class TokenizerConfig(Section):
 
     section: ClassVar[str] = "tokenizer"
 
-    tokenizer_path: Any
-    """Hub name, folder, or a tokenizer object."""
+    tokenizer_path: Any = None
+    """Hub name, folder, or a tokenizer object; null: the model's own."""
     padding_side: str = "left"
     """Side that ``trainer.generate`` pads returned prompts on."""
     truncation_side: str = "right"

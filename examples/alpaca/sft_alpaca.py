@@ -26,7 +26,6 @@ def alpaca_config() -> trlx.TRLConfig:
     """Longer answers, smaller batches and a smaller learning rate than the SFT preset."""
     return trlx.load_preset("sft").evolve(
         model={"model_path": MODEL},
-        tokenizer={"tokenizer_path": MODEL},
         optimizer={"kwargs": {"lr": 2.0e-5}},
         scheduler={"kwargs": {"eta_min": 2.0e-5}},
         method={"gen_kwargs": {"max_new_tokens": 256}},

@@ -22,7 +22,7 @@ def ilql_config() -> trlx.TRLConfig:
     """GPT-J, or the size that CONFIG_NAME says; evaluated with two strengths of the shift towards Q."""
     config = trlx.load_preset("ilql").evolve(
         model={"model_path": GPTJ},
-        tokenizer={"tokenizer_path": GPTJ, "truncation_side": "left"},
+        tokenizer={"truncation_side": "left"},
         optimizer={"kwargs": {"lr": 1.0e-6}},
         scheduler={"kwargs": {"T_max": 1000000000, "eta_min": 1.0e-6}},
         method={

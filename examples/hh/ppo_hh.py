@@ -41,7 +41,7 @@ def ppo_config() -> trlx.TRLConfig:
     """GPT-J with two blocks trained, or the size that CONFIG_NAME says."""
     config = trlx.load_preset("ppo").evolve(
         model={"model_path": GPTJ, "num_layers_unfrozen": 2},
-        tokenizer={"tokenizer_path": GPTJ, "truncation_side": "left"},
+        tokenizer={"truncation_side": "left"},
         optimizer={"kwargs": {"lr": 8.0e-6}},
         scheduler={"kwargs": {"T_max": 10000, "eta_min": 8.0e-6}},
         method={

@@ -15,7 +15,7 @@ def sft_config() -> trlx.TRLConfig:
     """GPT-J, all of it."""
     return trlx.load_preset("sft").evolve(
         model={"model_path": GPTJ},
-        tokenizer={"tokenizer_path": GPTJ, "truncation_side": "left"},
+        tokenizer={"truncation_side": "left"},
         optimizer={"kwargs": {"lr": 1.0e-6}},
         scheduler={"kwargs": {"T_max": 100000000, "eta_min": 1.0e-6}},
         method={"gen_kwargs": {"max_new_tokens": 128, "top_k": 20}},

@@ -18,7 +18,7 @@ def llama_config() -> trlx.TRLConfig:
     """All weights train slowly, in bf16; activations are computed again, so that long rollouts fit."""
     return trlx.load_preset("ppo").evolve(
         model={"model_path": LLAMA, "num_layers_unfrozen": -1},
-        tokenizer={"tokenizer_path": LLAMA, "truncation_side": "right"},
+        tokenizer={"truncation_side": "right"},
         optimizer={"name": "distributed_fused_adam", "kwargs": {"lr": 1.0e-6, "weight_decay": 1.0e-6}},
         scheduler={"kwargs": {"T_max": 1600, "eta_min": 1.0e-7}},
         method={"num_rollouts": 128, "chunk_size": 64, "init_kl_coef": 0.001},

@@ -27,7 +27,6 @@ def main(out: Path = Path("ckpts/randomwalks"), seed: int = 1000) -> dict[int, f
     ppo_randomwalks.main(
         {
             "model.model_path": str(model),
-            "tokenizer.tokenizer_path": str(model),
             "train.checkpoint_dir": str(run),
             "train.seed": seed,
         }

@@ -32,7 +32,6 @@ def main(hparams: Mapping[str, Any] | None = None, preset: str = "randomwalks", 
 def _hparams(args: argparse.Namespace) -> dict[str, Any]:
     given = {
         "model.model_path": args.model,
-        "tokenizer.tokenizer_path": args.model,
         "train.seed": args.seed,
         "train.total_steps": args.total_steps,
         "train.checkpoint_dir": args.out,

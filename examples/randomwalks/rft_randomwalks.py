@@ -26,5 +26,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="ckpts/randomwalks/rft", help="folder of checkpoints, metrics and samples")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting of the config")
     args = parser.parse_intermixed_args()
-    folders = {"model.model_path": args.model, "tokenizer.tokenizer_path": args.model, "train.checkpoint_dir": args.out}
+    folders = {"model.model_path": args.model, "train.checkpoint_dir": args.out}
     main({**folders, "train.seed": args.seed}, args.preset, args.overrides)

@@ -27,7 +27,7 @@ EVAL_SAMPLES = 5
 def pretrain(
     out: Path = PRETRAINED, total_steps: int = 200, seed: int = 1000, hparams: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes model and tokenizer to `out`, a valid model_path and tokenizer_path; its metrics lie in ``<out>/sft``."""
+    """Writes model and tokenizer to `out`, a valid model_path; its metrics lie in ``<out>/sft``."""
     task = RandomWalks()
     tokenizer = letter_tokenizer(task.letters)
     config = trlx.load_preset("sft").evolve(

@@ -9,7 +9,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
 def letter_tokenizer(letters: str) -> PreTrainedTokenizerFast:
-    """Maps letter number i to token id i; bos, eos and pad follow. ``save_pretrained`` makes a tokenizer_path."""
+    """Maps letter number i to token id i; bos, eos and pad follow. ``save_pretrained`` puts it beside a model."""
     vocab = {token: token_id for token_id, token in enumerate([*letters, BOS, EOS, PAD])}
     # byte-pair encoding without a single merge leaves characters
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

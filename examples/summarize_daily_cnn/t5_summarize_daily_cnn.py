@@ -20,7 +20,6 @@ def summary_config() -> trlx.TRLConfig:
     """Nucleus sampling for rollouts, plain sampling for evaluations."""
     return trlx.load_preset("ppo").evolve(
         model={"model_path": MODEL, "model_arch_type": "seq2seq", "num_layers_unfrozen": 2},
-        tokenizer={"tokenizer_path": MODEL},
         optimizer={"kwargs": {"lr": 1.0e-5, "betas": [0.9, 0.999]}},
         scheduler={"kwargs": {"T_max": 10000, "eta_min": 1.0e-6}},
         method={

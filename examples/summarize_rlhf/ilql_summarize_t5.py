@@ -17,7 +17,7 @@ def ilql_config() -> trlx.TRLConfig:
     """Small steps, and an evaluation with three strengths of the shift towards Q."""
     return trlx.load_preset("ilql").evolve(
         model={"model_path": MODEL, "model_arch_type": "seq2seq"},
-        tokenizer={"tokenizer_path": MODEL, "truncation_side": "left"},
+        tokenizer={"truncation_side": "left"},
         optimizer={"kwargs": {"lr": 1.0e-6}},
         scheduler={"kwargs": {"T_max": 5000, "eta_min": 1.0e-6}},
         method={

@@ -18,7 +18,6 @@ def sft_config() -> trlx.TRLConfig:
     """Five passes over the posts in half precision."""
     return trlx.load_preset("sft").evolve(
         model={"model_path": MODEL},
-        tokenizer={"tokenizer_path": MODEL},
         optimizer={"kwargs": {"lr": 1.0e-5}},
         scheduler={"kwargs": {"eta_min": 1.0e-5}},
         method={"gen_kwargs": {"max_new_tokens": 50}},

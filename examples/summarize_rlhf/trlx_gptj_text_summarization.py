@@ -10,13 +10,14 @@ from __future__ import annotations
 import trlx
 from examples.common import arguments, configure
 from examples.summarize_rlhf.task import MAX_LENGTH, SFT, better_than_human, posts, preference, with_label
-from trlx.data.tokenizer import load_tokenizer
+from trlx.models.source import tokenizer_for
 
 
 def ppo_config() -> trlx.TRLConfig:
     """The fine-tuned GPT-J of step 1, its top eight blocks trained."""
     return trlx.load_preset("ppo").evolve(
         model={"model_path": SFT, "num_layers_unfrozen": 8},
+        tokenizer={"tokenizer_path": "gpt2"},
         optimizer={"kwargs": {"lr": 5.0e-6, "betas": [0.9, 0.999], "weight_decay": 0.01}},
         scheduler={"kwargs": {"T_max": 100000, "eta_min": 5.0e-6}},
         method={
@@ -39,7 +40,7 @@ def ppo_config() -> trlx.TRLConfig:
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer."""
     config = configure(ppo_config(), hparams)
-    tokenizer = load_tokenizer(config.tokenizer.tokenizer_path)
+    tokenizer = tokenizer_for(config.model.model_path, config.tokenizer)
     room = config.train.seq_length - config.method.gen_kwargs["max_new_tokens"]
     return trlx.train(
         reward_fn=better_than_human(preference(reward)),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, pipeline
 import trlx
 from examples.common import arguments, configure
 from examples.summarize_rlhf.task import CUE, posts, preference, rouge
-from trlx.data.tokenizer import load_tokenizer
+from trlx.models.source import tokenizer_for
 
 MODEL = "CarperAI/openai_summarize_tldr_ppo"
 
@@ -25,7 +25,7 @@ def summaries(config: trlx.TRLConfig, prompts: list[str], batch_size: int = 16) 
     source = config.model.model_path
     how = {"dtype": "auto"} if isinstance(source, str) else {}
     load = AutoModelForCausalLM.from_pretrained if isinstance(source, str) else AutoModelForCausalLM.from_config
-    tokenizer = load_tokenizer(config.tokenizer.tokenizer_path)
+    tokenizer = tokenizer_for(source, config.tokenizer)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     generate = pipeline("text-generation", model=load(source, **how), tokenizer=tokenizer, device=device)
     new_tokens = config.method.gen_kwargs["max_new_tokens"]

@@ -18,7 +18,6 @@ from trlx.data.collate import collate
 
 QUICK = {
     "model.model_path": "tiny",
-    "tokenizer.tokenizer_path": "tiny",
     "method.gen_kwargs.max_new_tokens": 4,
     "train.total_steps": 1,
     "train.batch_size": 4,
@@ -48,8 +47,8 @@ def sample_examples(checkpoint: Path, archive: Path, tokenizer: Path, layout: di
     named = {"model.model_path": str(archive), "tokenizer.tokenizer_path": str(tokenizer)}
     by_beta = nemo_ilql_inference.main({**few, **named, "method.gen_kwargs.beta": [0, 8]}, **MADE)
     assert {beta: len(texts) for beta, texts in by_beta.items()} == dict.fromkeys([0, 8], nemo_ilql_inference.PROMPTS)
-    tiny = dict.fromkeys(["model.model_path", "tokenizer.tokenizer_path"], "tiny")
-    assert list(nemo_ilql_inference.main({**few, **tiny, "method.gen_kwargs.beta": 2}, **MADE)) == [2]
+    tiny = {**few, "model.model_path": "tiny", "method.gen_kwargs.beta": 2}
+    assert list(nemo_ilql_inference.main(tiny, **MADE)) == [2]
 
 
 def llama_and_speed(folder: Path) -> None:
@@ -71,7 +70,7 @@ def cross(folder: Path, first: str, then: str) -> None:
     taught = run("SFT", folder / "taught", **_on(first, "SFT"))
     model = folder / "model"
     _export(taught, model)
-    source = {"model": {"model_path": str(model)}, "tokenizer": {"tokenizer_path": str(model)}}
+    source = {"model": {"model_path": str(model)}, "tokenizer": {"tokenizer_path": None}}
     improved = run("PPO", folder / "improved", **_on(then, "PPO"), **source)
     _export(improved, folder / "improved" / "hf_model")
     measured = [line["policy/kl"] for line in metrics(folder / "improved") if "policy/kl" in line]

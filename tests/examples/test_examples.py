@@ -50,7 +50,6 @@ SCRIPTS = {
 }
 QUICK = {
     "model.model_path": "tiny",
-    "tokenizer.tokenizer_path": "tiny",
     "train.total_steps": 1,
     "train.batch_size": 4,
     "train.seq_length": 256,
@@ -92,7 +91,7 @@ def test_every_part_can_be_replaced_from_the_command_line(tmp_path):
     assert given == {
         "hparams": {
             "model.model_path": "m",
-            "tokenizer.tokenizer_path": "m",
+            "tokenizer.tokenizer_path": None,
             "train.checkpoint_dir": "o",
             "method": {"gamma": 0.5},
         },

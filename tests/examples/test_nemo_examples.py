@@ -51,17 +51,10 @@ def test_a_preset_looks_for_its_model_in_a_folder_of_its_name_and_tiny_needs_non
     assert tiny.train.trainer_kwargs == {"pretrained_model": None, "megatron_cfg": None}
 
 
-def test_a_checkpoint_speaks_through_the_model_exported_in_it(tmp_path):
-    (tmp_path / "hf_model").mkdir()
-    here, there = str(tmp_path), str(tmp_path / "hf_model")
-    assert inference_config("sft", {"model.model_path": here}).model.model_path == there
-    assert inference_config("sft", {"model.model_path": here}).tokenizer.tokenizer_path == there
-    assert inference_config("sft", {"model.model_path": there}).model.model_path == there
-    assert inference_config("sft", {"tokenizer.tokenizer_path": "gpt2"}).tokenizer.tokenizer_path == "gpt2"
-    (tmp_path / "hf_model" / "model.nemo").touch()
-    config = inference_config("sft", {"model.model_path": here})
-    assert config.model.model_path == f"{there}/model.nemo"
-    assert config.tokenizer.tokenizer_path == there
+def test_inference_takes_the_best_checkpoint_unless_another_model_is_named():
+    assert inference_config("sft", None).model.model_path == "ckpts/best_checkpoint"
+    named = inference_config("sft", {"model.model_path": "m", "tokenizer.tokenizer_path": "gpt2"})
+    assert (named.model.model_path, named.tokenizer.tokenizer_path) == ("m", "gpt2")
 
 
 def test_a_layout_is_for_the_backend_that_has_one():

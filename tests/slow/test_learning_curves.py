@@ -53,7 +53,7 @@ def in_four(fn, *args):
 
 
 def ppo_in_parts(walker, out):
-    source = {"model.model_path": str(walker), "tokenizer.tokenizer_path": str(walker)}
+    source = {"model.model_path": str(walker)}
     schedule = {"train.seed": 1, "train.total_steps": 100, "train.eval_interval": 20, "train.checkpoint_dir": str(out)}
     ppo_randomwalks.main({**DIVIDED, **source, **schedule, "train.trainer": "NeMoPPOTrainer"})
 

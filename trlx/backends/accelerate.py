@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -77,7 +78,7 @@ class AccelerateBackend(Backend):
         self.has_values = needs.value_head
 
         torch.manual_seed(train.seed)  # every process must draw the same random weights
-        self.policy = _load_policy(model, needs)
+        self.policy = _load_policy(dataclasses.replace(model, model_path=self.source(model, train)), needs)
         check_vocabulary(self.policy.model, tokenizer)
         if train.gradient_checkpointing:
             self.policy.architecture.recompute()

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from trlx.batch import TokenBatch, TokenScores
+from trlx.config import ModelConfig, TrainConfig
 from trlx.data.layout import Layout, OneRow
 from trlx.methods.masked import Metrics
+from trlx.models.source import exported
 from trlx.rollout.sampling import SamplingConfig
 
 PATIENCE = timedelta(hours=6)
@@ -68,6 +70,11 @@ class Backend(ABC):
     """How rollouts become rows of this model."""
     starts_at_reference: bool = True
     """Whether policy and reference are one before the first update; an adapter may make them differ from the start."""
+
+    @staticmethod
+    def source(model: ModelConfig, train: TrainConfig) -> Any:
+        """Where the model that these sections ask for comes from: a hub name, folder or archive, or a config."""
+        return exported(model.model_path)
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:

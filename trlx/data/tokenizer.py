@@ -11,6 +11,9 @@ from trlx import logging
 
 logger = logging.get_logger(__name__)
 
+SPACE = "\u2581"
+"""How sentencepiece writes a space."""
+
 
 def load_tokenizer(
     path: str | PreTrainedTokenizerBase,
@@ -26,6 +29,7 @@ def load_tokenizer(
         extra: further keyword arguments of ``from_pretrained``, e.g. ``{"eos_token": "</s>"}``.
 
     Raises:
+        OSError: there is no tokenizer at `path`.
         ValueError: there is no eos token, or `extra` is given along with a tokenizer object.
     """
     if isinstance(path, PreTrainedTokenizerBase):
@@ -33,7 +37,7 @@ def load_tokenizer(
             raise ValueError("tokenizer.tokenizer_extra_configs is for loading from a path; set them on your tokenizer")
         tokenizer = copy.deepcopy(path)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(path, **(extra or {}))
+        tokenizer = read_tokenizer(path, **(extra or {}))
     tokenizer.padding_side, tokenizer.truncation_side = padding_side, truncation_side
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -43,6 +47,28 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         logger.info(f"The tokenizer has no pad token; padding with its eos token {tokenizer.eos_token!r}")
+    return tokenizer
+
+
+def read_tokenizer(path: str, **how: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, as its files say.
+
+    Raises:
+        OSError: there is none.
+    """
+    cause = None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **how)
+        # where files are missing transformers may make one up that knows special tokens only
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+        problem = None if tokenizer.get_vocab().keys() - special - {SPACE} else "it has no words"
+    except Exception as error:  # of many kinds, TypeErrors among them
+        problem, cause = f"{type(error).__name__}: {error}".partition("\n")[0], error
+    if problem is not None:
+        raise OSError(
+            f"The tokenizer could not be loaded from {str(path)!r} ({problem}): write in tokenizer.tokenizer_path, "
+            "which is model.model_path by default, the hub name or folder of the model's tokenizer, or an object"
+        ) from cause
     return tokenizer
 
 

@@ -20,8 +20,8 @@ from trlx.checkpoint import RandomState, TrainerState, own_randomness, seed_ever
 from trlx.config import TRLConfig
 from trlx.data.prompts import PromptPipeline
 from trlx.data.store import Store, batch_order, shard
-from trlx.data.tokenizer import load_tokenizer
 from trlx.methods.masked import Metrics
+from trlx.models.source import tokenizer_for
 from trlx.rollout.sampling import SamplingConfig, sweep_variants
 from trlx.rollout.scoring import RewardError, Scorer
 from trlx.rollout.stopping import Stopper
@@ -48,12 +48,8 @@ class Trainer(ABC):
         self.config = config
         self.reward_fn = reward_fn
         self.metric_fn = metric_fn
-        self.tokenizer = load_tokenizer(
-            config.tokenizer.tokenizer_path,
-            padding_side=config.tokenizer.padding_side,
-            truncation_side=config.tokenizer.truncation_side,
-            extra=config.tokenizer.tokenizer_extra_configs,
-        )
+        source = self.backend_class.source(config.model, config.train)
+        self.tokenizer = tokenizer_for(source, config.tokenizer, config.model.model_extra_configs)
         self.stopper = Stopper(self.tokenizer, stop_sequences) if stop_sequences else None
         self.eval_variants = [
             (name, self.sampling(kwargs)) for name, kwargs in sweep_variants(config.method.gen_kwargs)

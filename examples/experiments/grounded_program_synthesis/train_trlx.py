@@ -37,7 +37,6 @@ def program_config() -> trlx.TRLConfig:
     """Few and sharp samples at a time, a KL steered to 6 nats."""
     return trlx.load_preset("ppo").evolve(
         model={"model_path": MODEL},
-        tokenizer={"tokenizer_path": MODEL},
         optimizer={"kwargs": {"lr": 1.412e-4}},
         scheduler={"kwargs": {"T_max": 80000, "eta_min": 1.412e-4}},
         method={

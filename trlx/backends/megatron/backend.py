@@ -33,6 +33,7 @@ from trlx.batch import TokenBatch, TokenScores
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.methods.masked import finish, merge_packed, pack
 from trlx.models.reference import Reference
+from trlx.models.source import exported
 from trlx.rollout.sampling import SamplingConfig
 
 UPDATES_FILE = "updates.json"
@@ -77,6 +78,10 @@ class MegatronBackend(Backend):
         self.wrapped = [_wrapped(chunk, settings.optim.distributed) for chunk in self.stage]
         self.updates = Updates(self.wrapped, settings, self.place)
         self.randomness = Randomness(self.place)
+
+    @staticmethod
+    def source(model: ModelConfig, train: TrainConfig) -> Any:
+        return exported(train.trainer_kwargs.get("pretrained_model") or model.model_path)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:

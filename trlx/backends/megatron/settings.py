@@ -19,6 +19,7 @@ from trlx.backends.megatron.nemo.keys import check_keys
 from trlx.backends.megatron.nemo.shape import read_shape
 from trlx.backends.megatron.shape import Shape
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
+from trlx.models.source import exported
 from trlx.strict import ConfigError, suggestion
 
 logger = logging.get_logger(__name__)
@@ -275,7 +276,7 @@ def _pretrained_model(trainer_kwargs: Mapping[str, Any], model: ModelConfig, sha
     path = trainer_kwargs.get("pretrained_model")
     if path is None and shape is None and isinstance(model.model_path, str):
         path = model.model_path
-    return None if path is None else str(path)
+    return None if path is None else exported(str(path))
 
 
 def _count(trainer: Lookup, key: str) -> int | None:

@@ -1,0 +1,145 @@
+"""Whose tokenizer a run takes: the model's own, unless another one is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+import trlx
+from tests.builders import CHARACTERS, char_tokenizer, tiny_gpt2, tiny_gpt2_config
+from tests.runs import PROMPTS, TEXTS, share_of_a, tiny_config
+from trlx.config import TokenizerConfig
+from trlx.models.source import exported, tokenizer_for
+from trlx.presets import _folder
+from trlx.trainer.nemo import megatron_backend
+
+BACKWARDS = CHARACTERS[::-1]
+
+
+def saved(folder: Path, characters: str | None = CHARACTERS) -> str:
+    """A model, with a tokenizer of these characters unless they are None."""
+    tiny_gpt2().save_pretrained(folder)
+    if characters is not None:
+        char_tokenizer(characters=characters).save_pretrained(folder)
+    return str(folder)
+
+
+def first(tokenizer) -> str:
+    """The character with the id 4."""
+    return tokenizer.decode([4])
+
+
+def test_no_preset_names_a_tokenizer():
+    for file in _folder().glob("*.yaml"):
+        assert "tokenizer_path" not in file.read_text(), file.name
+    assert trlx.load_preset("ppo", "megatron_20b").tokenizer.tokenizer_path is None
+
+
+def test_the_tokenizer_is_that_of_the_model_which_train_is_given(tmp_path):
+    mine, other = saved(tmp_path / "mine", BACKWARDS), saved(tmp_path / "other")
+    seen = []
+
+    def reward(samples, prompts, outputs, **kwargs):
+        seen.extend(prompts)
+        return share_of_a(samples, prompts, outputs)
+
+    changes = {"model": {"model_path": other}, "tokenizer": {"tokenizer_path": None}, "train": {"total_steps": 0}}
+    trainer = trlx.train(mine, reward, prompts=PROMPTS, config=tiny_config(tmp_path / "run", "PPO", **changes))
+    assert first(trainer.tokenizer) == BACKWARDS[0] and seen == PROMPTS[:4]
+
+
+def test_a_checkpoint_is_a_model_with_its_tokenizer(tmp_path):
+    mine = saved(tmp_path / "mine", BACKWARDS)
+    changes = {"tokenizer": {"tokenizer_path": None}, "train": {"total_steps": 1}}
+    trlx.train(mine, samples=TEXTS, config=tiny_config(tmp_path / "run", "SFT", **changes))
+    checkpoint = str(tmp_path / "run" / "checkpoint_1")
+    changes["train"] = {"total_steps": 0}
+    again = trlx.train(checkpoint, samples=TEXTS, config=tiny_config(tmp_path / "again", "SFT", **changes))
+    assert first(again.tokenizer) == BACKWARDS[0]
+    assert again.config.model.model_path == checkpoint
+    assert exported(mine) == mine and exported("gpt2") == "gpt2"
+    model_only = tmp_path / "run" / "checkpoint_1" / "hf_model"
+    assert exported(checkpoint) == str(model_only)
+    (model_only / "model.nemo").touch()
+    assert exported(checkpoint) == str(model_only / "model.nemo")
+
+
+def test_an_adapter_has_the_tokenizer_of_its_model_unless_one_lies_beside_it(tmp_path):
+    base, adapter = saved(tmp_path / "base", BACKWARDS), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    assert first(tokenizer_for(str(adapter), TokenizerConfig())) == BACKWARDS[0]
+    char_tokenizer().save_pretrained(adapter)
+    assert first(tokenizer_for(str(adapter), TokenizerConfig())) == "a"
+
+
+def test_an_archive_has_the_tokenizer_beside_it(tmp_path):
+    (tmp_path / "model.nemo").touch()
+    with pytest.raises(OSError, match="The tokenizer could not be loaded.*write in tokenizer.tokenizer_path"):
+        tokenizer_for(str(tmp_path / "model.nemo"), TokenizerConfig())
+    char_tokenizer(characters=BACKWARDS).save_pretrained(tmp_path)
+    assert first(tokenizer_for(str(tmp_path / "model.nemo"), TokenizerConfig())) == BACKWARDS[0]
+
+
+def test_a_nemo_trainers_model_is_the_pretrained_one_where_that_is_named(tmp_path):
+    config = tiny_config(tmp_path, "SFT", model={"model_path": "gpt2"})
+    source = megatron_backend().source
+    assert source(config.model, config.train) == "gpt2"
+    named = config.evolve(train={"trainer_kwargs": {"pretrained_model": "mine"}})
+    assert source(named.model, named.train) == "mine"
+
+
+def test_a_missing_tokenizer_is_called_a_tokenizer_and_what_to_write_is_said(tmp_path):
+    # transformers makes a GPT-2 tokenizer with a single token of this folder
+    folder = saved(tmp_path / "mine", None)
+    assert len(AutoTokenizer.from_pretrained(folder)) == 1
+    wanted = "The tokenizer could not be loaded from '.*mine' .*: write in tokenizer.tokenizer_path.* the hub name or"
+    config = tiny_config(tmp_path / "run", "SFT", tokenizer={"tokenizer_path": None})
+    with pytest.raises(OSError, match=wanted):
+        trlx.train(folder, samples=TEXTS, config=config)
+    with pytest.raises(OSError, match=wanted):
+        tokenizer_for(tiny_gpt2_config(), TokenizerConfig(folder))
+    with pytest.raises(ValueError, match="model_path is a config.*write in tokenizer.tokenizer_path"):
+        trlx.train(samples=TEXTS, config=config)
+
+
+def test_a_tokenizer_that_reads_otherwise_than_the_models_own_is_warned_of(tmp_path, caplog):
+    folder, other = saved(tmp_path / "mine"), str(tmp_path / "other")
+    char_tokenizer(characters=BACKWARDS).save_pretrained(other)
+    for named in (other, char_tokenizer(characters=BACKWARDS)):
+        caplog.clear()
+        assert first(tokenizer_for(folder, TokenizerConfig(named))) == BACKWARDS[0]
+        (record,) = caplog.records
+        assert record.levelname == "WARNING" and "34 of the model's 38 tokens" in record.message
+
+
+def test_a_tokenizer_that_reads_as_the_models_own_is_not_talked_about(tmp_path, caplog):
+    folder, larger = saved(tmp_path / "mine"), char_tokenizer()
+    larger.add_tokens(["<|end|>"])
+    for named in (None, folder, char_tokenizer(), larger):
+        tokenizer_for(folder, TokenizerConfig(named))
+    tokenizer_for(saved(tmp_path / "bare", None), TokenizerConfig(folder))
+    tokenizer_for(tiny_gpt2_config(), TokenizerConfig(folder))
+    assert not caplog.records
+
+
+def test_another_name_than_that_of_a_model_on_the_hub_is_mentioned_without_asking_the_hub(tmp_path, caplog):
+    folder = saved(tmp_path / "mine")
+    tokenizer_for("somebody/else", TokenizerConfig(folder))
+    (record,) = caplog.records
+    assert f"that of {folder}" in record.message and "not that of somebody/else" in record.message
+
+
+def test_the_models_own_tokenizer_is_loaded_as_the_model_is(monkeypatch):
+    asked = {}
+
+    def from_pretrained(path, **how):
+        asked[path] = how
+        return char_tokenizer()
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    loading = {"revision": "v2", "dtype": "bfloat16", "trust_remote_code": True}
+    tokenizer_for("mine", TokenizerConfig(tokenizer_extra_configs={"use_fast": True}), loading)
+    tokenizer_for("mine", TokenizerConfig("other"), loading)
+    assert asked == {"mine": {"revision": "v2", "trust_remote_code": True, "use_fast": True}, "other": {}}

@@ -1,0 +1,96 @@
+"""Where a model lies, and the tokenizer that belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from trlx import logging
+from trlx.config import TokenizerConfig
+from trlx.data.tokenizer import load_tokenizer, read_tokenizer
+from trlx.models.adapters import adapted_model
+
+logger = logging.get_logger(__name__)
+
+LOADING = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
+"""Keys of ``model.model_extra_configs`` that the model's own tokenizer is loaded with, too."""
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+"""One of them lies in every folder that a tokenizer was saved to."""
+
+
+def exported(model_path: Any) -> Any:
+    """The model that a checkpoint of ours holds (``hf_model``, or ``model.nemo`` in it); anything else stands for
+    itself."""
+    if not isinstance(model_path, str) or not Path(model_path).is_dir():
+        return model_path
+    folder, inside = Path(model_path), Path(model_path) / "hf_model"
+    folder = inside if inside.is_dir() and not (folder / "config.json").is_file() else folder
+    # that of a model that transformers has no architecture for
+    archive = folder / "model.nemo"
+    return str(archive) if archive.is_file() else str(folder)
+
+
+def tokenizer_for(
+    model_path: Any, config: TokenizerConfig, loading: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `config` names; the model's own where it names none.
+
+    One that is named and reads texts otherwise than the model's own is warned of.
+
+    Args:
+        model_path: hub name, folder, ``.nemo`` archive or config of the model.
+        loading: ``model.model_extra_configs``, of which `LOADING` counts for the model's own tokenizer as well.
+
+    Raises:
+        ValueError: none is named, and a ``PretrainedConfig`` brings none; or see `load_tokenizer`.
+        OSError: it could not be loaded; the message says what to write.
+    """
+    home, named = _home(model_path), config.tokenizer_path
+    carried = {name: value for name, value in (loading or {}).items() if name in LOADING}
+    if named is None and home is None:
+        raise ValueError(
+            "model.model_path is a config, which brings no tokenizer: write in tokenizer.tokenizer_path a hub name, a "
+            "folder or a tokenizer object"
+        )
+    tokenizer = load_tokenizer(
+        home if named is None else named,
+        padding_side=config.padding_side,
+        truncation_side=config.truncation_side,
+        extra=(carried if named is None else {}) | config.tokenizer_extra_configs,
+    )
+    if named is not None and home is not None:
+        _say_if_foreign(tokenizer, named, home)
+    return tokenizer
+
+
+def _home(model_path: Any) -> str | None:
+    """The folder or hub name that a model's own tokenizer is loaded from; None where there is none."""
+    if not isinstance(model_path, (str, Path)):
+        return None
+    folder = Path(model_path)
+    if folder.suffix == ".nemo" and folder.is_file():
+        return str(folder.parent)
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return str(folder)
+    return _home(adapted_model(folder)) or str(model_path)
+
+
+def _say_if_foreign(tokenizer: PreTrainedTokenizerBase, named: Any, home: str) -> None:
+    name = named if isinstance(named, str) else tokenizer.name_or_path
+    if not Path(home).is_dir():  # on the hub, which is not asked just for this
+        if name and name != home:
+            logger.info(f"The tokenizer is that of {name}, as tokenizer.tokenizer_path says, and not that of {home}")
+        return
+    if not any((Path(home) / file).is_file() for file in TOKENIZER_FILES):
+        return
+    own, given = read_tokenizer(home).get_vocab(), tokenizer.get_vocab()
+    others = sum(given.get(token) != index for token, index in own.items())
+    if others:
+        logger.warning(
+            f"The tokenizer that tokenizer.tokenizer_path names ({name or 'an object'}) is not that of the model in "
+            f"{home}: {others} of the model's {len(own)} tokens have another id, so it would read other texts than are "
+            "written. Leave tokenizer.tokenizer_path out to take the model's own"
+        )
