@@ -110,6 +110,32 @@ def test_bf16_keeps_float32_gradients_and_main_weights():
     together(2, half, layout(2, sequence=True))
 
 
+def weights_come_back(folder, name) -> None:
+    """Without the optimizer's state, in the same precision and in another one."""
+    optimizer = {"name": name, "kwargs": {"lr": 1e-3, "eps": 1e-4}}
+    first, second, third = (
+        built("ILQL", layout(2), train={"mixed_precision": precision}, optimizer=optimizer)
+        for precision in ("bf16", "bf16", None)
+    )
+    trained(first, "ILQL")
+    first.save(folder, optimizer=False)
+    first.barrier()
+    for other in (second, third):
+        other.load(folder)
+    for mine, theirs, whole in zip(*(each.weights.weights for each in (first, second, third)), strict=True):
+        main = first.updates.main(mine.value)
+        assert main.dtype == torch.float32
+        assert torch.equal(second.updates.main(theirs.value), main) and torch.equal(whole.value, main)
+        assert torch.equal(theirs.value, mine.value)
+    norm = next(w.value for w in third.weights.weights if w.name == "decoder.final_layernorm.weight")
+    assert not torch.equal(norm, norm.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", ["adamw", "distributed_fused_adam"])
+def test_weights_in_half_precision_come_back_in_float32(tmp_path, name):
+    together(4, weights_come_back, tmp_path, name)
+
+
 def optimizers() -> None:
     expected = trained(built(optimizer={"name": "adamw"}), steps=3)
     for name in ("fused_adam", "distributed_fused_adam"):

@@ -1,5 +1,6 @@
 """Runs on the Megatron backend that stop and go on: as if they had not, in the same layout and in others."""
 
+import json
 import os
 import random
 import signal
@@ -60,9 +61,9 @@ def saved(folder):
     }
 
 
-def check_same(whole, parts):
+def check_same(whole, parts, steps=STEPS):
     assert metrics(parts) == metrics(whole)
-    assert [line["step"] for line in metrics(whole) if "grad_norm" in line] == [*range(1, STEPS + 1)]
+    assert [line["step"] for line in metrics(whole) if "grad_norm" in line] == [*range(1, steps + 1)]
     expected, found = saved(whole), saved(parts)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -90,6 +91,42 @@ def test_a_resumed_run_of_one_process_is_bit_equal(tmp_path, algorithm):
     together(1, in_parts, algorithm, tmp_path, runs)
     for number in range(len(runs)):
         check_same(tmp_path / str(number) / "whole", tmp_path / str(number) / "parts")
+
+
+def test_rounded_weights_go_on_from_their_float32_copies_where_no_optimizer_was_saved(tmp_path):
+    # without momentum, and at one learning rate, there is nothing that the optimizer would have kept
+    calm = {"optimizer": {"name": "sgd", "kwargs": {"lr": 0.1}}, "scheduler": {"kwargs": {"eta_min": 0.1}}}
+    together(2, in_parts, "SFT", tmp_path, [(TENSOR, {"mixed_precision": "bf16", "save_optimizer": False}, calm)])
+    whole, parts = tmp_path / "0" / "whole", tmp_path / "0" / "parts"
+    assert metrics(parts) == metrics(whole)
+    expected, found = saved(whole), saved(parts)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert not any(file.startswith("optimizer") for file, _ in found)
+    assert {weight.dtype for weight in whole_tensors(parts, "policy").values()} == {torch.float32}
+
+
+LONG_ENOUGH, STOP = 20, 10
+"""Steps of a float16 run: its loss scale begins at 2^32, and comes down through most of them before weights change."""
+
+
+def fp16_in_parts(folder):
+    for name in ("adamw", "distributed_fused_adam"):
+        train = {"mixed_precision": "fp16", "eval_interval": STOP, "save_best": False}
+        for part, steps in (("parts", STOP), ("whole", LONG_ENOUGH), ("parts", LONG_ENOUGH)):
+            train |= {"total_steps": steps, **AUTO}
+            nemo("SFT", folder / name / part, PIPELINE, train, optimizer={"name": name})
+
+
+def test_a_float16_run_goes_on_with_its_loss_scale(tmp_path):
+    together(4, fp16_in_parts, tmp_path)
+    for name in ("adamw", "distributed_fused_adam"):
+        whole, parts = tmp_path / name / "whole", tmp_path / name / "parts"
+        check_same(whole, parts, LONG_ENOUGH)
+        # the first overflow is forgiven, and each one after it halves the scale
+        scaler = json.loads((parts / f"checkpoint_{STOP}" / "updates.json").read_text())["scaler"]
+        assert scaler == {"scale": 2.0 ** (32 - (STOP - 1)), "growth_tracker": 0, "hysteresis_tracker": 2 - STOP}
+        skipped = [line["skipped_steps"] for line in metrics(whole) if "skipped_steps" in line]
+        assert skipped[STOP - 1] == STOP < skipped[-1] < LONG_ENOUGH
 
 
 MAGNIFYING = ("values/values_mape_error", "values/clipfrac")

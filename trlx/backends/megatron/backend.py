@@ -148,7 +148,7 @@ class MegatronBackend(Backend):
         dist.barrier()
 
     def save(self, folder: Path, optimizer: bool = True) -> None:
-        self.weights.save_trained(folder)
+        self.weights.save_trained(folder, self.updates)
         self.randomness.save(folder)
         if optimizer:
             self.weights.save_moments(folder, self.updates)
@@ -156,7 +156,7 @@ class MegatronBackend(Backend):
                 (folder / UPDATES_FILE).write_text(json.dumps(self.updates.state()))
 
     def load(self, folder: Path) -> None:
-        self.weights.load_trained(folder)
+        self.weights.load_trained(folder, self.updates)
         self.randomness.load(folder)
         if (folder / UPDATES_FILE).is_file():
             self.updates.load(json.loads((folder / UPDATES_FILE).read_text()))

@@ -30,7 +30,7 @@ MODULES = """
     utils tensor_parallel.mappings tensor_parallel.layers tensor_parallel.random pipeline_parallel.schedules
     pipeline_parallel.p2p_communication transformer.utils transformer.attention
     models.common.embeddings.rotary_pos_embedding distributed.param_and_grad_buffer optimizer.optimizer
-    optimizer.clip_grads
+    optimizer.clip_grads optimizer.grad_scaler
 """.split()
 """Modules of megatron.core that name CUDA and are used here."""
 

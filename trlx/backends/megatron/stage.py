@@ -89,14 +89,13 @@ class StageWeights:
         """Whether this process writes what its stage holds."""
         return self.place.data_rank == 0 and self.place.tensor_rank == 0
 
-    def save_trained(self, folder: Path) -> None:
-        """Writes what trains, as it is."""
-        self._write(
-            folder / f"policy-{self.place.stage:03d}.safetensors", self.whole(self.trained(), lambda w: w.value)
-        )
+    def save_trained(self, folder: Path, updates: Updates) -> None:
+        """Writes what trains, in the float32 that it is trained in."""
+        found = self.whole(self.trained(), lambda weight: updates.main(weight.value))
+        self._write(folder / f"policy-{self.place.stage:03d}.safetensors", found)
 
-    def load_trained(self, folder: Path) -> None:
-        """Restores `save_trained`, in any layout.
+    def load_trained(self, folder: Path, updates: Updates) -> None:
+        """Restores `save_trained`, in any layout and any precision.
 
         Raises:
             ValueError: other weights were trained.
@@ -111,7 +110,9 @@ class StageWeights:
         if any(found):
             examples = ", ".join(sorted({name for each in found for name in each})[:3])
             raise ValueError(f"{folder} holds other trained weights than this config asks for, e.g. {examples}")
-        self.load(read, trained)
+        with torch.no_grad():
+            for weight in trained:
+                updates.set_main(weight.value, self._part(weight, read).to(weight.value.device))
 
     def save_moments(self, folder: Path, updates: Updates) -> None:
         """Writes what the optimizer keeps of every weight."""

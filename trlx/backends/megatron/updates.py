@@ -13,6 +13,9 @@ from trlx.backends.megatron.cpu import cuda_type_names
 from trlx.backends.megatron.parallel import Place
 from trlx.backends.megatron.settings import MegatronSettings, Optim
 
+MAIN = "main"
+"""Asks `Updates.kept` for the float32 copy of a half weight."""
+
 
 class Updates:
     """Clips and applies gradients that are ready, unless they are not finite.
@@ -30,6 +33,7 @@ class Updates:
         if settings.dtype == torch.float16:
             for chunk in stage:
                 chunk.config.grad_scale_func = self.engine.scale_loss
+        self._scaler = getattr(self.engine, "grad_scaler", None)
         self._pieces = _pieces_of(self.engine) if settings.optim.distributed else {}
         self._set_rate()
 
@@ -55,9 +59,19 @@ class Updates:
         self.engine.zero_grad()
 
     def kinds(self, weight: Tensor) -> list[str]:
-        """What is kept for `weight` beside itself: ``main``, a float32 copy of a half weight, and running averages."""
-        main = [] if weight.dtype == torch.float32 else ["main"]
-        return main + (list(self.optim.moment_names) if self.step_count else [])
+        """Which running averages are kept of `weight`; none before the first step."""
+        return list(self.optim.moment_names) if self.step_count else []
+
+    def main(self, weight: Tensor) -> Tensor:
+        """The float32 weight that is trained, of which a half weight is a rounded copy. Called as `kept` is."""
+        is_half = weight.requires_grad and weight.dtype != torch.float32
+        return self.kept(weight, MAIN) if is_half else weight
+
+    def set_main(self, weight: Tensor, value: Tensor) -> None:
+        """Sets what `main` returns, and `weight` with it."""
+        weight.copy_(value)
+        if weight.requires_grad and weight.dtype != torch.float32:
+            self.keep(weight, MAIN, value)
 
     def kept(self, weight: Tensor, kind: str) -> Tensor:
         """What is kept, in the weight's shape. With the distributed optimizer every data rank has a piece of it, and
@@ -90,23 +104,28 @@ class Updates:
         """(what this process keeps, which part of the flat weight that is); the part is None for all of it."""
         if not self.optim.distributed:
             main = weight if weight.dtype == torch.float32 else weight.main_param
-            return (main if kind == "main" else self.engine.optimizer.state[main][kind]), None
+            return (main if kind == MAIN else self.engine.optimizer.state[main][kind]), None
         main = self._pieces.get(weight)
         if main is None:
             return None, slice(0)
         part = self.engine._get_model_param_range_map(weight)["param"]
-        piece = main if kind == "main" else self.engine.optimizer.state[main][kind]
+        piece = main if kind == MAIN else self.engine.optimizer.state[main][kind]
         return piece, slice(part.start, part.end)
 
     def state(self) -> dict[str, Any]:
         """Numbers for a checkpoint."""
-        scaler = getattr(self.engine, "grad_scaler", None)
-        return {"step_count": self.step_count, "scaler": None if scaler is None else scaler.state_dict()}
+        scaler = None if self._scaler is None else self._scaler.state_dict()
+        if scaler is not None:
+            scaler["scale"] = float(scaler["scale"])
+        return {"step_count": self.step_count, "scaler": scaler}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restores `state`."""
         self.step_count = state["step_count"]
         self._set_rate()
+        # a run that goes on in another precision has another scale, or none
+        if self._scaler is not None and state["scaler"] is not None:
+            self._scaler.load_state_dict({**state["scaler"], "scale": torch.tensor([state["scaler"]["scale"]])})
 
     def _clipped_norm(self) -> float:
         if self.max_norm is None:
