@@ -7,11 +7,13 @@ pickle is read.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,21 +61,69 @@ class TrainerState:
 
 @contextmanager
 def replacing(target: Path, is_main: bool, barrier: Callable[[], None]) -> Iterator[Path]:
-    """A temporary folder that takes the place of `target` when the block ends well. Called on every process."""
-    temporary, old = target.parent / f".{target.name}.writing", _displaced(target)
+    """A temporary folder that takes the place of `target` when the block ends well. Called on every process.
+
+    Everything in it is on the disk before it gets its name, and `target` is deleted only after that: a kill or a power
+    cut at any instant leaves one of the two whole, see `existing`.
+    """
+    temporary, old = _beside(target, "writing"), _beside(target, "replaced")
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
     yield temporary
     barrier()
-    if is_main:
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+    # by every process, as only the machine that wrote a file can flush it
+    _flush(temporary)
     barrier()
+    if is_main:
+        if is_checkpoint(target):
+            remove(old)
+            target.rename(old)
+        elif target.exists():
+            target.rmdir()
+        temporary.rename(target)
+        _flush_one(target.parent)
+        remove(old)
+    barrier()
+
+
+def check_replaceable(target: Path) -> None:
+    """Makes sure that nothing but a checkpoint is lost when `target` is replaced.
+
+    Raises:
+        ValueError: there is something else.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not is_checkpoint(target) or checkpoints(target):
+        raise ValueError(
+            f"{target} holds other things than one checkpoint, which would be deleted: name a new folder, for example "
+            f"{target}-saved"
+        )
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder, if it is there; a kill on the way leaves nothing under its name."""
+    if folder.exists():
+        doomed = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".removed", dir=folder.parent)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Clears what killed runs left half done under `folder`; a checkpoint whose successor never came is put back."""
+    for path in list(folder.glob(".*checkpoint*.*")):
+        target = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        if path.name.endswith(".replaced") and is_checkpoint(path) and not target.exists():
+            path.rename(target)
+        elif path.name.endswith((".replaced", ".writing", ".removed")):
+            remove(path)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a whole checkpoint."""
+    return (folder / STATE_FILE).is_file()
 
 
 def existing(folder: str | Path) -> Path:
@@ -82,20 +132,26 @@ def existing(folder: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is neither, or the folder is not a checkpoint.
     """
-    for candidate in (Path(folder), _displaced(Path(folder))):
-        if (candidate / STATE_FILE).is_file():
+    for candidate in (Path(folder), _beside(Path(folder), "replaced")):
+        if is_checkpoint(candidate):
             return candidate
     raise FileNotFoundError(f"No checkpoint at {folder}: {STATE_FILE} is not there")
 
 
+def checkpoints(checkpoint_dir: str | Path) -> list[Path]:
+    """The checkpoints ``checkpoint_<step>`` under `checkpoint_dir`, in the order of their steps."""
+    steps = {}
+    # what was about to be replaced begins with a dot, comes first, and gives way to what replaced it
+    for path in sorted(Path(checkpoint_dir).glob("*checkpoint_*")):
+        match = re.fullmatch(r"checkpoint_(\d+)|\.checkpoint_(\d+)\.replaced", path.name)
+        if match and is_checkpoint(path):
+            steps[int(match[1] or match[2])] = path
+    return [steps[step] for step in sorted(steps)]
+
+
 def newest(checkpoint_dir: str | Path) -> Path | None:
     """The checkpoint with the highest step under `checkpoint_dir`, or None."""
-    steps = {}
-    for path in Path(checkpoint_dir).glob("*checkpoint_*"):
-        match = re.fullmatch(r"(?:\.(?=.*\.replaced))?checkpoint_(\d+)(?:\.replaced)?", path.name)
-        if match and (path / STATE_FILE).is_file():
-            steps.setdefault(int(match[1]), path)
-    return steps[max(steps)] if steps else None
+    return next(reversed(checkpoints(checkpoint_dir)), None)
 
 
 def write_state(folder: Path, state: TrainerState, run: dict[str, Any]) -> None:
@@ -236,8 +292,25 @@ def own_randomness(seed: int) -> Iterator[None]:
         outside.restore()
 
 
-def _displaced(target: Path) -> Path:
-    return target.parent / f".{target.name}.replaced"
+def _beside(target: Path, kind: str) -> Path:
+    return target.parent / f".{target.name}.{kind}"
+
+
+def _flush(folder: Path) -> None:
+    """Has the disk write a folder with all that is in it."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    """Has the disk write a file, or which files a folder has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # some network file systems cannot flush a folder
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _random_file(folder: Path, process: str) -> Path:

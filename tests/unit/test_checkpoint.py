@@ -1,7 +1,9 @@
 """A checkpoint is whole or not there, and gives back exactly what went in."""
 
 import json
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,59 @@ def nothing():
 
 def write(target, step):
     with checkpoint.replacing(target, True, nothing) as folder:
+        (folder / "weights").write_text(f"of step {step}")
         checkpoint.write_state(folder, TrainerState(step=step), {})
+
+
+def step_of(folder):
+    """The step of a checkpoint of which nothing is missing."""
+    step = checkpoint.read_state(folder)[0].step
+    assert (folder / "weights").read_text() == f"of step {step}"
+    return step
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it."""
+
+
+CHANGES = ("rename", "unlink", "rmdir", "mkdir")
+"""What changes a folder; `shutil.rmtree` is made of these."""
+
+
+def kill_before(monkeypatch, number):
+    """Makes the change of a folder with that number, from 0, the end of the process."""
+    left = [number]
+
+    def dying(real):
+        def change(*args, **kwargs):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return real(*args, **kwargs)
+
+        return change
+
+    for name in CHANGES:
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+
+
+def killed_at_every_instant(tmp_path, monkeypatch, prepare, act, check, least):
+    """Does `act(folder)` again and again, killed one change of a folder later each time, and checks what is left."""
+    for number in range(100):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        prepare(folder)
+        with monkeypatch.context() as patch:
+            kill_before(patch, number)
+            try:
+                act(folder)
+            except Killed:
+                pass
+            else:
+                assert number >= least, "the kills did not reach the changes"
+                return
+        check(folder)
+    raise AssertionError("never came to an end")
 
 
 def test_a_folder_appears_only_when_it_is_complete(tmp_path):
@@ -35,17 +89,106 @@ def test_a_failure_while_writing_leaves_the_previous_checkpoint(tmp_path):
     with pytest.raises(KeyboardInterrupt), checkpoint.replacing(target, True, nothing) as folder:
         (folder / "part").write_text("x")
         raise KeyboardInterrupt
-    assert checkpoint.read_state(checkpoint.existing(target))[0].step == 1
+    assert step_of(checkpoint.existing(target)) == 1
     write(target, 2)
-    assert checkpoint.read_state(checkpoint.existing(target))[0].step == 2
+    assert step_of(checkpoint.existing(target)) == 2 and list(tmp_path.iterdir()) == [target]
 
 
-def test_a_kill_between_the_two_renames_leaves_a_readable_checkpoint(tmp_path):
-    target = tmp_path / "checkpoint_08"
-    write(target, 8)
-    target.rename(checkpoint._displaced(target))
-    assert checkpoint.read_state(checkpoint.existing(target))[0].step == 8
-    assert checkpoint.newest(tmp_path) == checkpoint._displaced(target)
+def test_a_kill_at_any_instant_of_a_replacement_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    found = set()
+
+    def check(folder):
+        target = folder / "checkpoint_08"
+        found.add(checkpoint.existing(target).name)
+        assert step_of(checkpoint.existing(target)) == 8
+        assert step_of(checkpoint.newest(folder)) == 8
+        # the next run tidies up, and its kills are no worse
+        checkpoint.tidy(folder)
+        assert [path.name for path in folder.iterdir()] == ["checkpoint_08"] and step_of(target) == 8
+
+    def prepare(folder):
+        write(folder / "checkpoint_08", 8)
+
+    killed_at_every_instant(tmp_path, monkeypatch, prepare, lambda folder: write(folder / "checkpoint_08", 8), check, 6)
+    assert found == {"checkpoint_08", ".checkpoint_08.replaced"}
+
+
+def test_a_kill_at_any_instant_of_tidying_or_deleting_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    def prepare(folder):
+        for step in (3, 8, 9):
+            write(folder / f"checkpoint_{step}", step)
+        write(folder / ".checkpoint_8.replaced", 8)
+        (folder / "checkpoint_9").rename(folder / ".checkpoint_9.replaced")
+        (folder / ".best_checkpoint.writing").mkdir()
+
+    def act(folder):
+        checkpoint.tidy(folder)
+        checkpoint.remove(folder / "checkpoint_3")
+
+    def check(folder):
+        found = checkpoint.checkpoints(folder)
+        assert [step_of(path) for path in found][-2:] == [8, 9] and found[-2].name == "checkpoint_8"
+
+    killed_at_every_instant(tmp_path, monkeypatch, prepare, act, check, 12)
+
+
+def test_what_is_half_deleted_is_never_chosen_beside_a_whole_checkpoint(tmp_path):
+    for step in range(8):  # in which order a file system lists the two is its own affair
+        whole, half = tmp_path / str(step) / f"checkpoint_{step}", tmp_path / str(step) / f".checkpoint_{step}.replaced"
+        write(whole, step)
+        write(half, step)
+        (half / "weights").unlink()  # its state file is still there
+        assert checkpoint.newest(tmp_path / str(step)) == whole
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name_and_before_the_old_one_goes(tmp_path, monkeypatch):
+    target, done = tmp_path / "checkpoint_1", []
+    write(target, 1)
+
+    def flushed(descriptor):
+        done.append(("flushed", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def renamed(old, new, rename=os.rename):
+        done.append(("renamed", Path(old).name))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "rename", renamed)
+    with checkpoint.replacing(target, True, nothing) as folder:
+        (folder / "hf_model").mkdir()
+        (folder / "hf_model" / "weights").write_text("x")
+        checkpoint.write_state(folder, TrainerState(step=2), {})
+    files = [".", checkpoint.STATE_FILE, "hf_model", "hf_model/weights"]
+    assert set(done[:4]) == {("flushed", os.path.normpath(folder / file)) for file in files}
+    names = [Path(path).name for _, path in done[4:]]
+    assert names == ["checkpoint_1", ".checkpoint_1.writing", tmp_path.name, ".checkpoint_1.replaced"]
+
+
+@pytest.mark.parametrize("kind", ["other files", "a file", "a run"])
+def test_only_a_checkpoint_is_replaced(tmp_path, kind):
+    target = tmp_path / "target"
+    if kind == "a file":
+        target.write_text("mine")
+    else:
+        target.mkdir()
+        (target / "notes.txt").write_text("mine")
+    if kind == "a run":  # a checkpoint was saved into it before it was used as train.checkpoint_dir
+        checkpoint.write_state(target, TrainerState(), {})
+        write(target / "checkpoint_1", 1)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"target .*: name a new folder, for example .*target-saved"):
+        checkpoint.check_replaceable(target)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_an_empty_folder_and_nothing_are_replaced(tmp_path):
+    write(tmp_path / "old", 1)
+    (tmp_path / "empty").mkdir()
+    for name in ("old", "empty", "new"):
+        checkpoint.check_replaceable(tmp_path / name)
+        write(tmp_path / name, 2)
+        assert step_of(tmp_path / name) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_the_newest_checkpoint_is_the_one_with_the_highest_step(tmp_path):
@@ -55,6 +198,7 @@ def test_the_newest_checkpoint_is_the_one_with_the_highest_step(tmp_path):
     (tmp_path / "checkpoint_11").mkdir()  # never finished: no state file
     (tmp_path / ".checkpoint_12.writing").mkdir()
     write(tmp_path / "best_checkpoint", 99)
+    write(tmp_path / "earlier.1" / "checkpoint_98", 98)
     assert checkpoint.newest(tmp_path).name == "checkpoint_10"
 
 

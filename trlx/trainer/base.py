@@ -188,7 +188,11 @@ class Trainer(ABC):
         self.backend.barrier()
 
     def save(self, directory: str | Path) -> None:
-        """Writes a checkpoint to `directory`, replacing the one there."""
+        """Writes a checkpoint to `directory`, replacing the one there.
+
+        Raises:
+            ValueError: `directory` holds other things than a checkpoint.
+        """
         self.state.method = self.method_state()
         self.state.tracker = self.tracker.state() if self.tracker else {}
         write_run(self, Path(directory))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trlx import checkpoint, logging
 from trlx.checkpoint import RandomState
+from trlx.trainer.together import on_main
 
 if TYPE_CHECKING:
     from trlx.trainer.base import Trainer
@@ -15,8 +16,13 @@ logger = logging.get_logger(__name__)
 
 
 def write_run(trainer: Trainer, target: Path) -> None:
-    """Puts everything `read_run` needs into a folder that takes the place of `target`. Called on every process."""
+    """Puts everything `read_run` needs into a folder that takes the place of `target`. Called on every process.
+
+    Raises:
+        ValueError: `target` holds other things than one checkpoint.
+    """
     backend = trainer.backend
+    on_main(backend, lambda: checkpoint.check_replaceable(target))
     with checkpoint.replacing(target, backend.is_main, backend.barrier) as folder:
         backend.save(folder, optimizer=trainer.config.train.save_optimizer)
         RandomState.capture().write(folder, f"{backend.data_rank:05d}{backend.part}")
