@@ -49,8 +49,8 @@ def comet() -> Any:
 
     metric = evaluate.load("comet", "wmt20-comet-da", progress_bar=False)
 
-    def reward_fn(outputs, source, reference, tokenizer=None, **kwargs):
-        predictions = [_plain(output, tokenizer) for output in outputs]
+    def reward_fn(outputs, source, reference, **kwargs):
+        predictions = [output.strip() for output in outputs]
         return metric.compute(predictions=predictions, references=reference, sources=source)["scores"]
 
     return reward_fn
@@ -90,10 +90,6 @@ def main(hparams=None, data: str = "default", reward: str = "default"):
 def _of_wmt(split: str, count: int):
     stream = hub_data("wmt16", "de-en", split=split, streaming=True)
     return (row["translation"] for row in islice(stream, count))
-
-
-def _plain(output: str, tokenizer) -> str:
-    return output.removesuffix(tokenizer.eos_token if tokenizer else "").strip()
 
 
 def _made() -> Rows:

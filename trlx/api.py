@@ -35,15 +35,15 @@ def train(
 
     Args:
         model_path: hub name, folder or ``transformers.PretrainedConfig``; used instead of ``config.model.model_path``.
-        reward_fn: ``reward_fn(samples, prompts, outputs, tokenizer, **metadata)``, called with keywords on lists of one
-            entry per sample; returns a number for each, or a list of numbers, one per response token.
+        reward_fn: gets those keywords that it names: samples, prompts and outputs (texts without eos), prompt_ids,
+            output_ids, ended, messages, the prompts' further keys (lists of one entry per sample), tokenizer and step.
+            Returns a number for each sample, or a list of numbers, one per response token. See docs/rewards.md.
         dataset: deprecated; ``(samples, rewards)``.
         samples: texts, dialogues (lists of alternating prompts and outputs), chats (lists of messages), or a data set.
         rewards: one number per sample (ILQL); without them samples are imitated (SFT).
         prompts: texts, chats, or dicts with "prompt" and further keys, which reach reward_fn as keyword lists.
         eval_prompts: the same for evaluations; by default the first of `prompts`.
-        metric_fn: ``metric_fn(samples, prompts, outputs, **metadata)`` returns a dict of lists with a number per
-            sample, or of plain numbers; reported at evaluations.
+        metric_fn: called as reward_fn is, at evaluations; returns a dict of lists of one number per sample, or numbers.
         config: without one, the default of PPO (with reward_fn), ILQL (with rewards) or SFT (otherwise).
         stop_sequences: texts that end a response and are cut off it.
 

@@ -35,6 +35,10 @@ class Rollout:
     In a dialogue the later user turns stand inside ``response`` with False here."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Whatever the caller's prompt dict carried beside ``"prompt"``."""
+    messages: list[Any] | None = None
+    """The chat that the prompt was written as; None where it was none."""
+    ended: bool = False
+    """Whether sampling ended by eos or a stop sequence, rather than for want of tokens."""
 
 
 @dataclass(slots=True)

@@ -167,6 +167,8 @@ class TrainConfig(Section):
     """main: reward_fn sees the global batch on the main process; each_rank: every process scores its own part."""
     reward_timeout: float | None = None
     """Seconds a call of reward_fn may take before the run stops."""
+    eos_in_outputs: bool = False
+    """In rollouts, samples and outputs of responses that ended carry the eos text, as in CarperAI's trlx."""
 
     def check(self) -> None:
         for name in ("seq_length", "epochs", "batch_size", "checkpoint_interval", "eval_interval"):

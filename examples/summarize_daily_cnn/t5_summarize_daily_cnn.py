@@ -47,10 +47,9 @@ def meteor() -> Any:
 
     metric = evaluate.load("meteor")
 
-    def reward_fn(outputs, original_summaries, tokenizer, **kwargs):
+    def reward_fn(outputs, original_summaries, **kwargs):
         pairs = zip(outputs, original_summaries, strict=True)
-        texts = ((output.removesuffix(tokenizer.eos_token).strip(), summary) for output, summary in pairs)
-        return [metric.compute(predictions=[ours], references=[theirs])["meteor"] for ours, theirs in texts]
+        return [metric.compute(predictions=[ours.strip()], references=[theirs])["meteor"] for ours, theirs in pairs]
 
     return reward_fn
 

@@ -192,8 +192,8 @@ def test_what_is_no_program_is_refused(program):
 def test_programs_that_examples_come_with_are_right_and_others_are_graded():
     (example,) = examples(1, seed=3)
     assert example.prompt == f"Input: {example.input} Output: {example.output} Function:"
-    outputs = [f" {example.program}</s>", " reverse([99])", " import os"]
-    assert correctness(outputs, [example.output] * 3, byte_tokenizer()) == [1, -0.5, -1]
+    outputs = [f" {example.program}", " reverse([99])", " import os"]
+    assert correctness(outputs, [example.output] * 3) == [1, -0.5, -1]
 
 
 def test_a_long_post_loses_its_end_but_not_the_cue():

@@ -26,7 +26,7 @@ def train(tmp_path, method="PPO", changes=None, **arguments):
         (lambda outputs, **kw: None, "None"),
         (lambda outputs, **kw: [[1.0] * 99 for _ in outputs], "99"),
         (lambda outputs, **kw: 1 / 0, "ZeroDivisionError"),
-        (lambda samples, prompts: [], "TypeError"),
+        (lambda samples, prompts: [], "returned 0 entries"),
     ],
 )
 def test_a_reward_that_is_not_one_number_per_sample_is_refused(tmp_path, reward_fn, words):

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.builders import char_tokenizer
 from trlx.batch import Rollout
-from trlx.rollout.scoring import RewardError, Scorer, decode, measure
+from trlx.rollout.calling import Arguments
+from trlx.rollout.scoring import Metric, RewardError, Scorer
 
 ROLLOUTS = [
     Rollout([1, 4, 5], [6, 2], metadata={"label": "x"}),
@@ -15,31 +17,6 @@ ROLLOUTS = [
 
 def returning(value):
     return lambda **given: value
-
-
-def test_samples_are_prompt_and_output_and_eos_shows_in_finished_rollouts_only(tokenizer):
-    prompts, responses = [[1, 4, 5], [0, 4]], [[6, 2], [6, 7, 6]]
-    assert decode(prompts, responses, tokenizer, keep_eos=True) == (["abc</s>", "acdc"], ["ab", "a"], ["c</s>", "cdc"])
-    assert decode(prompts, responses, tokenizer, keep_eos=False) == (["abc", "acdc"], ["ab", "a"], ["c", "cdc"])
-
-
-def test_reward_fn_gets_keywords_with_one_entry_per_sample(tokenizer):
-    got = {}
-
-    def reward_fn(samples, prompts, outputs, tokenizer, **metadata):
-        got.update(samples=samples, prompts=prompts, outputs=outputs, decoded=tokenizer.decode([4]), **metadata)
-        return [1, 2]
-
-    assert Scorer(reward_fn, tokenizer).score(ROLLOUTS) == [1.0, 2.0]
-    assert got == {
-        "samples": ["abc</s>", "acdc"],
-        "prompts": ["ab", "a"],
-        "outputs": ["c</s>", "cdc"],
-        "decoded": "a",
-        "label": ["x", "y"],
-    }
-    Scorer(reward_fn, tokenizer).score(ROLLOUTS, keep_eos=False)
-    assert got["outputs"] == ["c", "cdc"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +58,7 @@ def test_a_response_without_tokens_may_have_a_dense_score_without_numbers_or_one
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1.0], "1 entries for 2 samples; first sample: 'abc</s>'"),
+        ([1.0], "1 entries for 2 samples; first sample: 'abc'"),
         (None, "one entry per sample, got None"),
         (1.0, "one entry per sample, got 1.0"),
         ({"a": 1}, "one entry per sample, got {'a': 1}"),
@@ -90,7 +67,7 @@ def test_a_response_without_tokens_may_have_a_dense_score_without_numbers_or_one
         ([1.0, []], r"\[\], which is neither .* sample 1: 'acdc'"),
         ([1.0, [[1.0]]], r"\[\[1.0\]\], which is neither .* sample 1: 'acdc'"),
         ([1.0, float("nan")], "nan, which is not finite, for sample 1: 'acdc'"),
-        ([float("inf"), 1.0], "inf, which is not finite, for sample 0: 'abc</s>'"),
+        ([float("inf"), 1.0], "inf, which is not finite, for sample 0: 'abc'"),
         ([1.0, [1.0, float("nan")]], "nan.*, which is not finite, for sample 1: 'acdc'"),
         ([1.0, [1.0] * 4], "4 numbers, but the response has 3 tokens, for sample 1: 'acdc'"),
     ],
@@ -98,15 +75,6 @@ def test_a_response_without_tokens_may_have_a_dense_score_without_numbers_or_one
 def test_a_wrong_score_is_an_error_that_shows_the_sample(tokenizer, returned, message):
     with pytest.raises(RewardError, match=message):
         Scorer(returning(returned), tokenizer).score(ROLLOUTS)
-
-
-def test_an_exception_is_the_cause_of_the_error(tokenizer):
-    def reward_fn(**given):
-        raise KeyError("model")
-
-    with pytest.raises(RewardError, match="reward_fn raised KeyError: 'model'; first sample: 'abc</s>'") as caught:
-        Scorer(reward_fn, tokenizer).score(ROLLOUTS)
-    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_a_time_out_of_reward_fns_own_is_not_taken_for_ours(tokenizer):
@@ -175,13 +143,7 @@ def test_reward_fn_has_a_tokenizer_of_its_own(tokenizer):
 
 
 def measured(returned):
-    return measure(returning(returned), ["ac", "bc"], ["a", "b"], ["c", "c"], {})
-
-
-def test_metric_fn_gets_keywords_without_tokenizer():
-    got = {}
-    measure(lambda **given: got.update(given) or {}, ["ac"], ["a"], ["c"], {"label": ["x"]})
-    assert got == {"samples": ["ac"], "prompts": ["a"], "outputs": ["c"], "label": ["x"]}
+    return Metric(returning(returned))(Arguments.of([Rollout([4], [6]), Rollout([5], [6])], char_tokenizer()))
 
 
 def test_a_metric_is_a_number_per_sample_or_one_for_all():
@@ -210,4 +172,4 @@ def test_an_exception_of_metric_fn_is_reported_as_one_of_reward_fn_is():
         raise ZeroDivisionError("nothing")
 
     with pytest.raises(RewardError, match="metric_fn raised ZeroDivisionError: nothing; first sample: 'ac'"):
-        measure(metric_fn, ["ac"], ["a"], ["c"], {})
+        Metric(metric_fn)(Arguments.of([Rollout([4], [6])], char_tokenizer()))

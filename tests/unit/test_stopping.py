@@ -54,15 +54,15 @@ def test_characters_split_between_tokens_are_kept_whole():
 
 def test_eos_takes_the_place_of_a_stop_sequence_and_stands_once(tokenizer):
     stopper = Stopper(tokenizer, ["#"])
-    assert stopper.finish([4, 5, *ids_of(tokenizer, "#"), EOS], EOS) == [4, 5, EOS]
-    assert stopper.finish([4, EOS, *ids_of(tokenizer, "#")], EOS) == [4, EOS]
-    assert stopper.finish(ids_of(tokenizer, "#"), EOS) == [EOS]
+    assert stopper.finish([4, 5, *ids_of(tokenizer, "#"), EOS]) == ([4, 5, EOS], True)
+    assert stopper.finish([4, EOS, *ids_of(tokenizer, "#")]) == ([4, EOS], True)
+    assert stopper.finish(ids_of(tokenizer, "#")) == ([EOS], True)
 
 
 def test_a_response_that_did_not_stop_gets_no_eos(tokenizer):
     stopper = Stopper(tokenizer, ["#"])
-    assert stopper.finish([4, 5], EOS) == [4, 5]
-    assert stopper.finish([4, EOS], EOS) == [4, EOS]
+    assert stopper.finish([4, 5]) == ([4, 5], False)
+    assert stopper.finish([4, EOS]) == ([4, EOS], False)
 
 
 def test_generation_is_done_with_the_token_that_completes_a_stop_sequence(tokenizer):

@@ -8,7 +8,7 @@ import trlx
 from tests.builders import char_tokenizer, tiny_gpt2_config
 from tests.runs import PROMPTS, share_of_a, tiny_config
 from trlx.data.prompts import PromptPipeline
-from trlx.registry import trainers
+from trlx.trainer.accelerate import AcceleratePPOTrainer
 
 BOS, EOS = 1, 2
 KINDS = {
@@ -21,11 +21,11 @@ KINDS = {
 
 
 def collected(tmp_path, kind, prompts=PROMPTS, **changes):
-    """(prompts and responses as the backend had them, texts that reward_fn got, the collection, the trainer)."""
+    """(prompts and responses as the backend had them, what reward_fn got, the collection, the trainer)."""
     texts = []
 
-    def reward(samples, prompts, outputs, **kwargs):
-        texts.extend(zip(samples, prompts, outputs, strict=True))
+    def reward(samples, prompts, outputs, output_ids, ended, **kwargs):
+        texts.extend(zip(samples, prompts, outputs, output_ids, ended, strict=True))
         return share_of_a(samples, prompts, outputs)
 
     method = {"num_rollouts": 32, "chunk_size": 8, **changes}
@@ -33,7 +33,7 @@ def collected(tmp_path, kind, prompts=PROMPTS, **changes):
     # where pad is eos, the model's own padding id must not decide anything either
     model = {"model_path": tiny_gpt2_config(pad_token_id=None)}
     config = tiny_config(tmp_path, "PPO", method=method, tokenizer=tokenizer, model=model)
-    trainer = trainers.get("AcceleratePPOTrainer")(config=config, reward_fn=reward)
+    trainer = AcceleratePPOTrainer(config=config, reward_fn=reward)
     trainer.add_prompt_pipeline(PromptPipeline(prompts, 8, trainer.tokenizer))
     sampled, generate = [], trainer.backend.generate
 
@@ -68,9 +68,9 @@ def test_prompts_are_sampled_from_as_they_were_written(tmp_path, kind):
     assert {tuple(prompt) for prompt, _ in sampled} == {
         tuple(trainer.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in PROMPTS
     }
-    for (sample, prompt, output), (ids, response) in zip(texts, sampled, strict=True):
+    for (sample, prompt, output, output_ids, ended), (ids, response) in zip(texts, sampled, strict=True):
         assert sample == prompt + output and prompt in PROMPTS and len(prompt) == len(ids)
-        assert output.endswith("</s>") == (response[-1] == EOS)
+        assert output_ids == response and ended == (response[-1] == EOS) and "</s>" not in sample
 
 
 @pytest.mark.parametrize("kind", ["plain", "prepends bos"])

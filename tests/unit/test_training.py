@@ -33,7 +33,7 @@ def test_ppo_learns_what_the_reward_asks_for(tmp_path):
     changes = {"train": {"total_steps": 80, "eval_interval": 80}, "optimizer": {"kwargs": {"lr": 1e-2}}}
     run("PPO", tmp_path, method=method, **changes)
     rewards = [line["reward/mean"] for line in metrics(tmp_path) if "reward/mean" in line]
-    assert rewards[-1] > rewards[0] + 0.3
+    assert rewards[-1] > rewards[0] + 0.25
 
 
 def test_sft_learns_its_samples(tmp_path):

@@ -31,6 +31,8 @@ class Prompt:
     """As the caller wrote it; None where the caller gave token ids or a chat."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """The caller's further keys; each reaches reward_fn and metric_fn as a list aligned with the batch."""
+    messages: list[Any] | None = None
+    """The chat as the caller wrote it; None where the prompt is none."""
 
 
 @register_datapipeline
@@ -68,7 +70,8 @@ class PromptPipeline:
         contents, metadata = _separate(prompts)
         ids = self._tokenize(contents)
         texts = [content if isinstance(content, str) else None for content in contents]
-        self.prompts = [Prompt(*parts) for parts in zip(ids, texts, metadata, strict=True)]
+        chats = [list(content) if is_chat(content) else None for content in contents]
+        self.prompts = [Prompt(*parts) for parts in zip(ids, texts, metadata, chats, strict=True)]
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -23,8 +23,8 @@ class SequenceClassifierReward:
 
     ``trlx.train(reward_fn=SequenceClassifierReward("lvwerra/distilbert-imdb", label="POSITIVE"), prompts=[...])``
 
-    A model with one label gives its logit; one with several the probability of `label`. The eos text that rollouts (and
-    not evaluations) end with is cut off first: it is a word of the policy's tokenizer, not of this one.
+    A model with one label gives its logit; one with several the probability of `label`. The eos text that ends samples
+    under train.eos_in_outputs is cut off first: it is a word of the policy's tokenizer, not of this one.
 
     Args:
         model: hub name or folder, loaded when first called, so that only the processes that score hold it; or a model,

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trlx.batch import Rollout
+from trlx.data.prompts import Prompt
 from trlx.rollout.stopping import Stopper
 
 LISTS = frozenset(
@@ -71,6 +73,17 @@ class SamplingConfig:
         if self.eos_token_id is None:
             return []
         return list(self.eos_token_id) if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
+
+    def rollouts(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[Rollout]:
+        """Unscored rollouts of what was sampled: stop sequences are cut off, an eos in their place."""
+        return [
+            Rollout(prompt.ids, ids, metadata=prompt.metadata, messages=prompt.messages, ended=ended)
+            for prompt, (ids, ended) in zip(prompts, map(self._finished, responses), strict=True)
+        ]
+
+    def _finished(self, response: list[int]) -> tuple[list[int], bool]:
+        ids, was_cut = self.stop.finish(response) if self.stop else (response, False)
+        return ids, was_cut or (len(ids) > 0 and ids[-1] in self.eos_token_ids)
 
     @property
     def logprob_temperature(self) -> float:

@@ -7,54 +7,30 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as WaitedTooLong
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from trlx.batch import Rollout
+from trlx.data.prompts import RESERVED
+from trlx.rollout.calling import Arguments, RewardError, UserFunction, short
 
 Score = float | list[float]
 """One number for a response, or one per response token."""
 
 
-class RewardError(RuntimeError):
-    """reward_fn or metric_fn failed, took too long, or returned something else than one entry per sample."""
-
-
-def decode(
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    keep_eos: bool,
-    separator: str = "",
-) -> tuple[list[str], list[str], list[str]]:
-    """(samples, prompts, outputs) as reward_fn gets them: texts without special tokens.
-
-    A sample is prompt, `separator`, output; encoder-decoder models have a separator.
-
-    With `keep_eos` (rollouts, but not evaluations) an output whose response ends with eos ends with the eos text, which
-    tells a finished response from one that ran out of tokens.
-    """
-    prompt_texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    outputs = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    if keep_eos:
-        end = [tokenizer.eos_token_id]
-        pairs = zip(outputs, responses, strict=True)
-        outputs = [text + tokenizer.eos_token if list(ids[-1:]) == end else text for text, ids in pairs]
-    samples = [prompt + separator + output for prompt, output in zip(prompt_texts, outputs, strict=True)]
-    return samples, prompt_texts, outputs
-
-
 class Scorer:
-    """Calls ``reward_fn(samples, prompts, outputs, tokenizer, **metadata)`` in a thread of its own, checks the result.
+    """Calls reward_fn in a thread of its own, checks the result.
 
     Args:
-        reward_fn: takes lists of one entry per sample, by keyword; returns for each a number, or one per response token
-            (fewer: the rest counts 0), as a list, tuple, array or tensor.
+        reward_fn: takes lists of one entry per sample, by those keywords of `trlx.rollout.calling.OFFERED` and those
+            keys of the prompts that it names; returns for each sample a number, or one per response token (fewer: the
+            rest counts 0), as a list, tuple, array or tensor.
         timeout: seconds that one call may take; None: any time.
         separator: stands between prompt and output in the samples.
     """
@@ -66,7 +42,7 @@ class Scorer:
         timeout: float | None = None,
         separator: str = "",
     ):
-        self.reward_fn = reward_fn
+        self._function = UserFunction("reward_fn", reward_fn, unasked=RESERVED)
         # fast tokenizers raise "Already borrowed" when one thread changes their padding while another decodes
         self.tokenizer = copy.deepcopy(tokenizer)
         self.timeout = timeout
@@ -74,43 +50,44 @@ class Scorer:
         self._jobs: queue.SimpleQueue[tuple[Pending, Callable[[Pending], list[Score]]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def score(self, rollouts: Sequence[Rollout], keep_eos: bool = True) -> list[Score]:
+    def check(self, metadata: Iterable[str]) -> None:
+        """See `UserFunction.check`."""
+        self._function.check(metadata)
+
+    def score(self, rollouts: Sequence[Rollout], step: int = 0, eos_in_outputs: bool = False) -> list[Score]:
         """One score per rollout: a float, or a list of at most one float per response token.
 
         Raises:
             RewardError: reward_fn raised (its exception is the cause), timed out, or returned something of another
                 length or shape, or not finite. The message shows the sample in question.
         """
-        return self.submit(rollouts, keep_eos).result()
+        return self.submit(rollouts, step, eos_in_outputs).result()
 
-    def submit(self, rollouts: Sequence[Rollout], keep_eos: bool = True) -> Pending:
+    def submit(self, rollouts: Sequence[Rollout], step: int = 0, eos_in_outputs: bool = False) -> Pending:
         """Starts scoring and returns at once; ``.result()`` waits for what `score` returns or raises."""
         if self._thread is None:
             device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
             # a daemon, because a hanging reward_fn must not keep the process alive
             self._thread = threading.Thread(target=_work, args=(self._jobs, device), daemon=True, name="trlx-reward")
             self._thread.start()
-        pending = Pending(list(rollouts), keep_eos, self.timeout)
-        self._jobs.put((pending, self._call))
+        pending = Pending(list(rollouts), self.timeout)
+        self._jobs.put((pending, partial(self._call, step=step, eos_in_outputs=eos_in_outputs)))
         return pending
 
-    def _call(self, pending: Pending) -> list[Score]:
+    def _call(self, pending: Pending, step: int, eos_in_outputs: bool) -> list[Score]:
         rollouts = pending.rollouts
-        prompts, responses = [r.prompt for r in rollouts], [r.response for r in rollouts]
-        samples, prompts, outputs = decode(prompts, responses, self.tokenizer, pending.keep_eos, self.separator)
-        pending.first_sample = _short(samples[0])
-        metadata = {key: [r.metadata[key] for r in rollouts] for key in rollouts[0].metadata}
-        given = {"samples": samples, "prompts": prompts, "outputs": outputs, "tokenizer": self.tokenizer, **metadata}
-        entries = _entries("reward_fn", _answer("reward_fn", self.reward_fn, given), samples)
+        asked = Arguments.of(rollouts, self.tokenizer, step, self.separator, eos_in_outputs)
+        samples = asked.offered["samples"]
+        pending.first_sample = short(samples[0])
+        entries = _entries("reward_fn", self._function(asked), samples)
         return [_checked(*one) for one in zip(range(len(samples)), entries, rollouts, samples, strict=True)]
 
 
 class Pending:
     """Scores on their way."""
 
-    def __init__(self, rollouts: list[Rollout], keep_eos: bool, timeout: float | None):
+    def __init__(self, rollouts: list[Rollout], timeout: float | None):
         self.rollouts = rollouts
-        self.keep_eos = keep_eos
         self.first_sample = "not decoded yet"
         self._timeout = timeout
         self._began = 0.0
@@ -142,22 +119,22 @@ class Pending:
             self._future.set_exception(error)
 
 
-def measure(
-    metric_fn: Callable[..., Any],
-    samples: list[str],
-    prompts: list[str],
-    outputs: list[str],
-    metadata: Mapping[str, list[Any]],
-) -> dict[str, list[float] | float]:
-    """What ``metric_fn(samples, prompts, outputs, **metadata)`` says: by name, one number per sample or a plain number.
+class Metric(UserFunction):
+    """metric_fn, and a check of what it returns."""
 
-    Raises:
-        RewardError: metric_fn raised (its exception is the cause), or returned something else.
-    """
-    returned = _answer("metric_fn", metric_fn, {"samples": samples, "prompts": prompts, "outputs": outputs, **metadata})
-    if not isinstance(returned, Mapping):
-        raise RewardError(f"metric_fn must return a dict of lists or numbers by name, got {repr(returned)[:80]}")
-    return {str(name): _metric(name, _plain(values), samples) for name, values in returned.items()}
+    def __init__(self, metric_fn: Callable[..., Any]):
+        super().__init__("metric_fn", metric_fn, unasked=RESERVED[:3])
+
+    def __call__(self, arguments: Arguments) -> dict[str, list[float] | float]:
+        """By name, one number per sample or a plain number.
+
+        Raises:
+            RewardError: metric_fn raised (its exception is the cause), or returned something else.
+        """
+        returned, samples = super().__call__(arguments), arguments.offered["samples"]
+        if not isinstance(returned, Mapping):
+            raise RewardError(f"metric_fn must return a dict of lists or numbers by name, got {repr(returned)[:80]}")
+        return {str(name): _metric(name, _plain(values), samples) for name, values in returned.items()}
 
 
 def _metric(name: str, values: Any, samples: list[str]) -> list[float] | float:
@@ -167,7 +144,7 @@ def _metric(name: str, values: Any, samples: list[str]) -> list[float] | float:
     for index, number in enumerate(numbers):
         if not _is_number(number):
             raise RewardError(
-                f"metric_fn's {name!r} must be numbers, got {repr(number)[:80]} for {_short(samples[index])}"
+                f"metric_fn's {name!r} must be numbers, got {repr(number)[:80]} for {short(samples[index])}"
             )
     return [float(number) for number in numbers]
 
@@ -181,17 +158,9 @@ def _work(jobs: queue.SimpleQueue, device: int | None) -> None:
         del pending, fn  # or the last batch would live as long as this thread
 
 
-def _answer(name: str, fn: Callable[..., Any], given: dict[str, Any]) -> Any:
-    try:
-        return fn(**given)
-    except Exception as error:
-        first = _short(given["samples"][0])
-        raise RewardError(f"{name} raised {type(error).__name__}: {error}; first sample: {first}") from error
-
-
 def _entries(name: str, returned: Any, samples: list[str]) -> list[Any]:
     """One plain entry per sample: a number or a list."""
-    entries, first = _plain(returned), _short(samples[0])
+    entries, first = _plain(returned), short(samples[0])
     if not isinstance(entries, list):
         raise RewardError(f"{name} must return one entry per sample, got {repr(returned)[:80]}; first sample: {first}")
     if len(entries) != len(samples):
@@ -211,7 +180,7 @@ def _checked(index: int, entry: Any, rollout: Rollout, sample: str) -> Score:
         problem = f"{len(numbers)} numbers, but the response has {len(rollout.response)} tokens"
     else:
         return [float(number) for number in numbers] if is_dense and len(numbers) != 1 else float(numbers[0])
-    raise RewardError(f"reward_fn returned {problem}, for sample {index}: {_short(sample)}")
+    raise RewardError(f"reward_fn returned {problem}, for sample {index}: {short(sample)}")
 
 
 def _plain(value: Any) -> Any:
@@ -223,8 +192,3 @@ def _plain(value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
-
-
-def _short(sample: str, width: int = 300) -> str:
-    text = repr(sample)
-    return text if len(text) <= width else f"{text[: width // 2]} ... {text[-width // 2 :]}"

@@ -52,10 +52,11 @@ class Stopper:
             ids.pop()
         return ids, True
 
-    def finish(self, response_ids: Sequence[int], eos_id: int) -> list[int]:
-        """The response without its stop sequence and ended by eos instead; unchanged where there is none."""
+    def finish(self, response_ids: Sequence[int]) -> tuple[list[int], bool]:
+        """(the response without its stop sequence and ended by eos instead, whether there was one)."""
         ids, was_cut = self.cut(response_ids)
-        return [*ids, eos_id] if was_cut and ids[-1:] != [eos_id] else ids
+        end = [self.tokenizer.eos_token_id]
+        return [*ids, *end] if was_cut and ids[-1:] != end else ids, was_cut
 
     def criteria(self, prompt_width: int) -> StoppingCriteria:
         """For ``transformers``' generate: tells for each row of [B, prompt_width + new] tokens whether it is done."""

@@ -66,7 +66,7 @@ class Trainer(ABC):
         self.state = TrainerState()
         self.store: Store | None = None
         self.scorer: Scorer | None = None
-        if reward_fn:
+        if reward_fn is not None:
             separator = self.backend.layout.separator
             self.scorer = Scorer(reward_fn, self.tokenizer, config.train.reward_timeout, separator)
         self.evaluator: Evaluator | None = None
@@ -235,7 +235,7 @@ class Trainer(ABC):
         if self.evaluator is None:
             return {}
         with own_randomness(_mixed(self.config.train.seed, self.state.step, self.backend.data_rank)):
-            result = self.evaluator.run()
+            result = self.evaluator.run(self.state.step)
         if self.tracker is not None:
             self.tracker.log(result.metrics, self.state.step)
             samples = [dict(zip(result.columns, row, strict=True)) for row in result.rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ from trlx.backends.base import Backend
 from trlx.batch import Rollout
 from trlx.data.prompts import Prompt
 from trlx.data.store import own_rows
+from trlx.rollout.calling import Arguments
 from trlx.rollout.sampling import SamplingConfig
-from trlx.rollout.scoring import Scorer, decode, measure
+from trlx.rollout.scoring import Metric, Scorer
 from trlx.trainer.together import on_main
 
 
@@ -47,9 +49,16 @@ class Evaluator:
     """Prompts generated at once on each process."""
     scorer: Scorer | None
     metric_fn: Callable[..., Any] | None
+    _metric: Metric | None = field(init=False)
 
-    def run(self) -> EvaluationResult:
-        """Called on every process; the result is the same on each.
+    def __post_init__(self):
+        self.tokenizer = copy.deepcopy(self.tokenizer)  # metric_fn may do with it as it likes
+        self._metric = Metric(self.metric_fn) if self.metric_fn is not None else None
+        for function in filter(None, (self.scorer, self._metric)):
+            function.check(self.prompts[0].metadata)
+
+    def run(self, step: int = 0) -> EvaluationResult:
+        """Called on every process; the result is the same on each. `step` is what the functions hear of the run.
 
         Raises:
             RewardError: reward_fn or metric_fn failed or returned something else than one number per sample.
@@ -59,7 +68,7 @@ class Evaluator:
             began = time.perf_counter()
             rollouts = self._sample(sampling)
             generated = time.perf_counter()
-            columns, rows, means = on_main(self.backend, lambda rollouts=rollouts: self._judge(rollouts))
+            columns, rows, means = on_main(self.backend, lambda rollouts=rollouts: self._judge(rollouts, step))
             result.metrics |= {f"{name}{suffix}": value for name, value in means.items()}
             result.metrics["time/generate"] = result.metrics.get("time/generate", 0.0) + generated - began
             result.metrics["time/metric"] = result.metrics.get("time/metric", 0.0) + time.perf_counter() - generated
@@ -77,30 +86,20 @@ class Evaluator:
         for start in range(0, rows.stop - rows.start, self.batch_size):
             prompts = mine[start : start + self.batch_size]
             responses = self.backend.generate([prompt.ids for prompt in prompts], sampling)
-            rollouts += [
-                Rollout(prompt.ids, sampling.stop.cut(ids)[0] if sampling.stop else ids, metadata=prompt.metadata)
-                for prompt, ids in zip(prompts, responses, strict=True)
-            ]
+            rollouts += sampling.rollouts(prompts, responses)
         return self.backend.gather_objects(rollouts)
 
-    def _judge(self, rollouts: list[Rollout]) -> tuple[list[str], list[list[Any]], dict[str, float]]:
+    def _judge(self, rollouts: list[Rollout], step: int) -> tuple[list[str], list[list[Any]], dict[str, float]]:
         """Table columns, table rows and means of one setting."""
-        samples, prompts, outputs = decode(
-            [r.prompt for r in rollouts],
-            [r.response for r in rollouts],
-            self.tokenizer,
-            keep_eos=False,
-            separator=self.backend.layout.separator,
-        )
-        table: dict[str, list[Any]] = {"prompt": prompts, "output": outputs}
+        asked = Arguments.of(rollouts, self.tokenizer, step, self.backend.layout.separator)
+        table: dict[str, list[Any]] = {"prompt": asked.offered["prompts"], "output": asked.offered["outputs"]}
         means: dict[str, float] = {}
         if self.scorer is not None:
-            scores = self.scorer.score(rollouts, keep_eos=False)
+            scores = self.scorer.score(rollouts, step)
             table["reward"] = [sum(score) if isinstance(score, list) else score for score in scores]
             means["reward/mean"] = _mean(table["reward"])
-        if self.metric_fn is not None:
-            metadata = {key: [r.metadata[key] for r in rollouts] for key in rollouts[0].metadata}
-            for name, values in measure(self.metric_fn, samples, prompts, outputs, metadata).items():
+        if self._metric is not None:
+            for name, values in self._metric(asked).items():
                 if isinstance(values, list):
                     table[name] = values
                 means[f"metrics/{name}"] = _mean(values) if isinstance(values, list) else values

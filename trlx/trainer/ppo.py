@@ -62,8 +62,7 @@ class PPOTrainer(Trainer):
             self.backend,
             self.scorer,
             self.sampling(method.sampling),
-            self.tokenizer.eos_token_id,
-            score_on_each_rank=config.train.reward_on == "each_rank",
+            config.train,
         )
         self.log = RolloutLog(config, self.tokenizer)
 
@@ -81,6 +80,7 @@ class PPOTrainer(Trainer):
         """Sets the prompts that rollouts start from."""
         self.stream = PromptStream(pipeline, self.config.train.seed)
         self.prompt_digest = pipeline.digest()
+        self.scorer.check(pipeline[0].metadata)
 
     @property
     def sampling_kwargs(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class PPOTrainer(Trainer):
 
     def collect(self) -> TokenBatch:
         began = time.perf_counter()
-        rollouts, seconds = self.source.collect(self._chunks())
+        rollouts, seconds = self.source.collect(self._chunks(), self.state.step)
         batch = self._with_model_columns(self.backend.layout.collate(rollouts, self.source.sampling.pad_token_id))
         batch, score_stats = self._with_scaled_scores(batch)
         batch, kl_stats = self._with_advantages(batch)
@@ -109,7 +109,7 @@ class PPOTrainer(Trainer):
             **score_stats,
             **kl_stats,
             **seconds,
-            **_shape_stats(rollouts, self.source.sampling.eos_token_ids),
+            **_shape_stats(rollouts),
         }
         self.pending["time/rollout_time"] = time.perf_counter() - began
         if self.backend.is_main:
@@ -216,9 +216,9 @@ class PPOTrainer(Trainer):
             )
 
 
-def _shape_stats(rollouts: list[Rollout], eos_ids: list[int]) -> dict[str, float]:
+def _shape_stats(rollouts: list[Rollout]) -> dict[str, float]:
     count = len(rollouts)
     return {
         "rollouts/response_length": sum(len(r.response) for r in rollouts) / count,
-        "rollouts/ended": sum(r.response[-1] in eos_ids for r in rollouts) / count,
+        "rollouts/ended": sum(r.ended for r in rollouts) / count,
     }

@@ -45,8 +45,7 @@ class RFTTrainer(Trainer):
             self.backend,
             self.scorer,
             self.sampling(self.method.gen_kwargs),
-            self.tokenizer.eos_token_id,
-            score_on_each_rank=config.train.reward_on == "each_rank",
+            config.train,
         )
         self.log = RolloutLog(config, self.tokenizer)
 
@@ -57,6 +56,7 @@ class RFTTrainer(Trainer):
         """Sets the prompts; each is sampled from at every growth."""
         self.pipeline = pipeline
         self.prompt_digest = pipeline.digest()
+        self.scorer.check(pipeline[0].metadata)
 
     @property
     def rows_per_epoch(self) -> None:
@@ -95,7 +95,7 @@ class RFTTrainer(Trainer):
     def _grow(self) -> None:
         """Adds scored samples of the present policy to the history."""
         began = time.perf_counter()
-        rollouts, seconds = self.source.collect(self._chunks())
+        rollouts, seconds = self.source.collect(self._chunks(), self.state.step)
         for rollout in rollouts:
             rollout.score = sum(rollout.score) if isinstance(rollout.score, list) else rollout.score
         self.history += rollouts

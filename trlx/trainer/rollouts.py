@@ -13,7 +13,7 @@ from typing import Any
 
 from trlx.backends.base import Backend
 from trlx.batch import Rollout
-from trlx.config import TRLConfig
+from trlx.config import TrainConfig, TRLConfig
 from trlx.data.prompts import Prompt
 from trlx.data.store import own_rows
 from trlx.rollout.sampling import SamplingConfig
@@ -32,14 +32,13 @@ class RolloutSource:
     backend: Backend
     scorer: Scorer
     sampling: SamplingConfig
-    eos_token_id: int
-    score_on_each_rank: bool
-    """Every process calls reward_fn on its own rollouts; else the main one does on all."""
+    train: TrainConfig
 
-    def collect(self, chunks: Iterable[list[Prompt]]) -> tuple[list[Rollout], dict[str, float]]:
+    def collect(self, chunks: Iterable[list[Prompt]], step: int) -> tuple[list[Rollout], dict[str, float]]:
         """One rollout per prompt, in order, and the seconds it took.
 
-        Each chunk of prompts is shared by the processes; while it is scored the next one is generated.
+        Each chunk of prompts is shared by the processes; while it is scored the next one is generated. `step` is what
+        reward_fn hears of the run.
 
         Raises:
             RewardError: on every process, see `Scorer.score`.
@@ -53,7 +52,8 @@ class RolloutSource:
             rollouts += chunk
             to_score = mine if self.score_on_each_rank else chunk
             wanted = to_score and (self.backend.leads if self.score_on_each_rank else self.backend.is_main)
-            jobs.append(self.scorer.submit(to_score).result if wanted else list)
+            eos_in_outputs = self.train.eos_in_outputs
+            jobs.append(self.scorer.submit(to_score, step, eos_in_outputs).result if wanted else list)
         began = time.perf_counter()
         for rollout, score in zip(rollouts, self._wait(jobs), strict=True):
             rollout.score = score
@@ -63,14 +63,12 @@ class RolloutSource:
         """Unscored rollouts of this process's consecutive share of `prompts`."""
         mine = prompts[own_rows(len(prompts), self.backend.data_rank, self.backend.data_size)]
         responses = self.backend.generate([prompt.ids for prompt in mine], self.sampling)
-        return [
-            Rollout(prompt.ids, self._finished(response), metadata=prompt.metadata)
-            for prompt, response in zip(mine, responses, strict=True)
-        ]
+        return self.sampling.rollouts(mine, responses)
 
-    def _finished(self, response: list[int]) -> list[int]:
-        stop = self.sampling.stop
-        return stop.finish(response, self.eos_token_id) if stop else response
+    @property
+    def score_on_each_rank(self) -> bool:
+        """Every process calls reward_fn on its own rollouts; else the main one does on all."""
+        return self.train.reward_on == "each_rank"
 
     def _wait(self, jobs: list) -> list[Score]:
         """The scores of all chunks, in the order of the gathered rollouts."""

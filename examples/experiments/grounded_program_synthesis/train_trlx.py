@@ -19,10 +19,9 @@ def tasks(count: int) -> Rows:
     return [{"prompt": example.prompt, "expected": example.output} for example in examples(count)]
 
 
-def correctness(outputs, expected, tokenizer=None, **kwargs) -> list[float]:
+def correctness(outputs, expected, **kwargs) -> list[float]:
     """RIGHT if the program gives the expected value, WRONG if another, BROKEN if none."""
-    eos = tokenizer.eos_token if tokenizer else ""
-    return [grade(output.removesuffix(eos), value) for output, value in zip(outputs, expected, strict=True)]
+    return [grade(output, value) for output, value in zip(outputs, expected, strict=True)]
 
 
 def grade(program: str, expected) -> float:
