@@ -16,6 +16,7 @@ from typing import Any
 
 import trlx
 from examples.common import RewardFn, chosen, configure, example_parser
+from trlx.data.tokenizer import prompt_tokens
 
 BACKENDS = ("accelerate", "megatron")
 TRAINED = "ckpts/best_checkpoint"
@@ -107,7 +108,7 @@ def inference_config(method: str, hparams: Mapping[str, Any] | None) -> trlx.TRL
 
 def speak(trainer: Any, prompts: Sequence[str], judge: RewardFn, **gen_kwargs: Any) -> list[str]:
     """Each prompt with a sample of what follows; printed once with what `judge` thinks. Called on every process."""
-    ids = [trainer.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    ids = prompt_tokens(list(prompts), trainer.tokenizer)
     texts = trainer.tokenizer.batch_decode(trainer.generate(ids, **gen_kwargs), skip_special_tokens=True)
     if trainer.backend.is_main:
         print(*(f"{score:7.3f}  {text!r}" for score, text in zip(judge(samples=texts), texts, strict=True)), sep="\n")

@@ -19,19 +19,21 @@ def char_tokenizer(
     pad: bool = True,
     pad_is_eos: bool = False,
     adds_bos: bool = False,
+    adds_eos: bool = False,
     characters: str = CHARACTERS,
 ) -> PreTrainedTokenizerFast:
     """One token per character of `characters`; decoding gives back the plain text.
 
     Ids: <pad> 0, <s> 1, </s> 2, <unk> 3, "a" 4, "b" 5, ... whichever special tokens are declared. `adds_bos` puts <s>
-    in front of every text, as Llama's tokenizer does, where special tokens are asked for.
+    in front of every text, as Llama's tokenizer does, `adds_eos` </s> behind it, where special tokens are asked for.
     """
     ids = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
+    if adds_bos or adds_eos:
+        single = f"{'<s> ' * adds_bos}$A{' </s>' * adds_eos}"
+        tokenizer.post_processor = processors.TemplateProcessing(single, special_tokens=[("<s>", 1), ("</s>", 2)])
     special = {
         "bos_token": "<s>" if bos else None,
         "eos_token": "</s>" if eos else None,

@@ -161,6 +161,16 @@ def test_a_long_chat_prompt_keeps_its_end(caplog):
     assert "cut on the left or right" in caplog.text
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_long_chat_keeps_the_bos_that_its_template_writes(adds_bos):
+    tokenizer = with_template("<s>" + PLAIN, adds_bos=adds_bos)
+    tokenizer.truncation_side = "left"
+    (prompt,) = PromptPipeline([chat("abc")], 4, tokenizer)
+    assert tokenizer.decode(prompt.ids) == "<s>\na:"
+    (rollout,) = dialogues([chat("abc", "b")], tokenizer, 5)
+    assert tokenizer.decode(rollout.prompt + rollout.response) == "<s>a:b<|end|>"
+
+
 def test_samples_of_all_kinds_stay_in_order():
     tokenizer = with_template(PLAIN.replace("<|end|>", "</s>"))
     rollouts = dialogues(["b", chat("a", "b"), ["a", "c"]], tokenizer, 99, scores=[1.0, 2.0, 3.0])

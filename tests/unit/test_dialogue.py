@@ -28,7 +28,26 @@ def test_special_tokens_the_text_brings_along_are_not_doubled(tokenizer, text):
 def test_a_bos_that_the_tokenizer_adds_by_itself_appears_once():
     tokenizer = char_tokenizer(adds_bos=True)
     assert one("ab", tokenizer) == Rollout(prompt=[BOS], response=[A, B, EOS])
-    assert one(["a", "b"], tokenizer) == Rollout(prompt=[A], response=[B, EOS])
+    assert one(["a", "b"], tokenizer) == Rollout(prompt=[BOS, A], response=[B, EOS])
+
+
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_a_dialogue_begins_as_the_tokenizer_begins_texts_and_goes_on_without_special_tokens(adds_eos):
+    tokenizer = char_tokenizer(adds_bos=True, adds_eos=adds_eos)
+    for first in ("a", "<s>a"):
+        rollout = one([first, "b", "cc", "d"], tokenizer)
+        assert rollout == Rollout([BOS, A], [B, C, C, D, EOS], trained=[True, False, False, True, True])
+    for sample in (["", "ab"], ["", "<s>ab"], "ab", "<s>ab", ["", "", "", "ab"]):
+        assert one(sample, tokenizer) == Rollout(prompt=[BOS], response=[A, B, EOS])
+    assert one(["", "", "a", "b"], tokenizer) == Rollout(prompt=[BOS, A], response=[B, EOS])
+
+
+def test_what_is_cut_on_the_left_keeps_its_bos():
+    for tokenizer in (char_tokenizer(adds_bos=True), char_tokenizer()):
+        tokenizer.truncation_side = "left"
+        assert one(["<s>ab", "cd"], tokenizer, 5) == Rollout(prompt=[BOS, B], response=[C, D, EOS])
+        assert one(["<s>ab", "cd"], tokenizer, 3) == Rollout(prompt=[BOS], response=[D, EOS])
+        assert one("abcd", tokenizer, 3) == Rollout(prompt=[BOS], response=[D, EOS])
 
 
 @pytest.mark.parametrize("pair", [["ab", "c"], ("ab", "c"), ["ab", "c</s>"]])

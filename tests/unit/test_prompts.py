@@ -11,12 +11,13 @@ def test_the_pipeline_is_registered_under_its_name():
     assert pipelines.get("promptpipeline") is PromptPipeline
 
 
-def test_a_text_is_tokenized_without_special_tokens(tokenizer):
+def test_a_text_is_tokenized_with_what_the_tokenizer_puts_in_front_and_without_what_it_appends(tokenizer):
     pipeline = PromptPipeline(["ab", "c"], 8, tokenizer)
     assert len(pipeline) == 2
     assert pipeline[0] == Prompt(ids=[4, 5], text="ab", metadata={})
-    assert PromptPipeline(["ab"], 8, char_tokenizer(adds_bos=True))[0].ids == [4, 5]
-    assert PromptPipeline(["ab"], 8, char_tokenizer(adds_bos=True), add_special_tokens=True)[0].ids == [1, 4, 5]
+    llama = char_tokenizer(adds_bos=True, adds_eos=True)
+    assert [prompt.ids for prompt in PromptPipeline(["ab", "<s>c", ""], 8, llama)] == [[1, 4, 5], [1, 6], [1]]
+    assert PromptPipeline(["ab"], 8, llama, add_special_tokens=True)[0].ids == [1, 4, 5, 2]
 
 
 def test_token_ids_are_taken_as_they_are(tokenizer):
@@ -42,10 +43,16 @@ def test_long_prompts_are_cut_on_the_truncation_side_with_one_warning(tokenizer,
         assert part in record.message
 
 
-def test_a_cut_prompt_keeps_the_special_tokens_it_was_given():
-    tokenizer = char_tokenizer(adds_bos=True)
-    tokenizer.truncation_side = "left"
-    assert PromptPipeline(["abcd"], 3, tokenizer, add_special_tokens=True)[0].ids == [1, 6, 7]
+@pytest.mark.parametrize(("side", "kept"), [("right", [4, 5]), ("left", [6, 7])])
+def test_a_cut_prompt_keeps_its_bos_and_what_an_encoder_wants_at_its_end(side, kept):
+    tokenizer = char_tokenizer(adds_bos=True, adds_eos=True)
+    tokenizer.truncation_side = side
+    assert PromptPipeline(["abcd"], 4, tokenizer, add_special_tokens=True)[0].ids == [1, *kept, 2]
+    prompts = ["abcd", "<s>abcd", [1, 4, 5, 6, 7]]
+    for each in (tokenizer, char_tokenizer()):
+        each.truncation_side = side
+        cut = [prompt.ids for prompt in PromptPipeline(prompts[each is not tokenizer :], 3, each)]
+        assert cut == [[1, *kept]] * (3 if each is tokenizer else 2)
 
 
 def test_prompts_that_fit_are_not_talked_about(tokenizer, caplog):

@@ -14,6 +14,7 @@ BOS, EOS = 1, 2
 KINDS = {
     "plain": {},
     "prepends bos": {"adds_bos": True},
+    "prepends bos, appends eos": {"adds_bos": True, "adds_eos": True},
     "no pad": {"pad": False},
     "pad is eos": {"pad_is_eos": True},
     "no bos": {"bos": False},
@@ -63,13 +64,14 @@ def test_the_ids_in_the_collection_are_the_ids_that_were_sampled(tmp_path, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompts_are_sampled_from_as_they_were_written(tmp_path, kind):
+def test_prompts_are_sampled_from_as_they_were_written_behind_what_the_tokenizer_puts_in_front(tmp_path, kind):
     sampled, texts, _, trainer = collected(tmp_path, kind)
+    start = [BOS] if "prepends" in kind else []
     assert {tuple(prompt) for prompt, _ in sampled} == {
-        tuple(trainer.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in PROMPTS
+        (*start, *trainer.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in PROMPTS
     }
     for (sample, prompt, output, output_ids, ended), (ids, response) in zip(texts, sampled, strict=True):
-        assert sample == prompt + output and prompt in PROMPTS and len(prompt) == len(ids)
+        assert sample == prompt + output and prompt in PROMPTS and len(prompt) == len(ids) - len(start)
         assert output_ids == response and ended == (response[-1] == EOS) and "</s>" not in sample
 
 
@@ -110,5 +112,18 @@ def test_samples_end_with_one_eos_that_is_trained(tmp_path, kind):
     trainer = trlx.train(config=config, samples=samples)
     batch = trainer.store.rows([0, 1, 2, 3])
     start = EOS if kind == "no bos" else BOS
-    assert batch.tokens.tolist() == [[start, 4, 5, EOS]] * 2 + [[4, 5, 6, EOS]] * 2
-    assert batch.response_mask.tolist() == [[False, True, True, True]] * 2 + [[False, False, True, True]] * 2
+    pair = [BOS, 4, 5, 6, EOS] if "prepends" in kind else [4, 5, 6, EOS]
+    rows = [ids[mask].tolist() for ids, mask in zip(batch.tokens, batch.attention_mask, strict=True)]
+    assert rows == [[start, 4, 5, EOS]] * 2 + [pair] * 2
+    trained = [ids[mask].tolist() for ids, mask in zip(batch.tokens, batch.response_mask, strict=True)]
+    assert trained == [[4, 5, EOS]] * 2 + [[6, EOS]] * 2
+
+
+@pytest.mark.parametrize("kind", ["plain", "prepends bos", "no bos"])
+def test_evaluations_begin_as_rollouts_do_also_where_no_prompts_are_given(tmp_path, kind):
+    tokenizer = {"tokenizer_path": char_tokenizer(**KINDS[kind])}
+    config = tiny_config(tmp_path, "SFT", tokenizer=tokenizer, train={"total_steps": 0})
+    begun = [[BOS, 4, 5]] if kind == "prepends bos" else [[4, 5]]
+    for given, wanted in ((["ab"], begun), (None, [[EOS if kind == "no bos" else BOS]] * 4)):
+        trainer = trlx.train(config=config, samples=["ab"], eval_prompts=given)
+        assert [prompt.ids for prompt in trainer.evaluator.prompts] == wanted

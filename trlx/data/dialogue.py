@@ -11,7 +11,7 @@ from trlx import logging
 from trlx.batch import Rollout
 from trlx.data.chat import chat_tokens, is_chat
 from trlx.data.rows import sample_list
-from trlx.data.tokenizer import shorten, start_token_id
+from trlx.data.tokenizer import beginning, begins_with, front, shorten
 
 logger = logging.get_logger(__name__)
 
@@ -25,12 +25,13 @@ def dialogues(
 ) -> list[Rollout]:
     """Tokenizes samples of at most `max_length` tokens each.
 
-    A text is one response to the bos token (eos where the tokenizer has no bos). A list or tuple alternates prompt,
-    output, prompt, output ...; everything before the first output is the prompt of the rollout, the rest its response,
-    in which the later prompts are not trained. A list of messages, ``{"role": "user", "content": "Hi"}``, is a chat:
-    the tokenizer's chat template writes it, and the assistant's turns are its outputs (see `chat_tokens`). One eos ends
-    each sample, unless the chat template ends turns by a token of its own. What is too long is cut on the tokenizer's
-    truncation side; where that leaves an output at the very start, bos becomes its prompt.
+    A text is one response to what the tokenizer puts in front of texts, or else to bos (see `beginning`). A list or
+    tuple alternates prompt, output, prompt, output ...; everything before the first output, with the same in front, is
+    the prompt of the rollout, the rest its response, in which the later prompts are not trained. A list of messages,
+    ``{"role": "user", "content": "Hi"}``, is a chat: the tokenizer's chat template writes it, and the assistant's turns
+    are its outputs (see `chat_tokens`). One eos ends each sample, unless the chat template ends turns by a token of its
+    own. What is too long is cut on the tokenizer's truncation side, except a bos in front; where that leaves an output
+    at the very start, bos becomes its prompt.
 
     Args:
         samples: the samples, or a data set whose columns say what they are (see `sample_list`).
@@ -49,8 +50,9 @@ def dialogues(
     for index, sample in enumerate(samples):
         _check(index, sample)
     rollouts = []
+    start = beginning(tokenizer)
     for index, (ids, trained) in enumerate(_tokenized(samples, tokenizer, special_tokens)):
-        rollout = _rollout(ids, trained, tokenizer, max_length)
+        rollout = _rollout(ids, trained, tokenizer.truncation_side, max_length, start)
         if rollout is not None:
             rollout.score = 0.0 if scores is None else scores[index]
             rollouts.append(rollout)
@@ -77,6 +79,8 @@ def _tokenized(
     samples: list[Any], tokenizer: PreTrainedTokenizerBase, special_tokens: bool
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """The token ids of each sample, and which of them are an output's."""
+    before = [] if special_tokens else front(tokenizer)
+    alone = beginning(tokenizer)
     turns = [("", sample) if isinstance(sample, str) else () if is_chat(sample) else sample for sample in samples]
     texts = [text for turn in turns for text in turn]
     ids = iter(tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"] if texts else [])
@@ -84,9 +88,7 @@ def _tokenized(
         if is_chat(sample):
             yield chat_tokens(sample, tokenizer, f"Sample {index}")
             continue
-        messages = [next(ids) for _ in turns[index]]
-        if isinstance(sample, str) and not messages[0] and messages[1][:1] == [start_token_id(tokenizer)]:
-            messages[1] = messages[1][1:]  # the text, or its tokenizer, brought the bos along
+        messages = _begun([next(ids) for _ in turns[index]], before, alone)
         if messages[-1][-1:] != [tokenizer.eos_token_id]:
             messages[-1] = [*messages[-1], tokenizer.eos_token_id]
         yield (
@@ -95,15 +97,25 @@ def _tokenized(
         )
 
 
-def _rollout(
-    ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Rollout | None:
+def _begun(messages: list[list[int]], before: list[int], alone: list[int]) -> list[list[int]]:
+    """The messages, with `before` at the beginning of the first, or `alone` where that is an output; once, also where
+    the message brings it along."""
+    first = next((index for index, message in enumerate(messages) if message), 1)
+    said = messages[first]
+    if first % 2:
+        messages[0], messages[first] = alone, said[begins_with(said, alone) :]
+    elif not begins_with(said, before):
+        messages[first] = [*before, *said]
+    return messages
+
+
+def _rollout(ids: list[int], trained: list[bool], side: str, max_length: int, start: list[int]) -> Rollout | None:
     """One sample, an output being where `trained` is True; None where no token of an output is left."""
-    side = tokenizer.truncation_side
-    ids, trained = shorten(ids, max_length, side), shorten(trained, max_length, side)
+    kept = begins_with(ids, start)
+    ids, trained = shorten(ids, max_length, side, kept), shorten(trained, max_length, side, kept)
     if trained and trained[0]:
-        ids = [start_token_id(tokenizer), *shorten(ids, max_length - 1, side)]
-        trained = [False, *shorten(trained, max_length - 1, side)]
+        room = max(max_length - len(start), 0)
+        ids, trained = start + shorten(ids, room, side), [False] * len(start) + shorten(trained, room, side)
     if True not in trained:
         return None
     first = trained.index(True)

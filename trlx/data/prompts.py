@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trlx import logging
 from trlx.data.chat import chat_prompt, is_chat
 from trlx.data.order import permutation
-from trlx.data.tokenizer import shorten
+from trlx.data.tokenizer import beginning, begins_with, prompt_tokens, shorten
 from trlx.registry import register_datapipeline
 
 logger = logging.get_logger(__name__)
@@ -40,12 +40,13 @@ class PromptPipeline:
     """Prompts of at most `max_prompt_length` tokens, ready to sample from.
 
     Args:
-        prompts: texts, lists of token ids, chats (lists of messages, ``{"role": "user", "content": "Hi"}``, written by
-            the tokenizer's chat template up to where the assistant answers), or dicts that hold one of these as
-            "prompt" beside any further keys, the same in every dict. The dicts are left as they are.
+        prompts: texts (which get what the tokenizer puts in front of them, see `prompt_tokens`), lists of token ids,
+            chats (lists of messages, ``{"role": "user", "content": "Hi"}``, written by the tokenizer's chat template up
+            to where the assistant answers), or dicts that hold one of these as "prompt" beside any further keys, the
+            same in every dict. The dicts are left as they are.
         max_prompt_length: what is longer is cut on the tokenizer's truncation side, with one warning for all; chats
-            always on the left, as without their end nobody would be asked to answer.
-        add_special_tokens: let the tokenizer add what it adds by itself (encoder-decoder models want that).
+            always on the left, as without their end nobody would be asked to answer. A bos in front stays.
+        add_special_tokens: let the tokenizer also append what it appends by itself (encoder-decoder models want that).
 
     Raises:
         ValueError, TypeError: no prompts, a prompt without tokens, of another type, or with other keys than the first;
@@ -90,7 +91,7 @@ class PromptPipeline:
 
     def _tokenize(self, contents: list[Any]) -> list[list[int]]:
         texts = [content for content in contents if isinstance(content, str)]
-        of_texts = iter(self._ids_of(texts, verbose=False) if texts else [])
+        of_texts = iter(prompt_tokens(texts, self.tokenizer, self.add_special_tokens))
         ids = []
         for index, content in enumerate(contents):
             if is_chat(content):
@@ -108,21 +109,19 @@ class PromptPipeline:
     def _cut_long_ones(self, contents: list[Any], ids: list[list[int]]) -> list[list[int]]:
         limit = self.max_prompt_length
         long = [index for index, tokens in enumerate(ids) if len(tokens) > limit]
+        start = beginning(self.tokenizer) if long else []
         sides = {index: "left" if is_chat(contents[index]) else self.tokenizer.truncation_side for index in long}
         for index, side in sides.items():
-            if isinstance(contents[index], str):  # its special tokens, if it has any, must survive
-                ids[index] = self._ids_of(contents[index], truncation=True, max_length=limit)
+            if self.add_special_tokens and isinstance(contents[index], str):  # those at its end must survive, too
+                ids[index] = self.tokenizer(contents[index], truncation=True, max_length=limit)["input_ids"]
             else:
-                ids[index] = shorten(ids[index], limit, side)
+                ids[index] = shorten(ids[index], limit, side, begins_with(ids[index], start))
         if long:
             logger.warning(
                 f"{len(long)} of {len(ids)} prompts were longer than {limit} tokens (train.seq_length less the "
                 f"max_new_tokens of generation) and were cut on the {' or '.join(sorted(set(sides.values())))}"
             )
         return ids
-
-    def _ids_of(self, text: str | list[str], **how: Any) -> list:
-        return self.tokenizer(text, add_special_tokens=self.add_special_tokens, **how)["input_ids"]
 
 
 class PromptStream:

@@ -72,11 +72,43 @@ def read_tokenizer(path: str, **how: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What a text without a prompt is conditioned on: bos, or eos where there is no bos."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+def front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text: bos for Llama and Gemma, nothing for GPT-2."""
+    bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
 
 
-def shorten(tokens: list, length: int, side: str) -> list:
-    """At most `length` items, the rest cut off on `side` ("left" or "right")."""
-    return tokens[:length] if side == "right" else tokens[max(len(tokens) - length, 0) :]
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a response without a prompt follows, as it must follow something: `front`; where that is nothing bos, and
+    where there is none eos."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return front(tokenizer) or [eos if bos is None else bos]
+
+
+def prompt_tokens(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False
+) -> list[list[int]]:
+    """The token ids of texts that a response follows in the same row.
+
+    In front of each stands what the tokenizer puts there, once, also where the text brings it along. What it appends
+    (an eos) is left out.
+
+    Args:
+        special_tokens: both are wanted, as by an encoder, which reads whole texts (see ``Layout.special_tokens``).
+    """
+    ids = tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"] if texts else []
+    start = [] if special_tokens else front(tokenizer)
+    return [row if begins_with(row, start) else [*start, *row] for row in ids]
+
+
+def shorten(tokens: list, length: int, side: str, kept: int = 0) -> list:
+    """At most `length` items, the rest cut off on `side` ("left" or "right") behind the first `kept`."""
+    if side == "right" or len(tokens) <= length:
+        return tokens[:length]
+    kept = min(kept, length)
+    return [*tokens[:kept], *tokens[len(tokens) - length + kept :]]
+
+
+def begins_with(tokens: list[int], start: list[int]) -> int:
+    """How many of the first tokens are `start`: all or none of it."""
+    return len(start) if tokens[: len(start)] == start else 0
