@@ -2,7 +2,7 @@
 
 ``from trlx.data.configs import TRLConfig`` goes on working, with one DeprecationWarning for each old path in a process.
 The finder in ``trlx/__init__.py`` asks `find_spec` once Python's own search has found nothing. A few old functions
-whose place nothing has taken stand at the end of this file.
+whose place nothing has taken stand at the end of this file; what is gone is answered from `trlx.compat_names`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from trlx.compat_names import GONE
+
 _SECTIONS = {
     name: f"trlx.config:{name}"
     for name in ("TRLConfig", "ModelConfig", "TokenizerConfig", "OptimizerConfig", "SchedulerConfig", "TrainConfig")
@@ -39,6 +41,7 @@ _LOGGING = (
 ).split()
 
 OLD_PATHS: dict[str, dict[str, str]] = {
+    "trlx.trlx": {"train": "trlx.api:train"},
     "trlx.data.configs": _SECTIONS,
     "trlx.data.default_configs": {**_SECTIONS, **_METHODS, **_PRESETS, **_NEMO_PRESETS},
     "trlx.data.method_configs": {
@@ -78,26 +81,37 @@ OLD_PATHS: dict[str, dict[str, str]] = {
     },
     "trlx.utils": {"set_seed": "trlx.compat:set_seed"},
     "trlx.utils.loading": {"get_trainer": "trlx.compat:get_trainer", "get_pipeline": "trlx.compat:get_pipeline"},
-    "trlx.utils.logging": {name: f"trlx.logging:{name}" for name in _LOGGING},
+    "trlx.utils.logging": {
+        **{name: f"trlx.logging:{name}" for name in _LOGGING},
+        "MultiProcessAdapter": "trlx.logging:RankLogger",
+        "log_levels": "trlx.logging:LEVELS",
+    },
     "trlx.utils.modeling": {
         "RunningMoments": "trlx.methods.masked:RunningMoments",
         "whiten": "trlx.compat:whiten",
         "logprobs_of_labels": "trlx.compat:logprobs_of_labels",
         "flatten_dict": "trlx.compat:flatten_dict",
+        "hf_get_decoder": "trlx.models.decoder:trunk",
+        "hf_get_decoder_blocks": "trlx.models.decoder:blocks",
+        "hf_get_decoder_final_norm": "trlx.models.decoder:final_norm",
+        "hf_get_lm_head": "trlx.models.decoder:output_head",
     },
 }
 """Old module -> name -> where it is now, as "module:attribute"."""
 
 
 def find_spec(name: str) -> ModuleSpec | None:
-    """The spec of an old module; None for a name that CarperAI's trlx had not either."""
-    if name not in OLD_PATHS:
+    """The spec of an old module or of something gone; None for a name that CarperAI's trlx had not either."""
+    if name not in OLD_PATHS and name not in GONE:
         return None
-    return importlib.util.spec_from_loader(name, _Loader(), is_package=name in ("trlx.pipeline", "trlx.utils"))
+    # ``from package import name`` makes Python look for a module package.name, and so reach the sentence about name
+    return importlib.util.spec_from_loader(name, _Loader(), is_package=True)
 
 
 class _Loader:
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        if spec.name in GONE:
+            raise ImportError(GONE[spec.name], name=spec.name)
         return _OldModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -108,9 +122,9 @@ class _OldModule(ModuleType):
     """Looks a name up when it is first asked for, and warns at the first of them."""
 
     def __getattr__(self, name: str) -> Any:
-        table = OLD_PATHS[self.__name__]
+        table, full_name = OLD_PATHS[self.__name__], f"{self.__name__}.{name}"
         if name not in table:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+            raise AttributeError(GONE.get(full_name, f"module {self.__name__!r} has no attribute {name!r}"))
         if not any(known in self.__dict__ for known in table):
             warnings.warn(_advice(self.__name__, name), DeprecationWarning, stacklevel=2)
         module, _, attribute = table[name].partition(":")
