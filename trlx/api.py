@@ -10,7 +10,7 @@ import trlx.trainer.accelerate
 import trlx.trainer.nemo  # noqa: F401  registers its trainers, as the line above does
 from trlx import logging
 from trlx.config import TRLConfig
-from trlx.data.prompts import PromptPipeline
+from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list
 from trlx.presets import default_ilql_config, default_ppo_config, default_sft_config
 from trlx.registry import pipelines, trainers
@@ -58,8 +58,8 @@ def train(
         warnings.warn("train(dataset=...) is now train(samples=..., rewards=...)", DeprecationWarning, stacklevel=2)
         samples, rewards = dataset
     config = _config(config, model_path, reward_fn, rewards)
-    trainer_class = trainers.get(config.train.trainer)
-    online = getattr(trainer_class, "online", reward_fn is not None)
+    trainer_class = _trainer_class(config.train.trainer)
+    online = trainer_class.online
     _check_arguments(trainer_class, online, reward_fn, samples, rewards)
     trainer = trainer_class(
         config=config,
@@ -88,7 +88,14 @@ def _config(config: TRLConfig | None, model_path, reward_fn, rewards) -> TRLConf
     return config if model_path is None else config.evolve(model={"model_path": model_path})
 
 
-def _check_arguments(trainer_class: type, online: bool, reward_fn, samples, rewards) -> None:
+def _trainer_class(name: str) -> type[Trainer]:
+    found = trainers.get(name)
+    if not issubclass(found, Trainer):
+        raise TypeError(f"{found.__name__} must subclass trlx.trainer.base.Trainer, see docs/own-method.md")
+    return found
+
+
+def _check_arguments(trainer_class: type[Trainer], online: bool, reward_fn, samples, rewards) -> None:
     trainer = trainer_class.__name__
     if reward_fn is None and samples is None:
         raise ValueError("train() needs reward_fn (to learn online) or samples (to learn offline)")
@@ -102,11 +109,10 @@ def _check_arguments(trainer_class: type, online: bool, reward_fn, samples, rewa
         _check_rewards(trainer_class, rewards)
 
 
-def _check_rewards(trainer_class: type, rewards) -> None:
-    wanted = getattr(trainer_class, "rewarded", rewards is not None)
-    if wanted and rewards is None:
+def _check_rewards(trainer_class: type[Trainer], rewards) -> None:
+    if trainer_class.rewarded and rewards is None:
         raise ValueError(f"{trainer_class.__name__} learns from rewards: pass rewards, one number per sample")
-    if not wanted and rewards is not None:
+    if not trainer_class.rewarded and rewards is not None:
         raise ValueError(f"{trainer_class.__name__} has no use for rewards: leave them out, or use an ILQL trainer")
 
 
@@ -121,7 +127,11 @@ def _pipeline(prompts: list[Any], trainer: Trainer) -> PromptPipeline:
             f"gen_kwargs.max_new_tokens ({new_tokens}): raise the one or lower the other"
         )
     pipeline_class, special_tokens = pipelines.get(config.train.pipeline), trainer.backend.layout.special_tokens
-    return pipeline_class(as_list(prompts, "prompts"), room, trainer.tokenizer, add_special_tokens=special_tokens)
+    made = pipeline_class(as_list(prompts, "prompts"), room, trainer.tokenizer, add_special_tokens=special_tokens)
+    if not isinstance(made[0], Prompt):
+        kind = type(made[0]).__name__
+        raise TypeError(f"{pipeline_class.__name__}[0] must be a trlx.data.prompts.Prompt and is a {kind}")
+    return made
 
 
 def _empty_prompts(trainer: Trainer) -> list[str]:

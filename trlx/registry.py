@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from trlx.compat_hooks import check_hooks
+
 
 class Registry:
     """A case-insensitive table of classes.
@@ -18,7 +20,11 @@ class Registry:
         self._names: dict[str, str] = {}
 
     def register(self, target: type | str | None = None) -> type | Callable[[type], type]:
-        """Adds a class under its own name, or under the name given."""
+        """Adds a class under its own name, or under the name given.
+
+        Raises:
+            TypeError: the class has a method that was called in CarperAI's trlx and is not here, see `check_hooks`.
+        """
         if isinstance(target, type):
             return self._add(target.__name__, target)
         return lambda cls: self._add(target or cls.__name__, cls)
@@ -40,6 +46,7 @@ class Registry:
         return sorted(self._names.values())
 
     def _add(self, name: str, cls: type) -> type:
+        check_hooks(self.kind, cls)
         self._classes[name.lower()] = cls
         self._names[name.lower()] = name
         return cls

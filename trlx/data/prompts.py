@@ -80,6 +80,10 @@ class PromptPipeline:
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
 
+    def create_loader(self, *_: Any, **__: Any) -> None:
+        """What CarperAI's trlx read prompts from; always a NotImplementedError."""
+        raise NotImplementedError("A PromptPipeline has no loader: read prompts as pipeline[i], or from a PromptStream")
+
     def digest(self) -> str:
         """A short hash of tokens and metadata, to recognise other data when a run is resumed."""
         digest = hashlib.sha256()

@@ -17,6 +17,7 @@ from trlx import checkpoint, logging
 from trlx.backends.base import Backend, ModelNeeds
 from trlx.batch import TokenBatch, TokenScores
 from trlx.checkpoint import RandomState, TrainerState, own_randomness, seed_everything
+from trlx.compat_hooks import check_hooks
 from trlx.config import TRLConfig
 from trlx.data.prompts import PromptPipeline
 from trlx.data.store import Store, batch_order, shard
@@ -29,13 +30,14 @@ from trlx.tracking import Tracker, default_run_name
 from trlx.trainer.display import Display
 from trlx.trainer.evaluate import Evaluator
 from trlx.trainer.guards import EXIT_REQUEUE, Interrupts, SkippedSteps
+from trlx.trainer.old_names import OldNames
 from trlx.trainer.saving import read_run, write_run
 from trlx.trainer.sequences import sample_sequences
 
 logger = logging.get_logger(__name__)
 
 
-class Trainer(ABC):
+class Trainer(OldNames, ABC):
     """A method on a backend. Subclasses say what an epoch trains on (`collect`) and what the loss is (`loss`)."""
 
     backend_class: ClassVar[type[Backend]]
@@ -45,6 +47,8 @@ class Trainer(ABC):
     """Whether each sample it is given comes with a reward."""
 
     def __init__(self, config: TRLConfig, reward_fn=None, metric_fn=None, stop_sequences=None):
+        check_hooks("trainer", type(self))
+        check_hooks("method", type(config.method))
         self.config = config
         self.reward_fn = reward_fn
         self.metric_fn = metric_fn
@@ -119,7 +123,7 @@ class Trainer(ABC):
 
     def read_rollouts(self, folder: Path) -> None:
         """Restores what `write_rollouts` wrote; the state is restored already."""
-        self.store = checkpoint.read_rollouts(folder) if self.online else self.store
+        self.store = checkpoint.read_rollouts(folder) if self.online else None
 
     def after_step(self, metrics: dict[str, float]) -> None:
         """Called after every optimizer step, before anything is logged or saved."""
@@ -158,7 +162,7 @@ class Trainer(ABC):
                     self._step(batch, interrupts)
             except RewardError:
                 if self.state.step > first_step:
-                    self.save_checkpoint()
+                    self.save()
                 raise
 
     def generate(self, input_ids, attention_mask=None, **gen_kwargs: Any) -> Tensor:
@@ -175,11 +179,18 @@ class Trainer(ABC):
         sampling = self.sampling({**self.sampling_kwargs, **gen_kwargs})
         return sample_sequences(self.backend, self.tokenizer, sampling, input_ids, attention_mask)
 
-    def save_pretrained(self, directory: str | Path | None = None, merge: bool = False) -> None:
+    def save_pretrained(
+        self, directory: str | Path | None = None, merge: bool = False, safe_serialization: bool = True
+    ) -> None:
         """Writes model and tokenizer so that plain ``transformers`` loads them; heads in a file of their own beside.
 
         Where an adapter trains it is the adapter that is written, or with `merge` the model with the adapter folded in.
+
+        Raises:
+            ValueError: without `safe_serialization` weights would be a pickle.
         """
+        if not safe_serialization:
+            raise ValueError("save_pretrained() writes safetensors only, never a pickle: leave out safe_serialization")
         folder = Path(directory or Path(self.config.train.checkpoint_dir) / "hf_model")
         if self.backend.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -187,24 +198,28 @@ class Trainer(ABC):
         (self.backend.export_merged if merge else self.backend.export_hf)(folder)
         self.backend.barrier()
 
-    def save(self, directory: str | Path) -> None:
-        """Writes a checkpoint to `directory`, replacing the one there.
+    def save(self, directory: str | Path | None = None) -> None:
+        """Writes a checkpoint to `directory`, replacing the one there; by default ``checkpoint_<step>``.
 
         Raises:
             ValueError: `directory` holds other things than a checkpoint.
         """
         self.state.method = self.method_state()
-        self.state.tracker = self.tracker.state() if self.tracker else {}
-        write_run(self, Path(directory))
+        # after training the tracker is closed, and what the last checkpoint said of it still holds
+        self.state.tracker = (self.tracker and self.tracker.state()) or self.state.tracker
+        digits = len(str(self.config.train.total_steps))
+        own = Path(self.config.train.checkpoint_dir) / f"checkpoint_{self.state.step:0{digits}d}"
+        write_run(self, Path(directory or own))
 
-    def load(self, directory: str | Path) -> None:
-        """Restores everything `save` wrote; says what differs from the run that wrote it.
+    def load(self, directory: str | Path | None = None) -> None:
+        """Restores everything `save` wrote, by default the newest; says what differs from the run that wrote it.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
             ValueError: it holds other weights than this config trains.
         """
-        read_run(self, Path(directory))
+        under = self.config.train.checkpoint_dir
+        read_run(self, Path(directory or checkpoint.newest(under) or under))
 
     # the loop
 
@@ -245,11 +260,6 @@ class Trainer(ABC):
             self._keep_best(result.objective)
         return result.metrics
 
-    def save_checkpoint(self) -> None:
-        """Writes ``checkpoint_<step>`` under train.checkpoint_dir."""
-        digits = len(str(self.config.train.total_steps))
-        self.save(Path(self.config.train.checkpoint_dir) / f"checkpoint_{self.state.step:0{digits}d}")
-
     @property
     def _global_batch_size(self) -> int:
         return self.config.train.batch_size * self.backend.data_size
@@ -257,7 +267,7 @@ class Trainer(ABC):
     def _batches(self) -> Iterator[TokenBatch]:
         """This process's part of every global batch from the present position to the end of training."""
         while not self.finished:
-            if self.store is None:
+            if self.store is None or (self.state.inner_epoch, self.state.position) == (0, 0):
                 self.store = self._collect()
             plan = self._pass_plan()
             yield shard(self.store, plan[self.state.position], self.backend.data_rank, self.backend.data_size)
@@ -296,7 +306,7 @@ class Trainer(ABC):
             self.evaluate()
         interrupted = self._interrupted(interrupts)
         if is_last or interrupted or self.state.step % train.checkpoint_interval == 0:
-            self.save_checkpoint()
+            self.save()
         if interrupted:
             logger.warning(f"Saved at step {self.state.step} on request; resume with train.resume_from_checkpoint=auto")
             raise SystemExit(EXIT_REQUEUE)

@@ -30,6 +30,7 @@ class ILQLTrainer(OfflineTrainer):
     """
 
     rewarded = True
+    logit_mask: Any = None
 
     def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None, logit_mask=None):
         if not isinstance(config.method, ILQLConfig):

@@ -22,15 +22,15 @@ class OfflineTrainer(Trainer):
 
     def learn_from(self, rollouts: list[Rollout]) -> None:
         """Sets what every epoch trains on."""
-        self.store = RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.layout)
+        self.samples = self.store = RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.layout)
 
     @property
     def rows_per_epoch(self) -> int:
-        return len(self.store)
+        return len(self.samples)
 
     @property
     def data_digest(self) -> str:
-        return self.store.digest()
+        return self.samples.digest()
 
     def collect(self) -> RolloutStore:
-        return self.store
+        return self.samples

@@ -27,11 +27,9 @@ def write_run(trainer: Trainer, target: Path) -> None:
         backend.save(folder, optimizer=trainer.config.train.save_optimizer)
         RandomState.capture().write(folder, f"{backend.data_rank:05d}{backend.part}")
         if backend.is_main:
-            (folder / "hf_model").mkdir()
             checkpoint.write_state(folder, trainer.state, identity(trainer))
             trainer.write_rollouts(folder)
-        backend.barrier()
-        backend.export_hf(folder / "hf_model")
+        trainer.save_pretrained(folder / "hf_model")
 
 
 def read_run(trainer: Trainer, directory: Path) -> None:
