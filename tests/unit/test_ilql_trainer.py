@@ -119,6 +119,13 @@ def test_beta_is_swept_at_evaluation_and_the_best_checkpoint_follows_it(tmp_path
     assert (tmp_path / "best" / "best_checkpoint" / "hf_model").is_dir()
 
 
+def test_generate_asks_which_value_of_a_sweep_is_meant(tmp_path):
+    trainer = run("ILQL", tmp_path, train={"total_steps": 0})
+    with pytest.raises(ValueError, match=r"beta is compared at \[0, 2\].*trainer.generate\(..., beta=2\)"):
+        trainer.generate([[4]])
+    assert trainer.generate([[4]], beta=2, max_new_tokens=2, do_sample=False).shape[1] <= 3
+
+
 def test_beta_and_top_k_have_the_defaults_old_scripts_rely_on(tmp_path):
     trainer = train(tmp_path, {"train": {"total_steps": 0}})
     sampling = trainer.sampling({"max_new_tokens": 3})

@@ -32,6 +32,12 @@ def trunk(model: PreTrainedModel) -> nn.Module:
     return model.base_model
 
 
+def state_givers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose first output is the last hidden state, the trunk last. Of these a model calls at least one by
+    itself: OPT goes past its trunk to the module in it that owns the blocks."""
+    return list(dict.fromkeys((_stack(model)[0], trunk(model))))
+
+
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer blocks, bottom first: of all module lists in the trunk, the one that holds most weights.
 

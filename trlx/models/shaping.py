@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from trlx.methods.ilql import shifted_logits
-from trlx.models.decoder import output_head, trunk
+from trlx.models.decoder import output_head, state_givers
 from trlx.models.policy import Policy
 
 SETTINGS = ("beta", "logit_mask")
@@ -65,11 +65,12 @@ class _AdvantageShift(LogitsProcessor):
     @contextmanager
     def watching(self) -> Iterator[None]:
         # the trunk's output is what the heads are trained on, whatever a model does between it and its output head
-        hook = trunk(self.policy.model).register_forward_hook(self._note)
+        hooks = [module.register_forward_hook(self._note) for module in state_givers(self.policy.model)]
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         q, values = self.policy.q_heads.lowest_target(self.states), self.policy.value_head(self.states)

@@ -118,6 +118,21 @@ def sweep_variants(gen_kwargs: Mapping[str, Any]) -> list[tuple[str, dict[str, A
     return [(f"@{name}={value}", {**gen_kwargs, name: value}) for value in values]
 
 
+def one_setting(gen_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`gen_kwargs`, for ``trainer.generate``.
+
+    Raises:
+        ValueError: an argument has several values.
+    """
+    name, values = sweep(gen_kwargs)
+    if name is not None:
+        raise ValueError(
+            f"method.gen_kwargs.{name} is compared at {values} in evaluations: choose one of them for this call, e.g. "
+            f"trainer.generate(..., {name}={values[-1]!r})"
+        )
+    return gen_kwargs
+
+
 def cut_at_eos(ids: Sequence[int], eos_ids: Sequence[int]) -> list[int]:
     """`ids` up to and including the first of `eos_ids`; all of them where there is none."""
     end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))

@@ -23,7 +23,7 @@ from trlx.data.prompts import PromptPipeline
 from trlx.data.store import Store, batch_order, shard
 from trlx.methods.masked import Metrics
 from trlx.models.source import tokenizer_for
-from trlx.rollout.sampling import SamplingConfig, sweep_variants
+from trlx.rollout.sampling import SamplingConfig, one_setting, sweep_variants
 from trlx.rollout.scoring import RewardError, Scorer
 from trlx.rollout.stopping import Stopper
 from trlx.tracking import Tracker, default_run_name
@@ -170,13 +170,14 @@ class Trainer(OldNames, ABC):
 
         Args:
             input_ids: prompts; int64 [B, T] (padding marked by `attention_mask`), or a list of id lists.
-            gen_kwargs: changes to the rollouts' generation settings, e.g. ``max_new_tokens=8, do_sample=False``.
+            gen_kwargs: changes to the rollouts' generation settings, e.g. ``max_new_tokens=8, do_sample=False``. Where
+                the config sweeps over one, it is to be chosen here.
 
         Returns:
             int64 [B, T + new]: the prompts, padded on the tokenizer's padding side, each followed by its response,
             padded on the right.
         """
-        sampling = self.sampling({**self.sampling_kwargs, **gen_kwargs})
+        sampling = self.sampling(one_setting({**self.sampling_kwargs, **gen_kwargs}))
         return sample_sequences(self.backend, self.tokenizer, sampling, input_ids, attention_mask)
 
     def save_pretrained(
