@@ -27,6 +27,8 @@ from trlx.methods.sft import sft_loss
 pytestmark = pytest.mark.distributed
 
 ROWS, STEPS = 8, 3
+EOS = 2
+"""Ends every response, begins every prompt, and pads: where pad is eos, eos must train like any other token."""
 SIZES = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
@@ -36,7 +38,7 @@ SIZES = dict(
     num_key_value_heads=2,
     max_position_embeddings=32,
     initializer_range=0.15,
-    pad_token_id=None,
+    pad_token_id=EOS,
 )
 FAMILIES = {
     "gpt2": tiny_gpt2_config(layers=4, initializer_range=0.15),
@@ -79,7 +81,7 @@ def settings(model, minibatch_size=2, unfrozen=-1, data_size=1, **trainer_kwargs
             trainer="any",
             trainer_kwargs=trainer_kwargs,
         ),
-        "tokenizer": char_tokenizer(),
+        "tokenizer": char_tokenizer(pad_is_eos=True),
     }
 
 
@@ -90,7 +92,7 @@ def rows() -> TokenBatch:
     def ids(most):
         return torch.randint(3, VOCABULARY, (int(torch.randint(1, most, (), generator=draw)),), generator=draw).tolist()
 
-    batch = collate([Rollout(ids(6), ids(9), 1.0 - i / 4) for i in range(ROWS)], 0)
+    batch = collate([Rollout([EOS, *ids(5)], [*ids(8), EOS], 1.0 - i / 4) for i in range(ROWS)], EOS)
     columns = {
         name: torch.randn(batch.tokens.shape, generator=draw) * batch.response_mask
         for name in ("old_values", "advantages", "returns")

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from tests.unit.tiny_models import FAMILIES, ragged_batch, tiny_config, tiny_model
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
@@ -192,3 +192,28 @@ def test_extra_settings_reach_the_config_of_the_model(tmp_path):
 def test_a_path_that_leads_nowhere_is_named(tmp_path):
     with pytest.raises(OSError, match="No model at .*nowhere.*neither a folder"):
         load_model(tmp_path / "nowhere", {})
+
+
+def llama(pad: int | None) -> LlamaConfig:
+    sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    return LlamaConfig(**sizes, pad_token_id=pad, eos_token_id=2)
+
+
+def test_where_pad_is_eos_its_embedding_trains_as_that_of_any_other_token(tmp_path):
+    gradients = []
+    AutoModelForCausalLM.from_config(llama(pad=None)).save_pretrained(tmp_path)
+    for pad in (None, 2):
+        llama(pad).save_pretrained(tmp_path)
+        policy = build_policy(load_model(tmp_path, {}))
+        tokens = torch.tensor([[5, 2, 6, 2, 2]])  # the last one pads
+        policy(tokens, tokens > 9, torch.tensor([[0, 0, 1, 1, 0]]).bool()).logprobs.sum().backward()
+        gradients.append(policy.model.get_input_embeddings().weight.grad)
+    assert torch.equal(*gradients)
+    # a token has a gradient where it stands before a scored one
+    assert gradients[0].any(dim=1).tolist() == [False, False, True, False, False, True, True, False]
+
+
+def test_a_new_model_has_an_embedding_of_pad_like_those_of_other_tokens():
+    # transformers makes zeros of it, and a norm multiplies the gradients of zeros by a thousand
+    found, expected = (load_model(llama(pad), {}).get_input_embeddings().weight for pad in (2, None))
+    assert 0.5 < float(found[2].std() / expected.std()) < 2

@@ -152,7 +152,7 @@ def load_model(
     options = quantized(model_extra_configs)
     options.setdefault("dtype", options.pop("torch_dtype", torch.float32))
     if isinstance(model_path, PretrainedConfig):
-        return architecture.loader.from_config(copy.deepcopy(model_path), **options)
+        return _with_trained_pad(architecture.loader.from_config(copy.deepcopy(model_path), **options), is_new=True)
     try:
         model = architecture.loader.from_pretrained(model_path, **options)
     except OSError as error:
@@ -164,7 +164,7 @@ def load_model(
         raise ValueError(
             f"{model_path} on the hub is an adapter: download it, and write its folder in model.model_path"
         )
-    return model
+    return _with_trained_pad(model, is_new=False)
 
 
 def save_hf(policy: Policy, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str, merge: bool = False) -> None:
@@ -195,6 +195,20 @@ def load_heads(policy: Policy, folder: Path | str) -> None:
         raise ValueError(
             f"The heads in {file} are not those this method needs; move the file away to start with new ones. {error}"
         ) from error
+
+
+@torch.no_grad()
+def _with_trained_pad(model: PreTrainedModel, is_new: bool) -> PreTrainedModel:
+    """`model` with an embedding of the pad token that trains like any other: where pad is eos, it is a token that is
+    read. transformers keeps its gradient 0 (``padding_idx``); a token that only pads has none anyway."""
+    table = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight is table and module.padding_idx is not None:
+            if is_new:  # transformers made the row zeros, and a norm multiplies gradients of zeros by a thousand
+                draws = torch.Generator(table.device).manual_seed(0)
+                table[module.padding_idx].normal_(std=float(table.std()), generator=draws)
+            module.padding_idx = None
+    return model
 
 
 @contextmanager
