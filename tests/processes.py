@@ -52,6 +52,15 @@ def finish(ranks: list[BaseProcess], timeout: float = 120) -> list[int | None]:
     return [process.exitcode for process in ranks]
 
 
+def ends(ranks: list[BaseProcess], timeout: float = 60) -> list[int | None]:
+    """Exit codes of processes that end by themselves, those that do not within `timeout` seconds -9."""
+    deadline = time.monotonic() + timeout
+    for process in ranks:
+        process.join(max(deadline - time.monotonic(), 0))
+    kill(ranks)
+    return [process.exitcode for process in ranks]
+
+
 def kill(ranks: list[BaseProcess]) -> None:
     """SIGKILL for all that still run."""
     for process in ranks:

@@ -15,10 +15,12 @@ from trlx.data.rows import as_list
 from trlx.presets import default_ilql_config, default_ppo_config, default_sft_config
 from trlx.registry import pipelines, trainers
 from trlx.trainer.base import Trainer
+from trlx.trainer.failures import for_users
 
 logger = logging.get_logger(__name__)
 
 
+@for_users
 def train(
     model_path: Any = None,
     reward_fn: Callable[..., Any] | None = None,
@@ -55,7 +57,7 @@ def train(
         trlx.rollout.scoring.RewardError: reward_fn or metric_fn failed.
     """
     if dataset is not None:
-        warnings.warn("train(dataset=...) is now train(samples=..., rewards=...)", DeprecationWarning, stacklevel=2)
+        warnings.warn("train(dataset=...) is now train(samples=..., rewards=...)", DeprecationWarning, stacklevel=3)
         samples, rewards = dataset
     config = _config(config, model_path, reward_fn, rewards)
     trainer_class = _trainer_class(config.train.trainer)

@@ -52,6 +52,8 @@ class TrainerState:
     position: int = 0
     """Batches of the present pass that are done."""
     best_reward: float | None = None
+    evaluation_due: bool = False
+    """The run ended in the middle of an evaluation, which is to be made before the next step."""
     skipped_steps: int = 0
     """Steps without an update because gradients were not finite."""
     method: dict[str, Any] = field(default_factory=dict)

@@ -89,7 +89,12 @@ def is_progress_bar_enabled() -> bool:
 
 def is_main_process() -> bool:
     """Whether this process has rank 0 in the launcher's environment; true without a launcher."""
-    return _rank() == 0
+    return process_rank() == 0
+
+
+def process_rank() -> int:
+    """The rank of this process in the launcher's environment; 0 without a launcher."""
+    return int(os.environ.get("RANK") or 0)
 
 
 class _Handler(logging.Handler):
@@ -102,11 +107,7 @@ class _Handler(logging.Handler):
 
 def _is_heard(record: logging.LogRecord) -> bool:
     ranks = getattr(record, "ranks", None) or [0]
-    return -1 in ranks or _rank() in ranks
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK") or 0)
+    return -1 in ranks or process_rank() in ranks
 
 
 def _as_level(level: int | str) -> int:

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from tests.builders import tiny_gpt2_config
-from tests.processes import finish, start, together
+from tests.processes import together
 from tests.runs import PROMPTS, metrics, run, share_of_a, tiny_config, weights
 
 pytestmark = pytest.mark.distributed
@@ -150,25 +150,3 @@ def test_rewards_can_be_computed_by_each_process(tmp_path):
 def test_bad_settings_are_told_on_every_process(tmp_path, changes, words):
     together(2, train_and_report, tmp_path, share_of_a, **changes)
     assert all(words in message for message in told(tmp_path))
-
-
-def terminate_soon(folder, **changes):
-    """A run whose second process alone gets SIGTERM in the first collection."""
-    import signal
-
-    import trlx
-
-    def reward(samples, outputs, **kwargs):
-        if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return share_of_a(samples, outputs=outputs, prompts=None)
-
-    config = tiny_config(folder, "PPO", train={"reward_on": "each_rank", "checkpoint_interval": 100})
-    trlx.train(config=config, reward_fn=reward, prompts=PROMPTS)
-
-
-def test_a_signal_to_one_process_stops_both_after_a_save(tmp_path):
-    from trlx.checkpoint import newest
-
-    assert finish(start(2, terminate_soon, tmp_path)) == [75, 75]
-    assert newest(tmp_path).name == "checkpoint_1"

@@ -1,8 +1,5 @@
 """Whole runs: what is logged, saved, resumed and refused."""
 
-import os
-import signal
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,26 +119,6 @@ def test_evaluations_leave_the_numbers_alone(tmp_path):
     run("PPO", tmp_path / "often", train={"eval_interval": 1})
     run("PPO", tmp_path / "seldom", train={"eval_interval": 100})
     same(weights(tmp_path / "often"), weights(tmp_path / "seldom"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_at_the_next_boundary_and_exits_for_a_requeue(tmp_path, number):
-    calls = []
-
-    def interrupting(samples, prompts, outputs, **kwargs):
-        calls.append(len(samples))
-        if len(calls) == 6:  # two evaluations' calls and two collections of two chunks
-            os.kill(os.getpid(), number)
-        return share_of_a(samples, prompts, outputs)
-
-    config = tiny_config(tmp_path / "stopped", "PPO", train={"checkpoint_interval": 100})
-    with pytest.raises(SystemExit) as stopped:
-        trlx.train(config=config, reward_fn=interrupting, prompts=PROMPTS, metric_fn=length)
-    assert stopped.value.code == 75 and checkpoint.newest(tmp_path / "stopped") is not None
-    assert signal.getsignal(number) is signal.SIG_DFL
-    run("PPO", tmp_path / "stopped", train={"resume_from_checkpoint": "auto"})
-    run("PPO", tmp_path / "whole")
-    same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
 
 
 def test_a_failing_reward_stops_the_run_and_loses_nothing(tmp_path):

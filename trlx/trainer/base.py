@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trlx import checkpoint, logging
 from trlx.backends.base import Backend, ModelNeeds
+from trlx.backends.distress import watching
 from trlx.batch import TokenBatch, TokenScores
 from trlx.checkpoint import RandomState, TrainerState, own_randomness, seed_everything
 from trlx.compat_hooks import check_hooks
@@ -24,12 +25,13 @@ from trlx.data.store import Store, batch_order, shard
 from trlx.methods.masked import Metrics
 from trlx.models.source import tokenizer_for
 from trlx.rollout.sampling import SamplingConfig, one_setting, sweep_variants
-from trlx.rollout.scoring import RewardError, Scorer
+from trlx.rollout.scoring import Scorer
 from trlx.rollout.stopping import Stopper
 from trlx.tracking import Tracker, default_run_name
 from trlx.trainer.display import Display
 from trlx.trainer.evaluate import Evaluator
-from trlx.trainer.guards import EXIT_REQUEUE, Interrupts, SkippedSteps
+from trlx.trainer.failures import rescuing
+from trlx.trainer.guards import Interrupts, SkippedSteps, leave_if_asked
 from trlx.trainer.old_names import OldNames
 from trlx.trainer.saving import read_run, write_run
 from trlx.trainer.sequences import sample_sequences
@@ -77,6 +79,8 @@ class Trainer(OldNames, ABC):
         self.tracker: Tracker | None = None
         self.display: Display | None = None
         self.pending: dict[str, float] = {}  # what collect() measured, logged with the next step
+        self.saved: tuple[Path, int] | None = None  # the last checkpoint to resume from, and its step
+        self.at_boundary = True  # between steps, where what is saved can be resumed from
         self._plan: tuple[int, list[list[int]]] | None = None
         self._skipped = SkippedSteps()
 
@@ -148,22 +152,19 @@ class Trainer(OldNames, ABC):
         Raises:
             RewardError: reward_fn or metric_fn failed; what was trained so far is checkpointed first.
             SystemExit: with code 75 after SIGTERM or SIGUSR1, once a checkpoint is written.
+            KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; at once after a second one.
         """
-        resumed = self._resume()
-        first_step = self.state.step
         with ExitStack() as stack:
-            interrupts = stack.enter_context(Interrupts())
+            stack.enter_context(watching())
+            resumed = self._resume()
+            stack.enter_context(Interrupts())
             self.tracker = stack.enter_context(self._open_tracker(resumed))
+            stack.enter_context(rescuing(self))
             self.display = stack.enter_context(Display(self.total_steps, self.state.step, self.backend.is_main))
-            try:
-                if not resumed:
-                    self.evaluate()
-                for batch in self._batches():
-                    self._step(batch, interrupts)
-            except RewardError:
-                if self.state.step > first_step:
-                    self.save()
-                raise
+            if not resumed or self.state.evaluation_due:
+                self.evaluate()
+            for batch in self._batches():
+                self._step(batch)
 
     def generate(self, input_ids, attention_mask=None, **gen_kwargs: Any) -> Tensor:
         """Samples from the policy as it is now.
@@ -211,6 +212,7 @@ class Trainer(OldNames, ABC):
         digits = len(str(self.config.train.total_steps))
         own = Path(self.config.train.checkpoint_dir) / f"checkpoint_{self.state.step:0{digits}d}"
         write_run(self, Path(directory or own))
+        self.saved = (own, self.state.step) if directory is None else self.saved
 
     def load(self, directory: str | Path | None = None) -> None:
         """Restores everything `save` wrote, by default the newest; says what differs from the run that wrote it.
@@ -250,8 +252,10 @@ class Trainer(OldNames, ABC):
         """Evaluates now, logs the result, keeps the best checkpoint. Random number generators stay as they were."""
         if self.evaluator is None:
             return {}
+        self.state.evaluation_due = True
         with own_randomness(_mixed(self.config.train.seed, self.state.step, self.backend.data_rank)):
             result = self.evaluator.run(self.state.step)
+        self.state.evaluation_due = False
         if self.tracker is not None:
             self.tracker.log(result.metrics, self.state.step)
             samples = [dict(zip(result.columns, row, strict=True)) for row in result.rows]
@@ -268,17 +272,18 @@ class Trainer(OldNames, ABC):
     def _batches(self) -> Iterator[TokenBatch]:
         """This process's part of every global batch from the present position to the end of training."""
         while not self.finished:
+            leave_if_asked(self.backend)
             if self.store is None or (self.state.inner_epoch, self.state.position) == (0, 0):
                 self.store = self._collect()
             plan = self._pass_plan()
             yield shard(self.store, plan[self.state.position], self.backend.data_rank, self.backend.data_size)
 
     def _collect(self) -> Store:
-        """`collect`; if it fails, random numbers go back to where they were, so that a checkpoint can be written."""
+        """`collect`; if it ends early, random numbers go back to where they were: a checkpoint can be written."""
         before = RandomState.capture(), self.method_state()
         try:
             return self.collect()
-        except RewardError:
+        except BaseException:
             before[0].restore()
             self.load_method_state(before[1])
             raise
@@ -291,12 +296,14 @@ class Trainer(OldNames, ABC):
             self._plan = (number, order)
         return self._plan[1]
 
-    def _step(self, batch: TokenBatch, interrupts: Interrupts) -> None:
+    def _step(self, batch: TokenBatch) -> None:
         """One optimizer step and everything due after it. At its end the run is at a boundary it can resume from."""
         began = time.perf_counter()
+        self.at_boundary = False
         metrics = self.backend.train_step(batch, self.loss)
         self._advance()
         self.after_step(metrics)
+        self.at_boundary = True
         self._skipped.count(metrics, self.state)
         metrics |= {**self.pending, "time/step": time.perf_counter() - began}
         self.pending = {}
@@ -305,12 +312,8 @@ class Trainer(OldNames, ABC):
         train, is_last = self.config.train, self.finished
         if is_last or self.state.step % train.eval_interval == 0:
             self.evaluate()
-        interrupted = self._interrupted(interrupts)
-        if is_last or interrupted or self.state.step % train.checkpoint_interval == 0:
+        if is_last or self.state.step % train.checkpoint_interval == 0:
             self.save()
-        if interrupted:
-            logger.warning(f"Saved at step {self.state.step} on request; resume with train.resume_from_checkpoint=auto")
-            raise SystemExit(EXIT_REQUEUE)
 
     def _advance(self) -> None:
         """Moves the position past the batch just done, over the ends of passes and epochs."""
@@ -322,10 +325,6 @@ class Trainer(OldNames, ABC):
         if state.inner_epoch == self.inner_epochs:
             state.inner_epoch, state.epoch = 0, state.epoch + 1
             self.store = None if self.online else self.store
-
-    def _interrupted(self, interrupts: Interrupts) -> bool:
-        """Whether any process was asked to stop; the same answer on all."""
-        return self.backend.any_process(interrupts.received is not None)
 
     def _keep_best(self, objective: float | None) -> None:
         best = self.state.best_reward
@@ -345,6 +344,7 @@ class Trainer(OldNames, ABC):
         if folder is None:
             return False
         self.load(folder)
+        self.saved = Path(folder), self.state.step
         logger.info(f"Resumed {folder} at step {self.state.step} of {self.total_steps}")
         return True
 

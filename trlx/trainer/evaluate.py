@@ -15,6 +15,7 @@ from trlx.data.store import own_rows
 from trlx.rollout.calling import Arguments
 from trlx.rollout.sampling import SamplingConfig
 from trlx.rollout.scoring import Metric, Scorer
+from trlx.trainer.guards import leave_if_asked
 from trlx.trainer.together import on_main
 
 
@@ -62,6 +63,7 @@ class Evaluator:
 
         Raises:
             RewardError: reward_fn or metric_fn failed or returned something else than one number per sample.
+            Interrupted: a signal asked the run to leave.
         """
         result = EvaluationResult()
         for suffix, sampling in self.variants:
@@ -84,6 +86,7 @@ class Evaluator:
         rollouts = []
         # as often on every process, also where it has nothing left: sharded weights are gathered by all at once
         for start in range(0, rows.stop - rows.start, self.batch_size):
+            leave_if_asked(self.backend)
             prompts = mine[start : start + self.batch_size]
             responses = self.backend.generate([prompt.ids for prompt in prompts], sampling)
             rollouts += sampling.rollouts(prompts, responses)

@@ -3,45 +3,115 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from trlx import logging
+from trlx.backends import distress
+from trlx.backends.base import Backend
 from trlx.checkpoint import TrainerState
 
 logger = logging.get_logger(__name__)
-
-EXIT_REQUEUE = 75
-"""Exit code after a save on request (EX_TEMPFAIL of sysexits.h): start again to go on."""
-
 
 MOST_SKIPPED_IN_A_ROW = 25
 """Steps with non-finite gradients after which a run gives up; fp16 needs a few to find its loss scale."""
 
 
-class Interrupts:
-    """While the block runs, SIGTERM and SIGUSR1 only set ``received``; afterwards the old handlers are back.
+class Interrupted(BaseException):
+    """A signal asked the run to save and leave; its name is the message. Raised on every process at the same place.
 
-    SLURM sends them before it takes a machine away.
+    No Exception, so that no ``except Exception`` of a user's function swallows it.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+class Interrupts:
+    """While the block runs, SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) only set ``received``, on every process of the job;
+    afterwards the old handlers are back. A second Ctrl-C raises KeyboardInterrupt at once.
+
+    SLURM sends SIGTERM or SIGUSR1 before it takes a machine away.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    present: Interrupts | None = None
+    """That of the run in progress."""
 
     def __init__(self):
         self.received: str | None = None
+        self.at_once = False
+        """Whether a signal raises `Interrupted` where it finds the main thread."""
+        self._elsewhere: str | None = None
+        self._presses = 0
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Interrupts:
         # Python lets only the main thread handle signals; in any other the run simply cannot be asked to save
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+            for number in self.SIGNALS:
+                # a shell ignores Ctrl-C for what it starts in the background; that stays so
+                if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
+            distress.listen(self.SIGNALS, self._receive_elsewhere)
+        Interrupts.present = self
         return self
 
     def __exit__(self, *exc_info) -> None:
+        Interrupts.present = None
+        distress.stop_listening()
+        time.sleep(0)  # a signal that `_receive_elsewhere` sent last arrives here, while it is still handled
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _receive(self, number: int, frame) -> None:
-        self.received = signal.Signals(number).name
+        self._presses += number == signal.SIGINT
+        if self._presses > 1:
+            raise KeyboardInterrupt
+        self.received = self.received or self._elsewhere or signal.Signals(number).name
+        if number == signal.SIGINT and logging.is_main_process():
+            with suppress(RuntimeError):  # the signal came in the middle of another print
+                print("\nCtrl-C: saving as soon as possible; once more stops at once", file=sys.stderr, flush=True)
+        if self.at_once:
+            raise Interrupted(self.received)
+
+    def _receive_elsewhere(self, number: int) -> None:
+        """Called in another thread when any process got a signal: lets the main thread know of it."""
+        if self.received is None and self._elsewhere is None:
+            self._elsewhere = signal.Signals(number).name
+            # a real signal, because only that ends what the main thread may be waiting in
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """In this block a signal raises `Interrupted` at once, also one that came before; for waits without a known end."""
+    interrupts = Interrupts.present
+    if interrupts is None:
+        yield
+        return
+    interrupts.at_once = True
+    try:
+        if interrupts.received is not None:
+            raise Interrupted(interrupts.received)
+        yield
+    finally:
+        interrupts.at_once = False
+
+
+def leave_if_asked(backend: Backend) -> None:
+    """To be called on every process where the run can be resumed from, or go back to where it can.
+
+    Raises:
+        Interrupted: on every process, when any got a signal.
+    """
+    if Interrupts.present is None:
+        return
+    received = Interrupts.present.received
+    if backend.any_process(received is not None):
+        by_hand = backend.any_process(received == signal.SIGINT.name)
+        name = signal.SIGINT.name if by_hand else received or "a signal to another process"
+        raise distress.shared(Interrupted(name))
 
 
 class SkippedSteps:
@@ -65,5 +135,5 @@ class SkippedSteps:
         if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"Gradients were not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row. Lower optimizer.kwargs.lr, set "
-                "train.max_grad_norm, or use bf16 instead of fp16; the last checkpoint is from before"
+                "train.max_grad_norm, or use bf16 instead of fp16"
             )

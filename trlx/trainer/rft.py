@@ -98,9 +98,9 @@ class RFTTrainer(Trainer):
         rollouts, seconds = self.source.collect(self._chunks(), self.state.step)
         for rollout in rollouts:
             rollout.score = sum(rollout.score) if isinstance(rollout.score, list) else rollout.score
-        self.history += rollouts
         if self.backend.is_main:
             self.log.write(rollouts, self.tracker, self.state.step)
+        self.history += rollouts
         self.pending |= {**seconds, "time/rollout_time": time.perf_counter() - began}
 
     def _chunks(self) -> Iterator[list[Prompt]]:

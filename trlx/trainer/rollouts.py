@@ -19,6 +19,7 @@ from trlx.data.store import own_rows
 from trlx.rollout.sampling import SamplingConfig
 from trlx.rollout.scoring import Score, Scorer
 from trlx.tracking import Tracker
+from trlx.trainer.guards import leave_if_asked
 from trlx.trainer.together import on_each_rank, on_main
 
 SAMPLES_ON_DISK = 8
@@ -42,9 +43,11 @@ class RolloutSource:
 
         Raises:
             RewardError: on every process, see `Scorer.score`.
+            Interrupted: on every process, when any got a signal.
         """
         rollouts, jobs, generating = [], [], 0.0
         for prompts in chunks:
+            leave_if_asked(self.backend)
             began = time.perf_counter()
             mine = self._sample(prompts)
             generating += time.perf_counter() - began

@@ -1,0 +1,225 @@
+"""A run that ends early saves what it can, says how to go on, and shows whose fault it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import traceback
+
+import pytest
+import torch
+
+import trlx
+from tests.runs import DATA, PROMPTS, length, metrics, run, share_of_a, tiny_config, weights
+from trlx import checkpoint
+from trlx.backends.accelerate import AccelerateBackend
+from trlx.rollout.scoring import RewardError
+from trlx.trainer import together
+from trlx.trainer.guards import Interrupted, Interrupts, interruptible
+
+TOLD = "The last checkpoint is {}, of step {}; to go on from there: train.resume_from_checkpoint=auto"
+
+
+def saved_step(folder):
+    return checkpoint.read_state(checkpoint.newest(folder))[0].step
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def run_and_signal(folder, number, call):
+    """PPO whose reward function hangs from its `call`th call on, while a signal comes: calls 1 and 4 are evaluations,
+    2 and 3, 5 and 6 the collections before steps 1 and 5."""
+    calls, asleep = [], threading.Event()
+
+    def reward(samples, prompts, outputs, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+            asleep.wait(60)
+        return share_of_a(samples, prompts, outputs)
+
+    config = tiny_config(folder, "PPO", train={"checkpoint_interval": 100})
+    try:
+        trlx.train(config=config, metric_fn=length, reward_fn=reward, prompts=PROMPTS)
+    finally:
+        asleep.set()
+
+
+def test_a_signal_while_the_reward_hangs_saves_the_last_step_and_the_run_goes_on_from_there(tmp_path, caplog):
+    run("PPO", tmp_path / "whole")
+    before = [signal.getsignal(number) for number in Interrupts.SIGNALS]
+    # the evaluation that a signal ended, call 4, is made up for
+    for number, call in ((signal.SIGTERM, 4), (signal.SIGUSR1, 6), (signal.SIGINT, 6)):
+        folder = tmp_path / f"{call}_{number}"
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as stopped:
+            run_and_signal(folder, number, call)
+        told = TOLD.format(checkpoint.newest(folder), 4)
+        if number == signal.SIGINT:
+            assert stopped.value.__notes__ == [f"Stopped at step 4 by SIGINT. {told}"]
+        else:
+            assert stopped.value.code == 75 and f"Stopped at step 4 by {number.name}. {told}" in caplog.text
+        assert [signal.getsignal(number) for number in Interrupts.SIGNALS] == before
+        run("PPO", folder, train={"resume_from_checkpoint": "auto"})
+        same(weights(tmp_path / "whole"), weights(folder))
+        assert metrics(folder) == metrics(tmp_path / "whole")
+
+
+def test_a_signal_before_anything_is_trained_saves_nothing(tmp_path, caplog):
+    with pytest.raises(SystemExit):
+        run_and_signal(tmp_path, signal.SIGTERM, call=1)
+    assert checkpoint.newest(tmp_path) is None
+    assert "Stopped at step 0 by SIGTERM. There is no checkpoint yet" in caplog.text
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
+    step = AccelerateBackend.train_step
+
+    def twice(self, *args):
+        if self.scheduler.last_epoch == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(AccelerateBackend, "train_step", twice)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run("SFT", tmp_path, train={"checkpoint_interval": 100})
+    assert checkpoint.newest(tmp_path) is None
+    assert stopped.value.__notes__ == ["Step 2 is not saved: stopped at once. There is no checkpoint yet"]
+    assert capsys.readouterr().err.count("Ctrl-C: saving") == 1
+
+
+def test_ctrl_c_that_a_shell_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGINT)
+        assert interrupts.received is None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_is_only_noted_but_where_it_may_interrupt():
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGUSR1)
+        assert interrupts.received == "SIGUSR1"
+        with pytest.raises(Interrupted, match="SIGUSR1"), interruptible():
+            pytest.fail("the signal came before the block")
+    with Interrupts(), pytest.raises(Interrupted, match="SIGTERM"), interruptible():
+        signal.raise_signal(signal.SIGTERM)
+    with interruptible():  # no run, nobody to save
+        pass
+
+
+def fail_from(call, where, monkeypatch, error):
+    """The backend's method `where` fails at its `call`th call."""
+    method, calls = getattr(AccelerateBackend, where), []
+
+    def failing(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(AccelerateBackend, where, failing)
+
+
+def test_any_error_between_steps_saves_what_was_trained(tmp_path, monkeypatch):
+    run("PPO", tmp_path / "whole")
+    with monkeypatch.context() as patched:  # two evaluations, and two collections of two chunks
+        fail_from(6, "generate", patched, MemoryError("no memory left"))
+        with pytest.raises(MemoryError, match="no memory left") as stopped:
+            run("PPO", tmp_path / "stopped", train={"checkpoint_interval": 100})
+    assert stopped.value.__notes__ == [TOLD.format(tmp_path / "stopped" / "checkpoint_4", 4)]
+    run("PPO", tmp_path / "stopped", train={"resume_from_checkpoint": "auto"})
+    same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+
+
+def test_an_error_in_the_middle_of_an_update_saves_nothing(tmp_path, monkeypatch):
+    fail_from(4, "update_heads", monkeypatch, FloatingPointError("overflow"))  # every second step
+    with pytest.raises(FloatingPointError) as stopped:
+        run("ILQL", tmp_path, train={"checkpoint_interval": 3})
+    assert saved_step(tmp_path) == 6
+    problem = "Step 8 is not saved: the error came in the middle of an update."
+    assert stopped.value.__notes__ == [f"{problem} {TOLD.format(tmp_path / 'checkpoint_6', 6)}"]
+
+
+def test_where_saving_fails_both_errors_are_shown(tmp_path, monkeypatch):
+    fail_from(1, "save", monkeypatch, OSError(28, "No space left"))
+    fail_from(6, "generate", monkeypatch, MemoryError("no memory left"))
+    with pytest.raises(OSError, match="No space left") as stopped:
+        run("PPO", tmp_path, train={"checkpoint_interval": 100, "save_best": False})
+    assert isinstance(stopped.value.__context__, MemoryError)
+    assert stopped.value.__notes__[0] == "Step 4 is not saved. There is no checkpoint yet"
+
+
+class TwoProcesses:
+    """What two processes send each other, one after the other: the first is the main one."""
+
+    def __init__(self):
+        self.is_main, self.leads, self.sent = True, True, []
+
+    def broadcast_object(self, value):
+        self.sent.append(value)
+        return self.sent[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (RewardError("no number"), RewardError, "no number"),
+        (Interrupted("SIGTERM"), Interrupted, "SIGTERM"),
+        (ZeroDivisionError("by 0"), together.ErrorElsewhere, "ZeroDivisionError: by 0 (on process 0)"),
+        (SystemExit(3), together.ErrorElsewhere, "SystemExit: 3 (on process 0)"),
+    ],
+)
+def test_whatever_a_function_raises_on_the_main_process_is_raised_on_all(error, kind, message):
+    def fn():
+        raise error
+
+    backend = TwoProcesses()
+    with pytest.raises(type(error)) as raised:
+        together.on_main(backend, fn)
+    assert raised.value is error
+    backend.is_main = False
+    with pytest.raises(kind) as elsewhere:
+        together.on_main(backend, fn)
+    assert str(elsewhere.value) == message
+
+
+def my_reward(outputs, **kwargs):
+    return [my_judge(output) for output in outputs]
+
+
+def my_judge(output):
+    raise KeyError("no such answer")
+
+
+def shown(error):
+    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def test_an_error_of_the_users_function_shows_the_users_frames_alone(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, "PPO")
+    with pytest.raises(RewardError) as raised:
+        trlx.train(config=config, prompts=PROMPTS, reward_fn=my_reward)
+    here = "test_an_error_of_the_users_function_shows_the_users_frames_alone"
+    assert shown(raised.value) == [here]
+    assert shown(raised.value.__cause__) == ["my_reward", "<listcomp>", "my_judge"]
+    monkeypatch.setenv("TRLX_TRACEBACKS", "full")
+    with pytest.raises(RewardError) as raised:
+        trlx.train(config=config, prompts=PROMPTS, reward_fn=my_reward)
+    assert shown(raised.value)[:3] == [here, "called", "train"]
+
+
+def test_a_check_of_the_arguments_shows_no_frames_of_the_library_and_a_defect_shows_all(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="needs reward_fn") as raised:
+        trlx.train(config=tiny_config(tmp_path, "PPO"))
+    assert len(shown(raised.value)) == 1
+    monkeypatch.setattr("trlx.api.as_list", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as raised:
+        trlx.train(config=tiny_config(tmp_path, "PPO"), **DATA["PPO"])
+    assert shown(raised.value)[1:] == ["called", "train", "<lambda>"]

@@ -1,0 +1,197 @@
+"""How the processes of a job hear that one of them failed, or was asked to stop, while they wait for it.
+
+In a collective torch.distributed tells them after hours. So every process has a thread that looks into
+the job's store once a second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+POLL = 1.0
+"""Seconds between two looks into the store."""
+GRACE = 5.0
+"""Seconds in which a process may end by itself once it has heard of an error; it prints more than a thread can."""
+ANSWER = 3.0
+"""Seconds that a process which failed waits until the others have heard: the store may end with it."""
+
+CAUSE, SIGNAL, HEARD = "cause", "signal", "heard"
+"""Keys of the store: what failed first and where; the signal that came first; how many processes know of the cause."""
+
+_watch: Watch | None = None
+_numbers = itertools.count()
+
+
+def shared(error: BaseException) -> BaseException:
+    """Marks an error as one that every process raises at the same place: no other has to be told."""
+    error.raised_everywhere = True
+    return error
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether every process raises it, so that collectives still work."""
+    return not _is_multiprocess() or getattr(error, "raised_everywhere", False)
+
+
+@contextmanager
+def watching() -> Iterator[None]:
+    """While the block runs, this process hears of the others' errors and tells them of its own. Blocks may be nested.
+
+    A process that hears of an error and does not leave the block by itself prints the cause and exits with code 1.
+    """
+    global _watch
+    if _watch is not None or not _is_multiprocess():
+        yield
+        return
+    _watch = Watch(next(_numbers))
+    try:
+        yield
+    except BaseException as error:
+        report(error)
+        raise
+    finally:
+        _watch.end()
+        _watch = None
+
+
+def report(error: BaseException) -> None:
+    """Tells the other processes of an error here; if another was first, a note on `error` says so."""
+    if _watch is not None and not is_shared(error):
+        _watch.report(error)
+
+
+def listen(signals: Iterable[int], on_signal: Callable[[int], None]) -> None:
+    """Calls `on_signal` in another thread when one of `signals` reaches any process, also where this one's main thread
+    sits in a collective. Python handlers must be set for them; to be called in the main thread."""
+    if _watch is not None:
+        _watch.listen(set(signals), on_signal)
+
+
+def stop_listening() -> None:
+    """After this `on_signal` is not called any more."""
+    if _watch is not None:
+        _watch.stop_listening()
+
+
+class Watch:
+    """The thread of one process."""
+
+    def __init__(self, number: int):
+        self._rank, self._size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torchrun's store outlives its processes: those that it starts anew must not read what the last ones wrote
+        self._prefix = f"trlx/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{number}"
+        self._failure: str | None = None
+        self._cause: str | None = None
+        self._signals: set[int] = set()
+        self._on_signal: Callable[[int], None] | None = None
+        self._lock = threading.Lock()
+        self._ending = threading.Event()
+        # Python writes the number of a signal into a socket at once, even when the main thread is in a collective
+        self._arrived, self._wakeup = socket.socketpair()
+        self._arrived.setblocking(False)
+        self._wakeup.setblocking(False)
+        self._previous_wakeup = -1
+        self._thread = threading.Thread(target=self._run, daemon=True, name="trlx-watch")
+        self._thread.start()
+
+    def report(self, error: BaseException) -> None:
+        """Tells of the first error of this process; later ones follow from it."""
+        if self._failure is None:
+            self._failure = f"process {self._rank} failed with {type(error).__name__}: {error}"
+            self._stop()
+            if self._cause is not None:
+                error.add_note(f"First, {self._cause}")
+
+    def listen(self, signals: set[int], on_signal: Callable[[int], None]) -> None:
+        self._signals, self._on_signal = signals, on_signal
+        self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+
+    def stop_listening(self) -> None:
+        with self._lock:
+            if self._on_signal is not None:
+                signal.set_wakeup_fd(self._previous_wakeup)
+            self._on_signal = None
+
+    def end(self) -> None:
+        self._stop()
+        self._arrived.close()
+        self._wakeup.close()
+
+    def _stop(self) -> None:
+        self._ending.set()
+        self._wakeup.send(b"\0")
+        self._thread.join(2 * ANSWER)
+
+    def _run(self) -> None:
+        try:
+            store = self._connected()
+            while store is not None and not self._ending.is_set():
+                self._look(store)
+            if store is not None and self._failure is not None:
+                self._tell(store)
+        except (dist.DistError, OSError):
+            self._leave("the main process or its launcher, which holds the store of the job, is gone")
+
+    def _connected(self) -> dist.Store | None:
+        """A connection of this thread's own to the job's store; None if the run ends before there is a store."""
+        deadline = None
+        while deadline is None or time.monotonic() < deadline:
+            try:
+                # the store's own client complains aloud where nobody listens yet
+                socket.create_connection(self._address, timeout=ANSWER).close()
+            except OSError:
+                if self._ending.wait(0.2) and deadline is None:
+                    deadline = time.monotonic() + (ANSWER if self._failure is not None else 0.0)
+                continue
+            patience = timedelta(seconds=60)
+            client = dist.TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=patience)
+            return dist.PrefixStore(self._prefix, client)
+        return None
+
+    def _look(self, store: dist.Store) -> None:
+        ready, _, _ = select.select([self._arrived], [], [], POLL)
+        for number in self._arrived.recv(4096) if ready else b"":
+            if number in self._signals:
+                store.compare_set(SIGNAL, "", str(number))
+        if self._on_signal is not None and store.check([SIGNAL]):
+            with self._lock:
+                if self._on_signal is not None:
+                    self._on_signal(int(store.get(SIGNAL)))
+        if store.check([CAUSE]):
+            self._cause = store.get(CAUSE).decode()
+            store.add(HEARD, 1)
+            self._leave(self._cause)
+
+    def _tell(self, store: dist.Store) -> None:
+        first = store.compare_set(CAUSE, "", self._failure).decode()
+        if self._cause is None:
+            store.add(HEARD, 1)
+        self._cause = first if first != self._failure else None
+        deadline = time.monotonic() + ANSWER
+        while store.add(HEARD, 0) < self._size and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _leave(self, cause: str) -> None:
+        """Ends this process unless its main thread comes to an end of its own."""
+        if not self._ending.wait(GRACE):
+            print(f"[ERROR] Process {self._rank} ends because {cause}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)
+
+
+def _is_multiprocess() -> bool:
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(os.environ.get(name) for name in names) and int(os.environ["WORLD_SIZE"]) > 1

@@ -1,0 +1,146 @@
+"""When a run ends early: what is saved, what its last lines say, and whose frames the traceback shows."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import os
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+import trlx
+from trlx import logging
+from trlx.backends.distress import is_shared, report, shared, watching
+from trlx.trainer.guards import Interrupted
+
+if TYPE_CHECKING:
+    from trlx.trainer.base import Trainer
+
+logger = logging.get_logger(__name__)
+
+EXIT_REQUEUE = 75
+"""Exit code after a save on request (EX_TEMPFAIL of sysexits.h): start again to go on."""
+
+F = TypeVar("F", bound=Callable)
+
+
+@contextmanager
+def rescuing(trainer: Trainer) -> Iterator[None]:
+    """Saves what was trained when the block ends early, where that is possible, and says how to go on.
+
+    Raises:
+        SystemExit: with code 75, after SIGTERM or SIGUSR1.
+        KeyboardInterrupt: after Ctrl-C.
+        BaseException: any other error of the block as it is, with a note.
+    """
+    first_step = trainer.state.step
+    try:
+        yield
+    except Interrupted as asked:
+        told = f"Stopped at step {trainer.state.step} by {asked}. {_save(trainer, asked, first_step)}"
+        if str(asked) == "SIGINT":
+            raise _noted(shared(KeyboardInterrupt()), told) from None
+        logger.warning(told)
+        raise shared(SystemExit(EXIT_REQUEUE)) from None
+    except BaseException as error:
+        report(_noted(error, _save(trainer, error, first_step)))
+        raise
+
+
+def for_users(fn: F) -> F:
+    """A function that users call: its errors reach all processes of the job, and those that are meant for the user come
+    without frames of this package, unless TRLX_TRACEBACKS is "full" or the verbosity "debug"."""
+
+    @functools.wraps(fn)
+    def called(*args, **kwargs):
+        try:
+            with watching():
+                return fn(*args, **kwargs)
+        except BaseException as error:
+            if os.environ.get("TRLX_TRACEBACKS") != "full" and logging.get_verbosity() > logging.DEBUG:
+                shorten(error)
+            raise
+
+    return called
+
+
+def shorten(error: BaseException) -> None:
+    """Takes the frames of this package and of Python's library out of the traceback of an error that a ``raise`` in
+    this package made. Of its causes the frames of the user's function and all below stay. Other errors stay whole."""
+    if not _is_on_purpose(error.__traceback__):
+        return
+    error.__traceback__ = _without_ours(error.__traceback__)
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    while cause is not None:
+        frames = cause.__traceback__
+        while frames is not None and _is_inside(frames):
+            frames = frames.tb_next
+        cause.__traceback__ = frames
+        cause = cause.__cause__ or cause.__context__
+
+
+def _save(trainer: Trainer, error: BaseException, first_step: int) -> str:
+    """Writes a checkpoint where there is something to save and all processes can. Says what there is to go on from."""
+    step = trainer.state.step
+    if step == first_step or (trainer.saved is not None and trainer.saved[1] == step):
+        return _how_to_go_on(trainer)
+    if isinstance(error, KeyboardInterrupt):
+        why = "stopped at once"
+    elif not trainer.at_boundary:
+        why = "the error came in the middle of an update"
+    elif not is_shared(error):
+        why = "the error is not on all processes, which save together"
+    else:
+        try:
+            trainer.save()
+        except Exception as failure:  # on one process, while the others wait for it
+            report(_noted(failure, f"Step {step} is not saved. {_how_to_go_on(trainer)}"))
+            raise
+        return _how_to_go_on(trainer)
+    return f"Step {step} is not saved: {why}. {_how_to_go_on(trainer)}"
+
+
+def _how_to_go_on(trainer: Trainer) -> str:
+    if trainer.saved is None:
+        return "There is no checkpoint yet"
+    folder, step = trainer.saved
+    setting = "auto" if folder.parent == Path(trainer.config.train.checkpoint_dir) else folder
+    return (
+        f"The last checkpoint is {folder}, of step {step}; to go on from there: train.resume_from_checkpoint={setting}"
+    )
+
+
+def _noted(error: BaseException, note: str) -> BaseException:
+    error.add_note(note)
+    return error
+
+
+_HERE = str(Path(trlx.__file__).parent) + os.sep
+_LIBRARY, _PACKAGES = (sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib"))
+
+
+def _is_inside(frame: TracebackType) -> bool:
+    """Whether it is of this package or of Python's library."""
+    file = frame.tb_frame.f_code.co_filename
+    return file.startswith(_HERE) or (file.startswith(_LIBRARY) and not file.startswith(_PACKAGES))
+
+
+def _is_on_purpose(frames: TracebackType | None) -> bool:
+    """Whether the innermost frame is a ``raise`` of this package."""
+    if frames is None:
+        return False
+    while frames.tb_next is not None:
+        frames = frames.tb_next
+    file = frames.tb_frame.f_code.co_filename
+    return file.startswith(_HERE) and linecache.getline(file, frames.tb_lineno).lstrip().startswith("raise ")
+
+
+def _without_ours(frames: TracebackType | None) -> TracebackType | None:
+    if frames is None:
+        return None
+    rest = _without_ours(frames.tb_next)
+    return rest if _is_inside(frames) else TracebackType(rest, frames.tb_frame, frames.tb_lasti, frames.tb_lineno)
