@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from trlx.backends.base import Backend
@@ -15,7 +16,7 @@ from trlx.data.store import own_rows
 from trlx.rollout.calling import Arguments
 from trlx.rollout.sampling import SamplingConfig
 from trlx.rollout.scoring import Metric, Scorer
-from trlx.trainer.guards import leave_if_asked
+from trlx.trainer.guards import interruptible, leave_if_asked
 from trlx.trainer.together import on_main
 
 
@@ -70,7 +71,7 @@ class Evaluator:
             began = time.perf_counter()
             rollouts = self._sample(sampling)
             generated = time.perf_counter()
-            columns, rows, means = on_main(self.backend, lambda rollouts=rollouts: self._judge(rollouts, step))
+            columns, rows, means = on_main(self.backend, partial(self._judge, rollouts, step))
             result.metrics |= {f"{name}{suffix}": value for name, value in means.items()}
             result.metrics["time/generate"] = result.metrics.get("time/generate", 0.0) + generated - began
             result.metrics["time/metric"] = result.metrics.get("time/metric", 0.0) + time.perf_counter() - generated
@@ -92,6 +93,7 @@ class Evaluator:
             rollouts += sampling.rollouts(prompts, responses)
         return self.backend.gather_objects(rollouts)
 
+    @interruptible()
     def _judge(self, rollouts: list[Rollout], step: int) -> tuple[list[str], list[list[Any]], dict[str, float]]:
         """Table columns, table rows and means of one setting."""
         asked = Arguments.of(rollouts, self.tokenizer, step, self.backend.layout.separator)

@@ -85,7 +85,8 @@ class Interrupts:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """In this block a signal raises `Interrupted` at once, also one that came before; for waits without a known end."""
+    """In this block a signal raises `Interrupted` at once, also one that came before. For waits without a known end, in
+    functions of `on_main` and `on_each_rank`: on other processes they raise it, too."""
     interrupts = Interrupts.present
     if interrupts is None:
         yield

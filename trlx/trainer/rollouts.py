@@ -19,7 +19,7 @@ from trlx.data.store import own_rows
 from trlx.rollout.sampling import SamplingConfig
 from trlx.rollout.scoring import Score, Scorer
 from trlx.tracking import Tracker
-from trlx.trainer.guards import leave_if_asked
+from trlx.trainer.guards import interruptible, leave_if_asked
 from trlx.trainer.together import on_each_rank, on_main
 
 SAMPLES_ON_DISK = 8
@@ -76,8 +76,8 @@ class RolloutSource:
     def _wait(self, jobs: list) -> list[Score]:
         """The scores of all chunks, in the order of the gathered rollouts."""
         if self.score_on_each_rank:
-            return [score for job in jobs for score in on_each_rank(self.backend, job)]
-        return on_main(self.backend, lambda: [score for job in jobs for score in job()])
+            return [score for job in jobs for score in on_each_rank(self.backend, interruptible()(job))]
+        return on_main(self.backend, interruptible()(lambda: [score for job in jobs for score in job()]))
 
 
 class RolloutLog:

@@ -1,4 +1,4 @@
-"""Running the user's functions on some processes with one outcome for all: the same result, or the same error."""
+"""Running functions on some processes with one outcome for all: the same result, or the same error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trlx import logging
 from trlx.backends.base import Backend
 from trlx.backends.distress import shared
 from trlx.rollout.scoring import RewardError
-from trlx.trainer.guards import Interrupted, interruptible
+from trlx.trainer.guards import Interrupted
 
 T = TypeVar("T")
 
@@ -28,7 +28,6 @@ def on_main(backend: Backend, fn: Callable[[], T]) -> T:
     Raises:
         BaseException: what `fn` raised, on every process; where it did not run, RewardError and `Interrupted` as they
             are, anything else as `ErrorElsewhere`. The others would wait for it forever.
-        Interrupted: on every process, when any got a signal.
     """
     value, error = _attempt(fn) if backend.is_main else (None, None)
     value, told = backend.broadcast_object((value, _told(error)))
@@ -50,8 +49,7 @@ def on_each_rank(backend: Backend, fn: Callable[[], list[T]]) -> list[T]:
 
 def _attempt(fn: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     try:
-        with interruptible():
-            return fn(), None
+        return fn(), None
     except BaseException as error:  # of whatever it is the others must hear
         return None, error
 
