@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
@@ -149,6 +150,8 @@ class Sharded(Replicated):
         for block in self.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshards, mp_policy=precision)
         self.wrapped = fully_shard(policy, mesh=mesh)
+        # torch warns of what in-place operations on these scores would do; there are none
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP\w*Policy\) returned a view", UserWarning)
         policy.forward = self.accelerator.autocast()(policy.forward)
         self._run_once()
         self.parameters = trainable(policy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,7 +186,8 @@ def _new(model: PreTrainedModel, given: PeftConfig | Mapping[str, Any], architec
         raise ValueError(f"model.peft_config.task_type must be {task} for this model.model_arch_type, or be left out")
     if config.is_prompt_learning:  # PEFT looks at the encoder's, where it finds one
         config.num_layers = config.num_layers or len(blocks(model))
-    return peft.get_peft_model(model, config)
+    with _quietly():
+        return peft.get_peft_model(model, config)
 
 
 def _loaded(model: PreTrainedModel, folder: str) -> PeftModel:
@@ -194,7 +196,17 @@ def _loaded(model: PreTrainedModel, folder: str) -> PeftModel:
     # of virtual tokens there is saved what they have become, not what made them, and that is what trains on: to PEFT
     # such an adapter is not trainable
     config = peft.PeftConfig.from_pretrained(folder)
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=not config.is_prompt_learning)
+    with _quietly():
+        return peft.PeftModel.from_pretrained(model, folder, is_trainable=not config.is_prompt_learning)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what PEFT warns of while it corrects itself, and what transformers says about PEFT's own calls."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _architecture(adapter: PeftModel, base: type[Causal] | type[EncoderDecoder]) -> Architecture:

@@ -53,6 +53,8 @@ class Causal:
     def __init__(self, model: PreTrainedModel, adapter: nn.Module | None = None):
         self.model = model
         self.adapter = adapter
+        # `states` passes no mask, as no token sees the padding to its right; transformers would warn of that
+        model.base_model.warn_if_padding_and_no_attention_mask = _no_warning
 
     def states(
         self, tokens: Tensor, encoder_tokens: Tensor | None = None, encoder_mask: Tensor | None = None
@@ -73,7 +75,7 @@ class Causal:
         return OneRow()
 
     def recompute(self) -> None:
-        self.model.gradient_checkpointing_enable()
+        recompute_activations(self.model)
 
     def bare(self) -> Causal:
         return Causal(self.model)
@@ -130,10 +132,20 @@ class EncoderDecoder:
         return TwoRows(self.start_id, tokenizer.sep_token or "<sep>")
 
     def recompute(self) -> None:
-        self.model.gradient_checkpointing_enable()
+        recompute_activations(self.model)
 
     def bare(self) -> EncoderDecoder:
         return EncoderDecoder(self.model)
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keeps no activations inside blocks for the backward pass, but computes them again."""
+    name = "activation_checkpointing_enable"  # which earlier versions of transformers 5 do not have
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+
+
+def _no_warning(*_: Any) -> None:
+    pass
 
 
 ARCHITECTURES: dict[str, type[Causal] | type[EncoderDecoder]] = {"causal": Causal, "seq2seq": EncoderDecoder}

@@ -120,8 +120,9 @@ def build_policy(
     freeze(model, num_layers_unfrozen)
     if not dropout:
         disable_dropout(model)
+    rows = architecture(model)
     value, q = make_heads(model, value_head, value_layers, q_heads)
-    return Policy(model, value, q, temperature, architecture(model))
+    return Policy(model, value, q, temperature, rows)
 
 
 def make_heads(

@@ -46,7 +46,9 @@ def prepare_engine() -> None:
     """
     _check_version()
     _import_quietly()
+    _ignore_its_own_calls()
     if not torch.cuda.is_available():
+        warnings.filterwarnings("ignore", "When using sequence parallelism it is .* CUDA_DEVICE_MAX_CONNECTIONS")
         _stand_in()
 
 
@@ -93,6 +95,15 @@ def _import_quietly() -> None:
             ) from error
     for name in ("tensor_parallel.random", "optimizer", "distributed.param_and_grad_buffer"):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
+
+
+def _ignore_its_own_calls() -> None:
+    # what the engine's modules leave out when they call each other, and old names of torch that they use: hundreds of
+    # lines in the first case, and nothing that a user can change
+    for message in ("Warning: tp_group is None", "MLP requires ffn_hidden_size"):
+        warnings.filterwarnings("ignore", message, DeprecationWarning, r"megatron\.core\.")
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", FutureWarning)
 
 
 @functools.cache

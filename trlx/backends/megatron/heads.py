@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from trlx.backends.base import ModelNeeds
+from trlx.backends.megatron.parallel import tensor_group
 from trlx.backends.megatron.shape import Shape
 from trlx.backends.megatron.vocabulary import VocabularyPart
 from trlx.methods.ilql import polyak_
@@ -67,7 +68,7 @@ class VocabularyParallelQHeads(nn.Module):
 
 def _scored(head: nn.Sequential, hidden: Tensor) -> Tensor:
     """The local columns of `head`; gradients of all columns come together before its first layer."""
-    return head[-1](copy_to_tensor_model_parallel_region(head[:-1](hidden)))
+    return head[-1](copy_to_tensor_model_parallel_region(head[:-1](hidden), tensor_group()))
 
 
 def _split(head: nn.Sequential, part: VocabularyPart) -> nn.Sequential:

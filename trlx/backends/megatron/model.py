@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trlx.backends.base import ModelNeeds
 from trlx.backends.megatron.blocks import block_spec
 from trlx.backends.megatron.heads import make_heads
+from trlx.backends.megatron.parallel import tensor_group
 from trlx.backends.megatron.settings import MegatronSettings
 from trlx.backends.megatron.shape import Shape
 from trlx.backends.megatron.vocabulary import VocabularyPart
@@ -106,7 +107,7 @@ class ScoringModel(GPTModel):
             return self.part.gathered(self._logits(last).float()), last
         if self.config.sequence_parallel:
             # every rank goes on with all tokens, and back with its own
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, False)
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, False, tensor_group())
         return self._scores(hidden_states.transpose(0, 1), input_ids, loss_mask)
 
     @torch.no_grad()
@@ -123,7 +124,7 @@ class ScoringModel(GPTModel):
         at = response_mask.flatten().nonzero().squeeze(1)
         chosen = tokens.flatten().index_select(0, at)
         before = hidden.flatten(0, 1).index_select(0, at - 1)
-        shared = tensor_parallel.copy_to_tensor_model_parallel_region(before)
+        shared = tensor_parallel.copy_to_tensor_model_parallel_region(before, tensor_group())
         logprobs = in_chunks(self._logprobs, shared, chosen, self._logits)
         scores = TokenScores(spread(logprobs, at, tokens.shape))
         if self.heads is not None and "value" in self.heads:
@@ -185,6 +186,7 @@ def engine_config(shape: Shape, settings: MegatronSettings, needs: ModelNeeds) -
         overlap_p2p_comm=parallel.virtual is not None,
         batch_p2p_comm=parallel.virtual is None,
         batch_p2p_sync=False,
+        cuda_graph_scope=[],  # the engine's default is a name that it warns of
         finalize_model_grads_func=finalize_model_grads,
     )
 

@@ -32,7 +32,7 @@ class VocabularyPart:
         top = logits.detach().amax(dim=1)
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=tensor_group())
         shifted = logits - top[:, None]
-        total = reduce_from_tensor_model_parallel_region(shifted.exp().sum(dim=1))
+        total = reduce_from_tensor_model_parallel_region(shifted.exp().sum(dim=1), tensor_group())
         return self.chosen(shifted, targets) - total.log()
 
     def chosen(self, scores: Tensor, targets: Tensor) -> Tensor:
@@ -40,11 +40,11 @@ class VocabularyPart:
         local = targets - self.first
         here = (local >= 0) & (local < self.width)
         found = scores.gather(1, local.clamp(0, self.width - 1)[:, None]).squeeze(1)
-        return reduce_from_tensor_model_parallel_region(torch.where(here, found, 0.0))
+        return reduce_from_tensor_model_parallel_region(torch.where(here, found, 0.0), tensor_group())
 
     def gathered(self, scores: Tensor) -> Tensor:
         """[N, size]: the columns of all ranks, padding left out. For sampling only."""
-        return gather_from_tensor_model_parallel_region(scores.contiguous())[..., : self.size]
+        return gather_from_tensor_model_parallel_region(scores.contiguous(), tensor_group())[..., : self.size]
 
     def without_padding(self, logits: Tensor) -> Tensor:
         """`logits` with padding columns at minus infinity."""
