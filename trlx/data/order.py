@@ -1,12 +1,19 @@
-"""Shuffled orders that are a function of a seed and a number, so that nothing about them needs saving."""
+"""Shuffled orders that are a function of a seed, a name and a number, so that nothing about them needs saving."""
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 
 
-def permutation(size: int, seed: int, number: int) -> list[int]:
-    """The `number`-th shuffled order of ``range(size)`` under `seed`; touches no global random state."""
-    # the generator sees 32 bits only: keep neighbouring seeds and numbers apart within them
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+def permutation(size: int, seed: int, stream: str, number: int) -> list[int]:
+    """The `number`-th shuffled order of ``range(size)`` under `seed`; touches no global random state.
+
+    Args:
+        stream: what is ordered, e.g. ``"prompts"``: another thing of the same size gets another order.
+    """
+    # the generator sees 32 bits only, and neighbouring seeds and numbers must be apart within them
+    digest = hashlib.sha256(f"{seed} {stream} {number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
     return torch.randperm(size, generator=generator).tolist()

@@ -150,7 +150,7 @@ class PromptStream:
     def _at(self, position: int) -> Prompt:
         number, offset = divmod(position, len(self.pipeline))
         if self._order is None or self._order[0] != number:
-            self._order = number, permutation(len(self.pipeline), self.seed, number)
+            self._order = number, permutation(len(self.pipeline), self.seed, "prompts", number)
         return self.pipeline[self._order[1][offset]]
 
 

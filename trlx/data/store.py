@@ -51,7 +51,7 @@ def batch_order(num_rows: int, batch_size: int, seed: int, epoch: int, shuffle: 
 
     `batch_size` counts rows over all processes. The last batch may be short.
     """
-    order = permutation(num_rows, seed, epoch) if shuffle else list(range(num_rows))
+    order = permutation(num_rows, seed, "batches", epoch) if shuffle else list(range(num_rows))
     return [order[start : start + batch_size] for start in range(0, num_rows, batch_size)]
 
 
