@@ -91,6 +91,7 @@ def test_weights_that_tensor_ranks_share_stay_equal_under_dropout(sequence):
 
 def half(parallel) -> None:
     backend = built("PPO", parallel, train={"mixed_precision": "bf16"})
+    assert backend.precision is torch.bfloat16
     batch = shard(rows(), list(range(ROWS)), backend.data_rank, backend.data_size)
     batch = batch.replace(old_logprobs=backend.score(batch).logprobs)
     assert torch.equal(backend.score(batch).logprobs, backend.score(batch, reference=True).logprobs)

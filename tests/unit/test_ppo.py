@@ -10,6 +10,7 @@ from trlx.methods.masked import finish, pack
 from trlx.methods.ppo import (
     AdaptiveKL,
     FixedKL,
+    clip_scores,
     gae,
     kl_penalty,
     missing_eos_penalty,
@@ -75,12 +76,12 @@ def test_a_token_reward_is_its_score_less_the_penalty_and_zero_outside_the_respo
     assert same(token_rewards(scores, logprobs, ref, mask, 0.5, "k2"), [[0, -1, 4.75, 0]])
 
 
-def test_scores_are_clipped_before_they_are_divided():
+def test_scores_are_clipped_and_divided_where_that_is_asked_for():
     scores = torch.tensor([-30.0, 4.0, 30.0])
-    assert same(scale_scores(scores, 10.0, 2.0), [-5, 2, 5])
-    assert same(scale_scores(scores, None, 2.0), [-15, 2, 15])
-    assert same(scale_scores(scores, 10.0, None), [-10, 4, 10])
-    assert same(scale_scores(scores, 0, 0.0), [-30, 4, 30])
+    assert same(clip_scores(scores, 10.0), [-10, 4, 10])
+    assert same(scale_scores(scores, 2.0), [-15, 2, 15])
+    for nothing in (None, 0.0):
+        assert same(scale_scores(clip_scores(scores, nothing), nothing), [-30, 4, 30])
 
 
 def test_only_a_response_that_does_not_end_pays_and_at_its_last_token():

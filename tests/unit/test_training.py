@@ -261,13 +261,17 @@ def test_steps_with_gradients_that_are_not_finite_change_nothing_and_are_counted
     def broken(scores, batch):
         return scores.logprobs.sum() * float("nan"), {"loss": (torch.tensor(1.0), torch.tensor(1.0))}
 
-    guard = SkippedSteps()
+    guard, rows = SkippedSteps(), trainer.store.rows([0, 1])
     for _ in range(24):
-        guard.count(trainer.backend.train_step(trainer.store.rows([0, 1]), broken), trainer.state)
+        guard.count(trainer.backend.train_step(rows, broken), trainer.state)
     same(before, dict(trainer.backend.policy.state_dict()))
     assert trainer.state.skipped_steps == 24
     with pytest.raises(FloatingPointError, match="25 steps in a row"):
-        guard.count(trainer.backend.train_step(trainer.store.rows([0, 1]), broken), trainer.state)
+        guard.count(trainer.backend.train_step(rows, broken), trainer.state)
+    # a schedule goes on with what was updated: the first step that counts has the first rate, the next one the second
+    # of half a cosine over 50 steps, 1e-4 + (3e-3 - 1e-4) * (1 + cos(pi / 50)) / 2
+    rates = [trainer.backend.train_step(rows, trainer.loss)["learning_rate_group_0"] for _ in range(2)]
+    assert rates == pytest.approx([3e-3, 2.9971388e-3], abs=1e-9)
 
 
 @pytest.mark.parametrize("method", ["PPO", "SFT", "ILQL"])

@@ -44,6 +44,9 @@ from trlx.rollout.sampling import SamplingConfig
 
 logger = logging.get_logger(__name__)
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""By ``mixed_precision``."""
+
 
 class AccelerateBackend(Backend):
     """One Hugging Face model, wrapped and moved by Accelerate."""
@@ -80,6 +83,7 @@ class AccelerateBackend(Backend):
         torch.manual_seed(train.seed)  # every process must draw the same random weights
         self.policy = _load_policy(dataclasses.replace(model, model_path=self.source(model, train)), needs)
         check_vocabulary(self.policy.model, tokenizer)
+        self.precision = HALVES.get(self.accelerator.mixed_precision, self.policy.model.dtype)
         if train.gradient_checkpointing:
             self.policy.architecture.recompute()
         self.initial_digest = digest(self.policy)

@@ -70,6 +70,8 @@ class Backend(ABC):
     """How rollouts become rows of this model."""
     starts_at_reference: bool = True
     """Whether policy and reference are one before the first update; an adapter may make them differ from the start."""
+    precision: torch.dtype = torch.float32
+    """What log-probabilities are computed in, for a judgement of rounding errors."""
 
     @staticmethod
     def source(model: ModelConfig, train: TrainConfig) -> Any:

@@ -64,10 +64,13 @@ def token_rewards(
     return rewards.masked_fill(~mask, 0.0)
 
 
-def scale_scores(scores: Tensor, clip: float | None, std: float | None) -> Tensor:
-    """Scores clipped to ±`clip`, then divided by `std`; either is left out if None or 0. The mean stays."""
-    if clip:
-        scores = scores.clamp(-clip, clip)
+def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
+    """Scores clipped to ±`limit`; as they are where that is None or 0."""
+    return scores.clamp(-limit, limit) if limit else scores
+
+
+def scale_scores(scores: Tensor, std: float | None) -> Tensor:
+    """Scores divided by `std`; as they are where that is None or 0. The mean stays."""
     return scores / std if std else scores
 
 

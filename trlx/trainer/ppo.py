@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trlx import logging
 from trlx.backends.base import ModelNeeds
 from trlx.batch import Rollout, TokenBatch, TokenScores
 from trlx.data.prompts import Prompt, PromptPipeline, PromptStream
@@ -19,6 +18,7 @@ from trlx.methods.masked import Metrics, RunningMoments, finish, mean_of, pack, 
 from trlx.methods.ppo import (
     AdaptiveKL,
     FixedKL,
+    clip_scores,
     gae,
     kl_penalty,
     missing_eos_penalty,
@@ -27,12 +27,8 @@ from trlx.methods.ppo import (
     token_rewards,
 )
 from trlx.trainer.base import Trainer
+from trlx.trainer.first_step import check_first_kl, check_first_ratio
 from trlx.trainer.rollouts import RolloutLog, RolloutSource
-
-logger = logging.get_logger(__name__)
-
-FIRST_RATIO_TOLERANCE = 1e-3
-"""How far the first ratio may be from 1 without a word; float32 stays within 1e-5."""
 
 
 class PPOTrainer(Trainer):
@@ -118,7 +114,7 @@ class PPOTrainer(Trainer):
 
     def after_step(self, metrics: dict[str, float]) -> None:
         if self.state.step == 1:
-            self._check_first_ratio(metrics)
+            check_first_ratio(metrics["policy/ratio_deviation/max"])
 
     def method_state(self) -> dict[str, Any]:
         return {
@@ -155,12 +151,13 @@ class PPOTrainer(Trainer):
 
     def _with_scaled_scores(self, batch: TokenBatch) -> tuple[TokenBatch, dict[str, float]]:
         method = self.method
-        totals = batch.scores.sum(dim=1)
-        mean, std = self.moments.update(totals)
+        scores = clip_scores(batch.scores, method.cliprange_reward)
+        # of what is clipped already: a single outlier would make all other scores small for the rest of the run
+        mean, std = self.moments.update(scores.sum(dim=1))
         if self.ref_std is None:
             self.ref_std = std
         divisor = {"running": self.moments.std, "ref": self.ref_std}.get(method.scale_reward)
-        scores = scale_scores(batch.scores, method.cliprange_reward, divisor)
+        scores = scale_scores(scores, divisor)
         if method.missing_eos_penalty:
             scores = missing_eos_penalty(
                 scores,
@@ -186,8 +183,8 @@ class PPOTrainer(Trainer):
         advantages, returns = gae(rewards, batch.old_values, mask, method.gamma, method.lam)
         kl = kl_penalty(batch.old_logprobs, batch.ref_logprobs, "k3") * mask
         per_sequence = float(kl.sum(dim=1).mean())
-        if self.state.step == 0:
-            self._check_first_kl(per_sequence)
+        if self.state.step == 0 and self.backend.starts_at_reference:
+            check_first_kl(float(kl[mask].mean()), self.backend.precision)
         self.kl.update(per_sequence, len(batch))
         stats = finish(*pack({"policy/kl_per_token": mean_of(kl, mask)}))
         stats |= {
@@ -196,24 +193,6 @@ class PPOTrainer(Trainer):
             "kl_ctl_value": coefficient,
         }
         return batch.replace(advantages=whiten(advantages, mask), returns=returns), stats
-
-    def _check_first_kl(self, kl: float) -> None:
-        """Before any update policy and reference are one; anything but 0 means that one is not what it should be."""
-        if kl != 0.0 and self.backend.starts_at_reference:
-            raise RuntimeError(
-                f"Before the first update the KL between policy and reference is {kl:.3g} instead of 0: this model has "
-                "two answers to one input (random routing, or a buffer that changes in forward), so PPO would train on "
-                "noise"
-            )
-
-    def _check_first_ratio(self, metrics: dict[str, float]) -> None:
-        """On the first minibatch the probability ratio is 1."""
-        deviation = metrics["policy/ratio_deviation/max"]
-        if deviation > FIRST_RATIO_TOLERANCE:
-            logger.warning(
-                f"On the first minibatch the probability ratio is up to {deviation:.3g} away from 1: the policy that "
-                "is trained is not quite the one that sampled (low precision, or a module that is another in training)"
-            )
 
 
 def _shape_stats(rollouts: list[Rollout]) -> dict[str, float]:

@@ -1,0 +1,82 @@
+"""A backend without a model: what it samples and how it scores tokens stands in tables, to do sums by hand."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from trlx.backends.base import Backend
+from trlx.batch import TokenBatch, TokenScores
+from trlx.methods.masked import finish, pack
+from trlx.trainer.ppo import PPOTrainer
+
+
+class FakeBackend(Backend):
+    """One process; every token has one log-probability under the policy, one under the reference, and one value."""
+
+    responses: ClassVar[dict[tuple[int, ...], list[int]]] = {}
+    """By prompt."""
+    logprobs: ClassVar[dict[int, float]] = {}
+    ref_logprobs: ClassVar[dict[int, float]] = {}
+    values: ClassVar[dict[int, float]] = {}
+    """Of the state before the token; each of the three by token."""
+
+    data_rank, data_size, is_main, device = 0, 1, True, torch.device("cpu")
+    starts_at_reference = False
+
+    def __init__(self, model, optimizer, scheduler, train, tokenizer, needs):
+        self.needs = needs
+        self.trained: list[TokenBatch] = []
+
+    def generate(self, prompts, sampling):
+        return [list(self.responses[tuple(prompt)]) for prompt in prompts]
+
+    def score(self, batch, reference=False):
+        logprobs = self._column(batch, self.ref_logprobs if reference else self.logprobs)
+        return TokenScores(logprobs, None if reference else self._column(batch, self.values))
+
+    def train_step(self, batch, loss_fn):
+        self.trained.append(batch)
+        _, metrics = loss_fn(self.score(batch), batch)
+        return {**finish(*pack(metrics)), "grad_norm": 1.0, "skipped_steps": 0.0}
+
+    def _column(self, batch: TokenBatch, table: dict[int, float]) -> torch.Tensor:
+        found = [[table.get(token, float("nan")) for token in row] for row in batch.tokens.tolist()]
+        return torch.tensor(found).where(batch.response_mask, 0.0)
+
+    def update_heads(self, fn):
+        raise NotImplementedError
+
+    def sum_across(self, tensor):
+        return tensor
+
+    def any_process(self, flag):
+        return flag
+
+    def gather_objects(self, objects):
+        return list(objects)
+
+    def broadcast_object(self, value):
+        return value
+
+    def barrier(self):
+        pass
+
+    def save(self, folder, optimizer=True):
+        raise NotImplementedError
+
+    def load(self, folder):
+        raise NotImplementedError
+
+    def export_hf(self, folder):
+        raise NotImplementedError
+
+    def fingerprint(self):
+        return "fake"
+
+
+class FakePPOTrainer(PPOTrainer):
+    """PPO on it."""
+
+    backend_class = FakeBackend
