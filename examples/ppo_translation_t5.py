@@ -18,7 +18,7 @@ TASK = "translate English to German: "
 
 
 def translation_config() -> trlx.TRLConfig:
-    """Rollouts by beam search, as translations are wanted."""
+    """Rollouts are drawn from the likelier words; evaluations take the likeliest of four beams, as is usual here."""
     return trlx.load_preset("ppo").evolve(
         model={"model_path": MODEL, "model_arch_type": "seq2seq", "num_layers_unfrozen": -1},
         tokenizer={"padding_side": "right"},
@@ -30,8 +30,8 @@ def translation_config() -> trlx.TRLConfig:
             "init_kl_coef": 0.05,
             "target": 6,
             "gamma": 0.99,
-            "gen_kwargs": {"max_new_tokens": 100},
-            "gen_experience_kwargs": {"max_new_tokens": 100, "do_sample": False, "num_beams": 4},
+            "gen_kwargs": {"max_new_tokens": 100, "do_sample": False, "num_beams": 4},
+            "gen_experience_kwargs": {"max_new_tokens": 100, "do_sample": True, "top_k": 50, "top_p": 0.95},
         },
         train={"seq_length": 612, "total_steps": 100000, "batch_size": 12, "eval_interval": 200},
     )

@@ -14,7 +14,8 @@ from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list
 from trlx.presets import default_ilql_config, default_ppo_config, default_sft_config
 from trlx.registry import pipelines, trainers
-from trlx.trainer.base import Trainer
+from trlx.strict import check_keywords
+from trlx.trainer.base import OURS, Trainer
 from trlx.trainer.failures import for_users
 
 logger = logging.get_logger(__name__)
@@ -63,6 +64,7 @@ def train(
     trainer_class = _trainer_class(config.train.trainer)
     online = trainer_class.online
     _check_arguments(trainer_class, online, reward_fn, samples, rewards)
+    check_keywords(trainer_class, config.train.trainer_kwargs, "train.trainer_kwargs", ours=OURS)
     trainer = trainer_class(
         config=config,
         reward_fn=reward_fn,

@@ -7,13 +7,16 @@ import dataclasses
 import json
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from trlx import logging
 from trlx.method_configs import MethodConfig, get_method
-from trlx.strict import ConfigError, Section, build, suggestion
+from trlx.strict import ConfigError, Section, build, called_here, suggestion, unknown_key
+
+logger = logging.get_logger(__name__)
 
 OPTIMIZERS = ("adam", "adamw", "adam_8bit_bnb", "adamw_8bit_bnb", "sgd")
 SCHEDULERS = ("cosine_annealing", "linear", "constant")
@@ -117,8 +120,8 @@ class TrainConfig(Section):
 
     section: ClassVar[str] = "train"
 
-    total_steps: int
-    """Optimizer steps at most."""
+    total_steps: int | None
+    """Optimizer steps at most; null: as many as train.epochs make."""
     seq_length: int
     """Tokens of prompt and response together at most."""
     epochs: int
@@ -153,7 +156,7 @@ class TrainConfig(Section):
     """wandb, tensorboard or null; metrics.jsonl is always written."""
     logging_dir: str | None = None
     """Folder of metrics.jsonl and samples, if not checkpoint_dir."""
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] | None = field(default_factory=list)
     seed: int = 1000
     minibatch_size: int | None = None
     """Rows per forward and backward pass; divides batch_size. Null: the whole batch."""
@@ -173,7 +176,7 @@ class TrainConfig(Section):
     def check(self) -> None:
         for name in ("seq_length", "epochs", "batch_size", "checkpoint_interval", "eval_interval"):
             self.require(getattr(self, name) >= 1, name, "be at least 1")
-        self.require(self.total_steps >= 0, "total_steps", "be 0 or more")
+        self.require(self.total_steps is None or self.total_steps >= 0, "total_steps", "be 0 or more, or null")
         size = self.minibatch_size
         divides = size is None or (size >= 1 and self.batch_size % size == 0)
         self.require(divides, "minibatch_size", f"divide train.batch_size ({self.batch_size})")
@@ -182,6 +185,7 @@ class TrainConfig(Section):
         self.require_choice("tracker", ["wandb", "tensorboard", "none", None])
         self.require_choice("reward_on", ["main", "each_rank"])
         self.require_choice("mixed_precision", ["no", "bf16", "fp16", None])
+        self.tags = self.tags or []
 
 
 @dataclass
@@ -196,6 +200,28 @@ class TRLConfig:
     train: TrainConfig
 
     def __post_init__(self):
+        self._check_names()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _SECTIONS:
+            raise unknown_key("", name, _SECTIONS)
+        kind = _SECTIONS[name]
+        if not (isinstance(value, kind) or (name == "method" and dataclasses.is_dataclass(value))):
+            raise ConfigError(f"config.{name} must be a {kind.__name__}, got {value!r}: change its settings one by one")
+        super().__setattr__(name, value)
+
+    def check(self) -> None:
+        """What is checked at construction once more, as settings may have been assigned since.
+
+        Raises:
+            ConfigError: values are out of range, or do not go together.
+        """
+        for section in (getattr(self, name) for name in _SECTIONS):
+            if isinstance(section, Section):
+                section.check()
+        self._check_names()
+
+    def _check_names(self) -> None:
         if self.train.trainer.lower().startswith("nemo"):
             return
         for section, nearest in ((self.optimizer, NEMO_OPTIMIZERS), (self.scheduler, NEMO_SCHEDULERS)):
@@ -216,11 +242,15 @@ class TRLConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TRLConfig:
-        """A config from nested mappings; the method's class is found by ``method.name``."""
-        for key in config:
-            if key not in _SECTIONS:
-                known = ", ".join(_SECTIONS)
-                raise ConfigError(f"Unknown section '{key}'.{suggestion(key, _SECTIONS)} Known: {known}")
+        """A config from nested mappings; the method's class is found by ``method.name``.
+
+        A section that means nothing here is ignored with a warning, unless its name is nearly that of one that does.
+        """
+        for name in config:
+            if called_here(name) or suggestion(name, _SECTIONS):
+                _check_sections([name])
+            elif name not in _SECTIONS:
+                logger.warning(f"The section '{name}' of the configuration is unknown and ignored")
         if "name" not in config.get("method", {}):
             raise ConfigError("Missing: method.name (PPOConfig, ILQLConfig, SFTConfig, RFTConfig or your own)")
         classes = {**_SECTIONS, "method": get_method(config["method"]["name"])}
@@ -233,11 +263,13 @@ class TRLConfig:
 
     def evolve(self, **changes: Any) -> TRLConfig:
         """A copy with nested changes: ``config.evolve(method={"gamma": 0.9}, train={"seed": 1})``."""
+        _check_sections(changes)
         return self.from_dict(_merge(self.to_dict(), changes))
 
     @classmethod
     def update(cls, base: TRLConfig | Mapping[str, Any], hparams: Mapping[str, Any]) -> TRLConfig:
         """A copy of `base` with changes given as dotted keys, nested mappings or both. `base` stays as it was."""
+        _check_sections(key.split(".")[0] for key in hparams)
         merged = base.to_dict() if isinstance(base, TRLConfig) else copy.deepcopy(dict(base))
         for key, value in hparams.items():
             for part in reversed(key.split(".")[1:]):
@@ -276,6 +308,7 @@ def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"The override {override!r} has no value; write it as section.key=value")
+    _check_sections(override.partition("=")[0].split(".")[0] for override in overrides)
     merged = OmegaConf.merge(*(OmegaConf.load(file) for file in files), OmegaConf.from_dotlist(list(overrides)))
     try:
         return OmegaConf.to_container(merged, resolve=True)
@@ -306,6 +339,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):  # in a peft config; their order is another in every process
         return sorted(value)
     return value.to_dict() if hasattr(value, "to_dict") else str(value)
+
+
+def _check_sections(names: Iterable[str]) -> None:
+    for name in names:
+        if name not in _SECTIONS:
+            raise unknown_key("", name, _SECTIONS)
 
 
 def _fields_of(section: Section) -> dict[str, Any]:

@@ -86,6 +86,8 @@ class PPOConfig(MethodConfig):
             self.require(0 <= getattr(self, name) <= 1, name, "be between 0 and 1")
         for name in ("cliprange", "cliprange_value"):
             self.require(getattr(self, name) > 0, name, "be positive")
+        for name in ("init_kl_coef", "vf_coef"):
+            self.require(getattr(self, name) >= 0, name, "be 0 or more")
         self.require(self.num_value_layers_unfrozen >= 0, "num_value_layers_unfrozen", "be 0 or more")
         self.require(self.target is None or self.target > 0, "target", "be positive, or null for a fixed coefficient")
         self.require(self.ref_std is None or self.ref_std > 0, "ref_std", "be positive")

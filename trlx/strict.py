@@ -4,32 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import inspect
+import numbers
+import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from abc import ABCMeta
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union
+
+from trlx.foreign_names import HERE
 
 
 class ConfigError(ValueError):
     """A setting is unknown, missing, of the wrong type or out of range. The message names its dotted key."""
 
 
-class Section:
-    """Base of the config dataclasses: checks every field's type, then the section's own ``check()``."""
+class _Sealing(ABCMeta):
+    def __call__(cls, *args: Any, **kwargs: Any):
+        section = super().__call__(*args, **kwargs)
+        section._sealed = True
+        return section
+
+
+class Section(metaclass=_Sealing):
+    """Base of the config dataclasses: checks a field's type whenever it is set, and at construction what `check` says.
+
+    Once it is built it takes no other attributes than its fields and names that begin with an underscore.
+    """
+
+    __slots__ = ("_sealed",)  # not in __dict__, which is the settings
 
     section = "config"
     """The section's name in dotted keys."""
 
     def __post_init__(self):
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            key = f"{self.section}.{field.name}"
-            setattr(self, field.name, _typed(value, hints[field.name], key))
         self.check()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        hints = _hints(type(self))
+        if name in hints:
+            value = _typed(value, hints[name], f"{self.section}.{name}")
+        elif hasattr(self, "_sealed") and not name.startswith("_") and not hasattr(self, name):
+            raise unknown_key(self.section, name, hints)
+        super().__setattr__(name, value)
+
     def check(self) -> None:
-        """Raises ConfigError where a value is out of range."""
+        """Raises ConfigError where a value is out of range; called at construction, and when a trainer is built."""
 
     def require(self, condition: bool, name: str, rule: str) -> None:
         """Raises unless `condition`; `rule` completes the sentence "<key> must ..."."""
@@ -57,11 +79,54 @@ def build(cls: type, values: Mapping[str, Any], where: str):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"Unknown key '{where}.{key}'.{suggestion(key, fields)} Known: {', '.join(fields)}")
+            raise unknown_key(where, key, fields)
     missing = [name for name, field in fields.items() if name not in values and _has_no_default(field)]
     if missing:
         raise ConfigError(f"Missing: {', '.join(f'{where}.{name}' for name in missing)}")
     return cls(**values)
+
+
+def unknown_key(where: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that the section `where` has not; "" stands for the whole configuration."""
+    kind, key = ("key", f"{where}.{name}") if where else ("section", name)
+    here = called_here(key)
+    if here is not None:
+        return ConfigError(f"Unknown {kind} '{key}': write {here} instead")
+    return ConfigError(f"Unknown {kind} '{key}'.{suggestion(name, known)} Known: {', '.join(known) or 'none'}")
+
+
+def check_keywords(
+    function: Callable[..., Any],
+    given: Iterable[str],
+    where: str,
+    ours: Iterable[str] = (),
+    besides: Iterable[str] = (),
+) -> None:
+    """Makes sure that `function` takes the keywords `given`.
+
+    Args:
+        where: dotted key of the names, for the message.
+        ours: what the library passes, so that a config cannot.
+        besides: what something else takes.
+
+    Raises:
+        ConfigError: it does not take one; the message names the nearest.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [*besides, *(parameter.name for parameter in parameters if parameter.name not in ours)]
+    for name in given:
+        if name not in known:
+            raise unknown_key(where, name, known)
+
+
+def called_here(key: str) -> str | None:
+    """What to write for a key of another library, or for one that stands in the wrong section; None: nobody knows."""
+    name = key.rpartition(".")[2]
+    sections = [cls.section for cls in Section.__subclasses__() if name in _hints(cls)]
+    here = HERE.get(name) or (f"{sections[0]}.{name}" if len(sections) == 1 else None)
+    return None if here == key else here
 
 
 def suggestion(word: Any, known: Iterable[Any]) -> str:
@@ -70,26 +135,43 @@ def suggestion(word: Any, known: Iterable[Any]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The type of every field."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
 def _has_no_default(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
-    """`value`, as the hinted type: an int becomes a float where a float is asked for, a tuple a list."""
+    """`value`, as the hinted type: an int becomes a float where a float is asked for, a tuple a list, a path a text."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     if any(option is Any for option in options):
         return value
     kinds = [type(None) if option is None else (typing.get_origin(option) or option) for option in options]
     if any(type(value) is kind for kind in kinds):
         return value
-    # bool is an int to Python, but `epochs: true` is a slip of the pen
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        return float(value)
-    if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
-        return int(value)
+    number = _number(value, kinds)
+    if number is not None:
+        return number
+    if isinstance(value, os.PathLike) and str in kinds:
+        return str(value)
     if isinstance(value, tuple) and list in kinds:
         return list(value)
     if isinstance(value, Mapping) and dict in kinds:
         return dict(value)
     expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
     raise ConfigError(f"{key} must be {expected}, got {value!r} ({type(value).__name__})")
+
+
+def _number(value: Any, kinds: list[type]) -> int | float | None:
+    # bool is an int to Python, but `epochs: true` is a slip of the pen; numpy's numbers are numbers
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    is_whole = isinstance(value, numbers.Integral) or (float not in kinds and float(value).is_integer())
+    if int in kinds and is_whole:
+        return int(value)
+    return float(value) if float in kinds else None

@@ -15,7 +15,7 @@ from trlx.checkpoint import newest
 pytestmark = pytest.mark.distributed
 
 GREEDY = {
-    "PPO": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False}},
+    "PPO": {"gen_kwargs": {"max_new_tokens": 6, "top_k": 1}},
     "SFT": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False}},
     "ILQL": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False, "beta": [0, 2]}},
 }
@@ -172,3 +172,32 @@ def stopped_from_the_side(folder) -> None:
 def test_a_signal_to_any_process_saves_and_stops_all(tmp_path):
     together(2, stopped_from_the_side, tmp_path)
     assert newest(tmp_path).name == "checkpoint_3"
+
+
+def refused_at_construction(folder) -> None:
+    """Settings that are wrong anywhere, or that this backend cannot do, before anything is sampled."""
+    from trlx.api import trainers
+
+    def build(algorithm: str, **changes):
+        config = tiny_config(folder, algorithm, **changes)
+        trainers.get(f"NeMo{algorithm}Trainer")(config, DATA["PPO"]["reward_fn"], **config.train.trainer_kwargs)
+
+    for algorithm, changes, words in (
+        ("PPO", {"method": {"gen_kwargs": {"topk": 1}}}, "Unknown key 'gen_kwargs.topk'. Did you mean 'top_k'"),
+        ("PPO", {"method": {"gen_kwargs": {"temperature": 0}}}, "asks for the likeliest token always"),
+        ("SFT", {"method": {"gen_kwargs": {"num_beams": 2}}}, "gen_kwargs.num_beams does not work with a NeMo"),
+        ("SFT", {"method": {"gen_kwargs": {"beta": 1}}}, "gen_kwargs.beta is 1, but only ILQL has the Q heads"),
+        (
+            "ILQL",
+            {"train": {"trainer_kwargs": {"logit_mask": [[True]]}}},
+            r"shape \[1, 1\], but the model has 38 tokens",
+        ),
+        ("SFT", {"train": {"trainer_kwargs": {"tensor_parallel": 2}}}, "Did you mean 'tensor_model_parallel_size'"),
+        ("SFT", {"optimizer": {"kwargs": {"learning_rate": 1.0}}}, "write optimizer.kwargs.lr instead"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build(algorithm, **changes)
+
+
+def test_settings_that_cannot_work_are_refused_before_anything_is_sampled(tmp_path):
+    together(1, refused_at_construction, tmp_path)

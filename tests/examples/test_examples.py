@@ -24,7 +24,7 @@ from examples.summarize_rlhf.task import with_label
 PPO = {"method.num_rollouts": 4, "method.chunk_size": 8, "method.ppo_epochs": 1, "method.gen_kwargs.max_new_tokens": 4}
 OFFLINE = {"method.gen_kwargs.max_new_tokens": 4}
 RFT = {"method.n_generations_per_prompt": 2, "method.gen_kwargs.max_new_tokens": 4}
-BEAMS = {"method.gen_experience_kwargs.max_new_tokens": 4}
+SAMPLED = {"method.gen_experience_kwargs.max_new_tokens": 4}
 SCRIPTS = {
     "architext": PPO,
     "simulacra": OFFLINE,
@@ -37,8 +37,8 @@ SCRIPTS = {
     "ilql_sentiments_t5": OFFLINE,
     "sft_sentiments": OFFLINE,
     "rft_sentiments": RFT,
-    "ppo_translation_t5": PPO | BEAMS,
-    "summarize_daily_cnn.t5_summarize_daily_cnn": PPO | BEAMS,
+    "ppo_translation_t5": PPO | SAMPLED,
+    "summarize_daily_cnn.t5_summarize_daily_cnn": PPO | SAMPLED,
     "alpaca.sft_alpaca": OFFLINE,
     "hh.ppo_hh": PPO,
     "hh.ilql_hh": OFFLINE,

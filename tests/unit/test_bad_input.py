@@ -6,8 +6,10 @@ import pytest
 
 import trlx
 from tests.builders import char_tokenizer
-from tests.runs import PROMPTS, TEXTS, share_of_a, tiny_config
+from tests.runs import DATA, PROMPTS, TEXTS, share_of_a, tiny_config
+from trlx.api import trainers
 from trlx.rollout.scoring import RewardError
+from trlx.strict import ConfigError
 
 
 def train(tmp_path, method="PPO", changes=None, **arguments):
@@ -70,8 +72,17 @@ def test_wrong_data_is_refused(tmp_path, method, arguments, words):
         ({"train": {"trainer": "AccelerateTrainer"}}, "Unknown trainer 'AccelerateTrainer'. Did you mean"),
         ({"train": {"pipeline": "Promptpipelin"}}, "Unknown pipeline"),
         ({"train": {"seq_length": 6}}, "leaves no room for a prompt"),
-        ({"optimizer": {"kwargs": {"learning_rate": 1.0}}}, "optimizer.kwargs do not fit"),
-        ({"scheduler": {"name": "linear", "kwargs": {"T_max": 1}}}, "scheduler.kwargs do not fit"),
+        (
+            {"optimizer": {"kwargs": {"learning_rate": 1.0}}},
+            "Unknown key 'optimizer.kwargs.learning_rate': write optimizer.kwargs.lr instead",
+        ),
+        ({"optimizer": {"kwargs": {"lrr": 1.0}}}, "Unknown key 'optimizer.kwargs.lrr'. Did you mean 'lr'"),
+        ({"optimizer": {"kwargs": {"lr": "x"}}}, "optimizer.kwargs do not fit"),
+        ({"scheduler": {"kwargs": {"eta": 1.0}}}, "Unknown key 'scheduler.kwargs.eta'. Did you mean 'eta_min'"),
+        (
+            {"scheduler": {"name": "linear"}},
+            "'linear' does not take T_max and eta_min.*write scheduler.kwargs.T_max: null",
+        ),
         ({"model": {"num_layers_unfrozen": 9}}, "num_layers_unfrozen.*9|9.*2"),
         ({"method": {"gen_kwargs": {"temperature": [1.0, 2.0]}}}, "temperature"),
         ({"method": {"gen_kwargs": {"max_new_tokens": 0}}}, "max_new_tokens"),
@@ -112,3 +123,59 @@ def test_method_and_trainer_that_do_not_fit_are_refused(tmp_path):
     config = tiny_config(tmp_path, "SFT", train={"trainer": "AcceleratePPOTrainer"})
     with pytest.raises(ValueError, match="needs method.name PPOConfig"):
         trlx.train(config=config, reward_fn=share_of_a, prompts=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "method", "train", "words"),
+    [
+        ("SFT", {"gen_kwargs": {"temprature": 1.0}}, {}, "Unknown key 'gen_kwargs.temprature'. Did you mean 'temp"),
+        (
+            "PPO",
+            {"gen_experience_kwargs": {"max_new_tokens": 6, "topk": 1}},
+            {},
+            "'gen_kwargs.topk'. Did you mean 'top_k'",
+        ),
+        ("PPO", {"gen_kwargs": {"temperature": 0}}, {}, "method.gen_kwargs asks for the likeliest token always"),
+        ("PPO", {"gen_experience_kwargs": {"do_sample": False}}, {}, "method.gen_experience_kwargs asks for the likel"),
+        ("RFT", {"gen_kwargs": {"num_beams": 2}}, {}, "method.gen_kwargs.num_beams searches"),
+        ("PPO", {"gen_kwargs": {"beta": 1}}, {}, "gen_kwargs.beta is 1, but only ILQL has the Q heads"),
+        ("SFT", {"gen_kwargs": {"early_stopping": "often"}}, {}, "early_stopping"),
+        ("ILQL", {}, {"trainer_kwargs": {"logit_mask": [[True]]}}, r"shape \[1, 1\], but the model has 38 tokens"),
+    ],
+)
+def test_generation_settings_are_refused_when_the_trainer_is_built(tmp_path, algorithm, method, train, words):
+    config = tiny_config(tmp_path, algorithm, method=method, train=train)
+    with pytest.raises(ValueError, match=words):
+        trainers.get(config.train.trainer)(config, share_of_a, **config.train.trainer_kwargs)
+
+
+def test_settings_assigned_one_by_one_are_checked_when_the_trainer_is_built(tmp_path):
+    config = tiny_config(tmp_path, "PPO")
+    config.method.gen_kwargs["temprature"] = 0.5
+    with pytest.raises(ValueError, match="Unknown key 'gen_kwargs.temprature'"):
+        trlx.train(config=config, **DATA["PPO"])
+    del config.method.gen_kwargs["temprature"]
+    config.train.minibatch_size = 3
+    with pytest.raises(ConfigError, match="train.minibatch_size must divide train.batch_size"):
+        trlx.train(config=config, **DATA["PPO"])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [("PPO", "Unknown key 'train.trainer_kwargs.logit_musk'. Known: none"), ("ILQL", "Did you mean 'logit_mask'")],
+)
+def test_an_argument_that_the_trainer_does_not_take_is_refused(tmp_path, algorithm, words):
+    config = tiny_config(tmp_path, algorithm, train={"trainer_kwargs": {"logit_musk": [[True]]}})
+    with pytest.raises(ConfigError, match=words):
+        trlx.train(config=config, **DATA[algorithm])
+
+
+def test_beams_may_search_in_evaluations_while_rollouts_are_drawn(tmp_path):
+    beams = {"num_beams": 4, "do_sample": False}
+    method = {"gen_kwargs": beams, "gen_experience_kwargs": {"max_new_tokens": 6}}
+    trainer = train(tmp_path, changes={"method": method, "train": {"total_steps": 1}})
+    (row,) = [row for row in trainer.evaluator.run().rows if row[0] == "cab"]
+    prompt, model = trainer.tokenizer(["cab"], return_tensors="pt"), trainer.backend.policy.model
+    found = model.generate(**prompt, **beams, max_new_tokens=6)[:, 3:]
+    greedy = model.generate(**prompt, do_sample=False, max_new_tokens=6)[:, 3:]
+    assert row[1] == trainer.tokenizer.decode(found[0], skip_special_tokens=True) and found.tolist() != greedy.tolist()

@@ -1,11 +1,22 @@
 """The configuration is strict at every depth and never shares state with what it was made from."""
 
+import copy
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import pytest
 from transformers import GPT2Config
 
-from trlx.config import TRLConfig
+from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig, TRLConfig
+from trlx.foreign_names import HERE
+from trlx.method_configs import MethodConfig, PPOConfig, RFTConfig
 from trlx.presets import load_preset
 from trlx.strict import ConfigError
+
+SECTIONS = (ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig)
 
 MINIMAL = {
     "method": {"name": "PPOConfig"},
@@ -124,3 +135,107 @@ def test_a_model_config_object_survives_and_prints():
     assert config.evolve(train={"seed": 2}).model.model_path.n_layer == 2
     assert config.to_json()["model"]["model_path"]["n_layer"] == 2
     assert '"n_layer": 2' in str(config)
+
+
+def test_attributes_are_as_strict_as_everything_else():
+    config = minimal()
+    with pytest.raises(ConfigError, match="Unknown key 'train.batchsize'. Did you mean 'batch_size'"):
+        config.train.batchsize = 4
+    with pytest.raises(ConfigError, match="train.batch_size must be int, got 'x'"):
+        config.train.batch_size = "x"
+    with pytest.raises(ConfigError, match="Unknown section 'trian'. Did you mean 'train'"):
+        config.trian = config.train
+    with pytest.raises(ConfigError, match="config.train must be a TrainConfig"):
+        config.train = {"seed": 1}
+    config.train.seed, config.method.gamma, config.train.tags = np.int64(3), 1, ("a", "b")
+    config.train.checkpoint_dir, config.model.num_layers_unfrozen = Path("out"), 2.0
+    assert config.to_json()["train"]["seed"] == 3 and type(config.method.gamma) is float
+    assert (config.train.tags, config.train.checkpoint_dir, config.model.num_layers_unfrozen) == (["a", "b"], "out", 2)
+
+
+def test_what_depends_on_two_assignments_is_checked_when_all_are_made():
+    config = minimal()
+    config.train.minibatch_size = 3
+    with pytest.raises(ConfigError, match=r"train.minibatch_size must divide train.batch_size \(4\), got 3"):
+        config.check()
+    config.train.batch_size = 6
+    config.check()
+    config.optimizer.name = "fused_adam"
+    with pytest.raises(ConfigError, match="for the NeMo trainers: write adamw"):
+        config.check()
+
+
+def test_a_section_of_ones_own_may_have_attributes_of_its_own():
+    @dataclass
+    class Mine(MethodConfig):
+        strength: float = 1.0
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.doubled = 2 * self.strength
+
+    mine = copy.deepcopy(Mine(strength=2))
+    mine._note, mine.doubled, mine.strength = "free", 5, 3
+    assert (mine.doubled, mine.strength, mine._note) == (5, 3.0, "free")
+    with pytest.raises(ConfigError, match="Unknown key 'method.strenght'. Did you mean 'strength'"):
+        mine.strenght = 1.0
+    assert "_sealed" not in vars(minimal().train)
+
+
+@pytest.mark.parametrize(
+    ("key", "here"),
+    [
+        ("learning_rate", "optimizer.kwargs.lr"),
+        ("train.learning_rate", "optimizer.kwargs.lr"),
+        ("train.output_dir", "train.checkpoint_dir"),
+        ("method.beta", "method.init_kl_coef"),
+        ("method.max_new_tokens", "method.gen_kwargs.max_new_tokens"),
+        ("train.per_device_train_batch_size", "train.batch_size"),
+        ("train.bf16", "train.mixed_precision: bf16"),
+        ("method.seed", "train.seed"),
+        ("seed", "train.seed"),
+        ("train.num_layers_unfrozen", "model.num_layers_unfrozen"),
+    ],
+)
+def test_a_name_of_another_library_or_section_is_answered_with_what_to_write(key, here):
+    section, _, name = key.rpartition(".")
+    changes = {section: {name: 1}} if section else {name: 1}
+    written = f"'{re.escape(key)}': write {re.escape(here)} instead"
+    for change in (
+        lambda: TRLConfig.from_dict(MINIMAL | ({section: {**MINIMAL[section], name: 1}} if section else {name: 1})),
+        lambda: minimal(**changes),
+        lambda: TRLConfig.update(minimal(), {key: 1}),
+        lambda: load_preset("ppo", overrides=[f"{key}=1"]),
+        lambda: setattr(getattr(minimal(), section) if section else minimal(), name, 1),
+    ):
+        with pytest.raises(ConfigError, match=written):
+            change()
+
+
+def test_every_answer_to_another_librarys_name_is_a_setting_that_exists():
+    texts = {"trlx.train", "accelerate"}
+    fields = {f"{cls.section}.{f.name}" for cls in (*SECTIONS, PPOConfig, RFTConfig) for f in dataclasses.fields(cls)}
+    for name, here in HERE.items():
+        first = re.match(r"\w+(\.\w+)?", here)[0]
+        assert first in fields | texts, f"{name}: {here}"
+
+
+def test_an_unknown_section_of_a_file_is_ignored_with_a_warning_and_a_misspelt_one_is_not(caplog, tmp_path):
+    config = TRLConfig.from_dict({**MINIMAL, "experiment_notes": {"author": "me"}})
+    assert config.to_dict().keys() == MINIMAL.keys() | {"optimizer", "scheduler"}
+    assert "'experiment_notes' of the configuration is unknown and ignored" in caplog.text
+    (tmp_path / "a.yaml").write_text("trian: {seed: 1}\n")
+    with pytest.raises(ConfigError, match="Unknown section 'trian'. Did you mean 'train'"):
+        load_preset("ppo", str(tmp_path / "a.yaml"))
+    with pytest.raises(ConfigError, match="Unknown section 'experiment_notes'"):
+        minimal(experiment_notes={})
+
+
+def test_no_limit_of_steps_and_no_tags_may_be_written_as_null():
+    config = minimal(train={"total_steps": None, "tags": None})
+    assert (config.train.total_steps, config.train.tags) == (None, [])
+
+
+def test_a_negative_kl_coefficient_is_refused():
+    with pytest.raises(ConfigError, match="method.init_kl_coef must be 0 or more, got -0.1"):
+        minimal(method={"init_kl_coef": -0.1})

@@ -1,6 +1,6 @@
 import pytest
 
-from trlx.rollout.sampling import SamplingConfig, cut_at_eos, sweep, sweep_variants
+from trlx.rollout.sampling import SamplingConfig, check_rollouts, cut_at_eos, sweep, sweep_variants
 from trlx.rollout.stopping import Stopper
 
 
@@ -104,3 +104,55 @@ def test_a_response_ends_with_its_first_eos():
     assert cut_at_eos([5, 6, 9], [2, 6]) == [5, 6]
     assert cut_at_eos([5, 6], [2]) == [5, 6]
     assert cut_at_eos([5, 2], []) == [5, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temprature": 0.5}, "Unknown key 'gen_kwargs.temprature'. Did you mean 'temperature'"),
+        ({"topk": 5}, "Unknown key 'gen_kwargs.topk'. Did you mean 'top_k'"),
+        ({"betta": None}, "Unknown key 'gen_kwargs.betta'. Did you mean 'beta'"),
+        ({"max_tokens": 5}, "Unknown key 'gen_kwargs.max_tokens'. Write method.gen_kwargs.max_new_tokens instead"),
+        ({"streamer": 1}, "Unknown key 'gen_kwargs.streamer'. Known are the settings of transformers'"),
+        (
+            {"num_return_sequences": 2},
+            "num_return_sequences is 2, but every prompt gets one response: repeat",
+        ),
+        ({"stop_strings": ["a"]}, r"stop_strings is .*pass trlx.train\(stop_sequences"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate is True, but nothing but tokens"),
+        ({"penalty_alpha": 0.5}, "penalty_alpha is 0.5, but transformers no longer"),
+    ],
+)
+def test_a_setting_that_nobody_knows_or_heeds_is_refused(tokenizer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig.from_kwargs({"max_new_tokens": 8, **changes}, tokenizer)
+
+
+def test_every_setting_of_transformers_that_works_is_known(tokenizer):
+    plain = {"num_return_sequences": 1, "return_dict_in_generate": False, "penalty_alpha": 0}
+    others = {"num_beams": 2, "min_p": 0.1, "repetition_penalty": 1.2, "min_length": 3, "beta": 1, "logit_mask": True}
+    sampling = SamplingConfig.from_kwargs({"max_new_tokens": 8, **plain, **others}, tokenizer)
+    assert sampling.extra == plain | others
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"temperature": 0}, "method.gen_kwargs asks for the likeliest token always .*gen_experience_kwargs"),
+        ({"do_sample": False}, "method.gen_kwargs asks for the likeliest token always"),
+        ({"num_beams": 4}, "method.gen_kwargs.num_beams searches for likely responses"),
+    ],
+)
+def test_rollouts_must_be_drawn(kwargs, message):
+    check_rollouts({"max_new_tokens": 8, "do_sample": True, "num_beams": 1, "temperature": 0.1}, "method.gen_kwargs")
+    with pytest.raises(ValueError, match=message):
+        check_rollouts(kwargs, "method.gen_kwargs")
+
+
+def test_a_mask_or_beta_that_a_model_cannot_follow_is_refused():
+    SamplingConfig(extra={"beta": 1, "logit_mask": [[True, False], [False, True]]}).check_shaping(True, 2)
+    with pytest.raises(ValueError, match="gen_kwargs.beta is 0, but only ILQL has the Q heads"):
+        SamplingConfig(extra={"beta": 0}).check_shaping(False, 2)
+    for mask, shape in (([[True]], r"\[1, 1\]"), ([[True], [True, False]], "of no table"), ("yes", "of no table")):
+        with pytest.raises(ValueError, match=rf"logit_mask has the shape {shape}.*make it \[2, 2\]"):
+            SamplingConfig(extra={"logit_mask": mask}).check_shaping(True, 2)

@@ -28,8 +28,8 @@ from transformers import PreTrainedTokenizerBase
 from trlx import logging
 from trlx.backends.base import PATIENCE, Backend, LossFn, ModelNeeds
 from trlx.backends.deepspeed import unseen_by_accelerate, wants_deepspeed, zero_for
-from trlx.backends.generation import generate
-from trlx.backends.optimizer import make_optimizer, make_scheduler
+from trlx.backends.generation import generate, generation_config
+from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
 from trlx.backends.sharding import Replicated, Sharded
 from trlx.batch import TokenBatch, TokenScores
 from trlx.checkpoint import read_optimizer, write_optimizer
@@ -37,6 +37,7 @@ from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConf
 from trlx.methods.masked import finish, merge_packed, pack
 from trlx.models.adapters import AdaptedPolicy, AdapterOff, adapted_model, build_adapted_policy
 from trlx.models.architecture import ARCHITECTURES
+from trlx.models.decoder import output_head
 from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
 from trlx.models.reference import Exchange, Reference, digest
 from trlx.models.vocabulary import check_vocabulary
@@ -60,6 +61,7 @@ class AccelerateBackend(Backend):
         tokenizer: PreTrainedTokenizerBase,
         needs: ModelNeeds,
     ):
+        check_settings(optimizer, scheduler)
         uses_deepspeed = wants_deepspeed()
         with unseen_by_accelerate():
             self.accelerator = Accelerator(
@@ -84,6 +86,7 @@ class AccelerateBackend(Backend):
         self.policy = _load_policy(dataclasses.replace(model, model_path=self.source(model, train)), needs)
         check_vocabulary(self.policy.model, tokenizer)
         self.precision = HALVES.get(self.accelerator.mixed_precision, self.policy.model.dtype)
+        self.vocabulary = output_head(self.policy.model).weight.shape[0]
         if train.gradient_checkpointing:
             self.policy.architecture.recompute()
         self.initial_digest = digest(self.policy)
@@ -95,7 +98,12 @@ class AccelerateBackend(Backend):
             self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
         self.scheduler = make_scheduler(scheduler, prepared)
 
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        sampling.check_shaping(self.policy.q_heads is not None, self.vocabulary)
+        generation_config(sampling)
+
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
+        self.check_sampling(sampling)
         self.policy.eval()
         # the policy that samples must round as the one that is scored and trained
         with self.accelerator.autocast(), self.sharding.unsharded():

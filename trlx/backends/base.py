@@ -78,6 +78,13 @@ class Backend(ABC):
         """Where the model that these sections ask for comes from: a hub name, folder or archive, or a config."""
         return exported(model.model_path)
 
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        """Makes sure, before anything is sampled, that `generate` can do what `sampling` asks.
+
+        Raises:
+            ValueError: it cannot; the message names the setting.
+        """
+
     @abstractmethod
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
         """Samples one response per prompt of this process. Ids exactly as sampled: up to and including the first eos,

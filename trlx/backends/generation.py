@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from trlx.models.policy import Policy
-from trlx.models.shaping import SETTINGS, shaping
-from trlx.rollout.sampling import SamplingConfig, cut_at_eos
+from trlx.models.shaping import shaping
+from trlx.rollout.sampling import SHAPING, SamplingConfig, cut_at_eos
 
 KEPT_SETTINGS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """What a model's own generation settings may still decide; they say how its sequences are built, not how to sample."""
@@ -22,13 +22,13 @@ def generate(policy: Policy, prompts: list[list[int]], sampling: SamplingConfig,
     """One response per prompt: ids as sampled, up to and including the first eos."""
     if not prompts:
         return []
-    shape = {name: sampling.extra[name] for name in SETTINGS if name in sampling.extra}
+    shape = {name: sampling.extra[name] for name in SHAPING if name in sampling.extra}
     inputs, width = policy.architecture.sampler_inputs(prompts, sampling.pad_token_id)
     criteria = [sampling.stop.criteria(width)] if sampling.stop else []
     with _plain_settings(policy.model), shaping(policy, **shape) as processors:
         sequences = policy.model.generate(
             **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()},
-            generation_config=_generation_config(sampling),
+            generation_config=generation_config(sampling),
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList(criteria),
             synced_gpus=False,  # weights are whole here, so that no process has to go on for another
@@ -36,7 +36,12 @@ def generate(policy: Policy, prompts: list[list[int]], sampling: SamplingConfig,
     return [cut_at_eos(ids, sampling.eos_token_ids) for ids in sequences[:, width:].tolist()]
 
 
-def _generation_config(sampling: SamplingConfig) -> GenerationConfig:
+def generation_config(sampling: SamplingConfig) -> GenerationConfig:
+    """The settings as ``transformers`` takes them.
+
+    Raises:
+        ValueError: values that mean nothing, or that contradict each other.
+    """
     random_draw = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -46,7 +51,7 @@ def _generation_config(sampling: SamplingConfig) -> GenerationConfig:
         pad_token_id=sampling.pad_token_id,
         use_cache=True,
         **(random_draw if sampling.do_sample else {}),
-        **{name: value for name, value in sampling.extra.items() if name not in SETTINGS},
+        **{name: value for name, value in sampling.extra.items() if name not in SHAPING},
     )
 
 

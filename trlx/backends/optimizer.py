@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -11,12 +12,46 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler
 
+from trlx import logging
 from trlx.config import OptimizerConfig, SchedulerConfig
 from trlx.optional import optional_import
+from trlx.strict import ConfigError, check_keywords, unknown_key
 
+logger = logging.get_logger(__name__)
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 SCHEDULES = {"cosine_annealing": CosineAnnealingLR, "linear": LinearLR}
+SCHEDULE_SETTINGS = {
+    "constant": [],
+    **{
+        name: [key for key in inspect.signature(cls).parameters if key != "optimizer"]
+        for name, cls in SCHEDULES.items()
+    },
+}
 APEX_TAKES = {"lr", "betas", "eps", "weight_decay"}
 """The settings that mean the same in apex as in torch."""
+
+
+def check_settings(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
+    """Makes sure, before a model is loaded, that optimizer and schedule take what ``kwargs`` give them.
+
+    Raises:
+        ConfigError: one of them does not know a name; the message says the nearest it knows.
+    """
+    if optimizer.name in OPTIMIZERS:  # what bitsandbytes takes shows when it is loaded
+        check_keywords(OPTIMIZERS[optimizer.name], _written(optimizer.kwargs), "optimizer.kwargs", ours=("params",))
+    known = SCHEDULE_SETTINGS[scheduler.name]
+    unknown = [name for name in _written(scheduler.kwargs) if name not in known]
+    for name in unknown:
+        if not any(name in names for names in SCHEDULE_SETTINGS.values()):
+            raise unknown_key("scheduler.kwargs", name, known)
+    if unknown and known:
+        raise ConfigError(
+            f"scheduler.name '{scheduler.name}' does not take {' and '.join(unknown)}, as another schedule does: "
+            f"write scheduler.kwargs.{unknown[0]}: null to leave it out. Known: {', '.join(known)}"
+        )
+    if unknown:
+        logger.warning(f"scheduler.name '{scheduler.name}' has no use for scheduler.kwargs {' and '.join(unknown)}")
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
@@ -32,7 +67,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[Parameter]) -> 
         raise ValueError(
             "Nothing trains: model.num_layers_unfrozen is 0 and the method has no heads; set it to -1 or more than 0"
         )
-    kwargs = dict(config.kwargs)
+    kwargs = _written(config.kwargs)
     choose = _eight_bit if config.name.endswith("_bnb") else _fused
     cls = choose(config.name, kwargs, parameters)
     try:
@@ -58,7 +93,12 @@ def _fused(name: str, kwargs: dict[str, Any], parameters: list[Parameter]) -> Ca
             return partial(apex.FusedAdam, adam_w_mode=name == "adamw")
     # one pass over memory for each parameter instead of one per arithmetic operation
     kwargs.setdefault("fused", True)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    return OPTIMIZERS[name]
+
+
+def _written(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` without nulls, by which a config leaves out what its preset says."""
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 def _are_sharded(parameters: list[Parameter]) -> bool:
@@ -74,6 +114,6 @@ def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) ->
     if config.name == "constant":
         return ConstantLR(optimizer, factor=1.0)
     try:
-        return SCHEDULES[config.name](optimizer, **config.kwargs)
+        return SCHEDULES[config.name](optimizer, **_written(config.kwargs))
     except TypeError as error:
         raise ValueError(f"scheduler.kwargs do not fit scheduler.name '{config.name}': {error}") from error

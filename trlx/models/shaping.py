@@ -14,9 +14,6 @@ from trlx.methods.ilql import shifted_logits
 from trlx.models.decoder import output_head, state_givers
 from trlx.models.policy import Policy
 
-SETTINGS = ("beta", "logit_mask")
-"""Settings of sampling that are handled here; ``transformers`` does not know them."""
-
 
 @contextmanager
 def shaping(policy: Policy, beta: float | None = None, logit_mask: Any = None) -> Iterator[LogitsProcessorList]:
@@ -26,16 +23,12 @@ def shaping(policy: Policy, beta: float | None = None, logit_mask: Any = None) -
         beta: sample from log pi(a) + beta (min target Q(a) - V), see ``shifted_logits``; None or 0: from pi.
         logit_mask: bool [V, V], or what becomes one; True where token column must not follow token row.
 
-    Raises:
-        ValueError: `beta` without Q heads, or a mask of another shape.
+    Both have been checked (see ``SamplingConfig.check_shaping``).
     """
-    if beta is not None and policy.q_heads is None:
-        raise ValueError(
-            f"gen_kwargs.beta is {beta}, but only ILQL has the Q heads that sampling with beta needs: remove beta"
-        )
     processors = LogitsProcessorList()
     if logit_mask is not None:
-        processors.append(_Forbidden(_checked_mask(logit_mask, output_head(policy.model).weight)))
+        device = output_head(policy.model).weight.device
+        processors.append(_Forbidden(torch.as_tensor(logit_mask, dtype=torch.bool, device=device)))
     if not beta:
         yield processors
         return
@@ -78,13 +71,3 @@ class _AdvantageShift(LogitsProcessor):
 
     def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.states = output[0][:, -1]
-
-
-def _checked_mask(logit_mask: Any, weight: Tensor) -> Tensor:
-    mask, vocabulary = torch.as_tensor(logit_mask, dtype=torch.bool, device=weight.device), weight.shape[0]
-    if mask.shape != (vocabulary, vocabulary):
-        raise ValueError(
-            f"logit_mask has the shape {list(mask.shape)}, but the model has {vocabulary} tokens: make it "
-            f"[{vocabulary}, {vocabulary}], True where the token of the column must not follow that of the row"
-        )
-    return mask

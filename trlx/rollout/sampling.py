@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trlx.batch import Rollout
 from trlx.data.prompts import Prompt
 from trlx.rollout.stopping import Stopper
+from trlx.strict import called_here, suggestion
 
 LISTS = frozenset(
     "eos_token_id bad_words_ids force_words_ids suppress_tokens begin_suppress_tokens forced_decoder_ids "
@@ -20,6 +22,9 @@ LISTS = frozenset(
 
 BACKEND_DECIDES = ("use_cache", "synced_gpus")
 """Arguments that old configs give and that say nothing about what is sampled."""
+
+SHAPING = ("beta", "logit_mask")
+"""Settings that are ours; ``transformers`` does not know them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +55,10 @@ class SamplingConfig:
         """Settings from a config's ``gen_kwargs``; None stands for the default, temperature 0 for ``do_sample: false``.
 
         Raises:
-            ValueError: max_new_tokens is missing, a value is out of range, or a list where one value is needed.
+            ValueError: nobody knows a setting, max_new_tokens is missing, a value is out of range or asks for something
+                else than one response per prompt, or a list stands where one value is needed.
         """
+        _check_names(gen_kwargs)
         given = {name: value for name, value in gen_kwargs.items() if value is not None and name not in BACKEND_DECIDES}
         name, values = sweep(given)
         if name is not None:
@@ -66,6 +73,23 @@ class SamplingConfig:
         tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         known = tokens | {name: value for name, value in given.items() if name in own}
         return cls(**known, stop=stop, extra={name: value for name, value in given.items() if name not in own})
+
+    def check_shaping(self, has_q: bool, vocabulary: int) -> None:
+        """Makes sure that a model of `vocabulary` tokens, with or without Q heads, can do what `SHAPING` asks.
+
+        Raises:
+            ValueError: beta without Q heads, or a mask that is not [V, V].
+        """
+        beta, mask = self.extra.get("beta"), self.extra.get("logit_mask")
+        if beta is not None and not has_q:
+            raise ValueError(
+                f"gen_kwargs.beta is {beta}, but only ILQL has the Q heads that sampling with beta needs: remove beta"
+            )
+        if mask is not None and _shape(mask) != [vocabulary, vocabulary]:
+            raise ValueError(
+                f"logit_mask has the shape {_shape(mask)}, but the model has {vocabulary} tokens: make it "
+                f"[{vocabulary}, {vocabulary}], True where the token of the column must not follow that of the row"
+            )
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -133,10 +157,67 @@ def one_setting(gen_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     return gen_kwargs
 
 
+def check_rollouts(gen_kwargs: Mapping[str, Any], key: str) -> None:
+    """Makes sure that rollouts are drawn token by token from the policy, as learning from them takes for granted.
+
+    Args:
+        key: where `gen_kwargs` stand, for the message.
+
+    Raises:
+        ValueError: they ask for the likeliest tokens, or for the best of several beams.
+    """
+    advice = "remove it, or with PPO keep it for evaluations and write method.gen_experience_kwargs for rollouts"
+    if gen_kwargs.get("do_sample") is False or gen_kwargs.get("temperature") == 0:
+        raise ValueError(
+            f"{key} asks for the likeliest token always (do_sample: false or temperature: 0), which leaves nothing to "
+            f"compare a rollout with: {advice}"
+        )
+    if gen_kwargs.get("num_beams", 1) not in (1, None):
+        raise ValueError(f"{key}.num_beams searches for likely responses instead of drawing them: {advice}")
+
+
 def cut_at_eos(ids: Sequence[int], eos_ids: Sequence[int]) -> list[int]:
     """`ids` up to and including the first of `eos_ids`; all of them where there is none."""
     end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
     return list(ids[:end])
+
+
+_REFUSED = {
+    "num_return_sequences": (
+        "every prompt gets one response: repeat the prompts, or for RFT set method.n_generations_per_prompt"
+    ),
+    "stop_strings": "pass trlx.train(stop_sequences=[...]) instead",
+    **dict.fromkeys(
+        (*GenerationConfig.extra_output_flags, "return_dict_in_generate"), "nothing but tokens is looked at: remove it"
+    ),
+    **dict.fromkeys(
+        "num_beam_groups diversity_penalty penalty_alpha dola_layers constraints force_words_ids".split(),
+        "transformers no longer decodes in this way by itself: remove it",
+    ),
+}
+"""Settings that transformers knows and that do not work here, and what to do about it."""
+
+
+def _check_names(gen_kwargs: Mapping[str, Any]) -> None:
+    theirs = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    known = {f.name for f in fields(SamplingConfig)} - {"stop", "extra"} | theirs | {*SHAPING, *BACKEND_DECIDES}
+    for name, value in gen_kwargs.items():
+        if name not in known:
+            here = called_here(f"method.gen_kwargs.{name}")
+            near = f" Write {here} instead." if here else suggestion(name, known)
+            raise ValueError(
+                f"Unknown key 'gen_kwargs.{name}'.{near} Known are the settings of transformers' GenerationConfig, "
+                f"{' and '.join(SHAPING)}"
+            )
+        if name in _REFUSED and (value is True or value not in (None, False, 1)):
+            raise ValueError(f"gen_kwargs.{name} is {value!r}, but {_REFUSED[name]}")
+
+
+def _shape(mask: Any) -> list[int] | str:
+    try:
+        return list(torch.as_tensor(mask).shape)
+    except (TypeError, ValueError, RuntimeError):
+        return f"of no table ({repr(mask)[:40]})"
 
 
 def _is_swept(name: str, value: Any) -> bool:

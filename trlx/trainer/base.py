@@ -38,6 +38,11 @@ from trlx.trainer.sequences import sample_sequences
 
 logger = logging.get_logger(__name__)
 
+OURS = ("config", "reward_fn", "metric_fn", "stop_sequences")
+"""Arguments of a trainer that `trlx.train` passes; any others are ``train.trainer_kwargs``."""
+MANY_STEPS = 999_999
+"""How wide the numbers of checkpoints are made where nobody knows how many steps a run has."""
+
 
 class Trainer(OldNames, ABC):
     """A method on a backend. Subclasses say what an epoch trains on (`collect`) and what the loss is (`loss`)."""
@@ -51,6 +56,7 @@ class Trainer(OldNames, ABC):
     def __init__(self, config: TRLConfig, reward_fn=None, metric_fn=None, stop_sequences=None):
         check_hooks("trainer", type(self))
         check_hooks("method", type(config.method))
+        config.check()
         self.config = config
         self.reward_fn = reward_fn
         self.metric_fn = metric_fn
@@ -68,6 +74,8 @@ class Trainer(OldNames, ABC):
             tokenizer=self.tokenizer,
             needs=self.needs(),
         )
+        for _, sampling in self.eval_variants:
+            self.backend.check_sampling(sampling)
         seed_everything(config.train.seed + self.backend.data_rank)
         self.state = TrainerState()
         self.store: Store | None = None
@@ -209,7 +217,8 @@ class Trainer(OldNames, ABC):
         self.state.method = self.method_state()
         # after training the tracker is closed, and what the last checkpoint said of it still holds
         self.state.tracker = (self.tracker and self.tracker.state()) or self.state.tracker
-        digits = len(str(self.config.train.total_steps))
+        steps = self.config.train.total_steps
+        digits = len(str(self.total_steps or MANY_STEPS if steps is None else steps))
         own = Path(self.config.train.checkpoint_dir) / f"checkpoint_{self.state.step:0{digits}d}"
         write_run(self, Path(directory or own))
         self.saved = (own, self.state.step) if directory is None else self.saved
@@ -227,17 +236,19 @@ class Trainer(OldNames, ABC):
     # the loop
 
     @property
-    def total_steps(self) -> int:
-        """train.total_steps, or fewer where train.epochs is known to end first."""
+    def total_steps(self) -> int | None:
+        """train.total_steps, or fewer where train.epochs is known to end first; None where neither is known."""
+        train = self.config.train
         if self.rows_per_epoch is None:
-            return self.config.train.total_steps
-        batches = -(-self.rows_per_epoch // self._global_batch_size)
-        return min(self.config.train.total_steps, self.config.train.epochs * self.inner_epochs * batches)
+            return train.total_steps
+        of_epochs = train.epochs * self.inner_epochs * -(-self.rows_per_epoch // self._global_batch_size)
+        return of_epochs if train.total_steps is None else min(train.total_steps, of_epochs)
 
     @property
     def finished(self) -> bool:
         """Whether train.total_steps or train.epochs are done."""
-        return self.state.step >= self.config.train.total_steps or self.state.epoch >= self.config.train.epochs
+        steps, epochs = self.config.train.total_steps, self.config.train.epochs
+        return self.state.epoch >= epochs or (steps is not None and self.state.step >= steps)
 
     @property
     def sampling_kwargs(self) -> dict[str, Any]:

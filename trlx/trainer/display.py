@@ -15,7 +15,7 @@ SHOWN = ("losses/total_loss", "losses/loss", "loss")
 class Display:
     """The progress bar of one run and what is printed around it; silent on other processes than the main one."""
 
-    def __init__(self, total_steps: int, step: int, is_main: bool):
+    def __init__(self, total_steps: int | None, step: int, is_main: bool):
         self.is_main = is_main
         hidden = not (is_main and logging.is_progress_bar_enabled())
         self.bar = tqdm(total=total_steps, initial=step, disable=hidden, unit="step", dynamic_ncols=True)

@@ -8,6 +8,8 @@ from typing import Any
 from trlx.backends.base import Backend
 from trlx.optional import require
 from trlx.registry import register_trainer
+from trlx.strict import check_keywords
+from trlx.trainer.base import OURS
 from trlx.trainer.ilql import ILQLTrainer
 from trlx.trainer.ppo import PPOTrainer
 from trlx.trainer.sft import SFTTrainer
@@ -37,6 +39,8 @@ class OnMegatron:
     def __init__(self, *args: Any, **kwargs: Any):
         self.backend_class = megatron_backend()
         options = self.backend_class.options
+        asked = [key for key in kwargs if key not in OURS]
+        check_keywords(super().__init__, asked, "train.trainer_kwargs", ours=OURS, besides=options)
         super().__init__(*args, **{key: value for key, value in kwargs.items() if key not in options})
 
 

@@ -26,6 +26,7 @@ from trlx.methods.ppo import (
     scale_scores,
     token_rewards,
 )
+from trlx.rollout.sampling import check_rollouts
 from trlx.trainer.base import Trainer
 from trlx.trainer.first_step import check_first_kl, check_first_ratio
 from trlx.trainer.rollouts import RolloutLog, RolloutSource
@@ -44,6 +45,7 @@ class PPOTrainer(Trainer):
                 "PPO needs reward_fn: a function of samples, prompts and outputs that returns their scores"
             )
         method: PPOConfig = config.method
+        check_rollouts(method.sampling, f"method.gen{'_experience' if method.gen_experience_kwargs else ''}_kwargs")
         self.method = method
         self.inner_epochs = method.ppo_epochs
         self.eval_batch_size = method.chunk_size

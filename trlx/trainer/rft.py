@@ -18,6 +18,7 @@ from trlx.method_configs import RFTConfig
 from trlx.methods.masked import Metrics, finish, pack, spread_of
 from trlx.methods.rft import percentile_at, select, thresholds
 from trlx.methods.sft import sft_loss
+from trlx.rollout.sampling import check_rollouts
 from trlx.trainer.base import Trainer
 from trlx.trainer.rollouts import RolloutLog, RolloutSource
 
@@ -38,6 +39,7 @@ class RFTTrainer(Trainer):
             raise ValueError(
                 "RFT needs reward_fn: a function of samples, prompts and outputs that returns their scores"
             )
+        check_rollouts(config.method.gen_kwargs, "method.gen_kwargs")
         self.method: RFTConfig = config.method
         self.history: list[Rollout] = []
         super().__init__(config, reward_fn, metric_fn, stop_sequences)

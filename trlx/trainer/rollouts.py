@@ -35,6 +35,9 @@ class RolloutSource:
     sampling: SamplingConfig
     train: TrainConfig
 
+    def __post_init__(self):
+        self.backend.check_sampling(self.sampling)
+
     def collect(self, chunks: Iterable[list[Prompt]], step: int) -> tuple[list[Rollout], dict[str, float]]:
         """One rollout per prompt, in order, and the seconds it took.
 
@@ -86,6 +89,8 @@ class RolloutLog:
     def __init__(self, config: TRLConfig, tokenizer: Any):
         self.config = config
         self.tokenizer = tokenizer
+        if config.train.rollout_logging_dir is not None:
+            Path(config.train.rollout_logging_dir).mkdir(parents=True, exist_ok=True)
 
     def write(self, rollouts: list[Rollout], tracker: Tracker | None, step: int) -> None:
         """To be called on the main process, once per collection."""

@@ -83,9 +83,12 @@ class MegatronBackend(Backend):
     def source(model: ModelConfig, train: TrainConfig) -> Any:
         return exported(train.trainer_kwargs.get("pretrained_model") or model.model_path)
 
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        check_settings(sampling, bool(self.needs.q_heads), self.origin.shape.vocab_size)
+
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
-        check_settings(sampling, bool(self.needs.q_heads), self.origin.shape.vocab_size)
+        self.check_sampling(sampling)
         seed = self.place.from_leader(int(torch.randint(2**62, ())))
         self._train_mode(False)
         return generate(self.stage, self.place, prompts, sampling, seed)

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from trlx.methods.ilql import shifted_logits
-from trlx.rollout.sampling import SamplingConfig
+from trlx.rollout.sampling import SHAPING, SamplingConfig
 
-SETTINGS = ("beta", "logit_mask", "repetition_penalty", "no_repeat_ngram_size")
+SETTINGS = (*SHAPING, "repetition_penalty", "no_repeat_ngram_size")
 """Further generation settings that work here."""
 
 
@@ -32,18 +32,7 @@ def check_settings(sampling: SamplingConfig, has_q: bool, vocabulary: int) -> No
     for name in sampling.extra:
         if name not in SETTINGS:
             raise ValueError(f"gen_kwargs.{name} does not work with a NeMo trainer, which knows {', '.join(SETTINGS)}")
-    if sampling.extra.get("beta") is not None and not has_q:
-        raise ValueError(
-            f"gen_kwargs.beta is {sampling.extra['beta']}, but only ILQL has the Q heads that sampling with beta "
-            "needs: remove beta"
-        )
-    mask = sampling.extra.get("logit_mask")
-    shape = (vocabulary, vocabulary) if mask is None else tuple(torch.as_tensor(mask).shape)
-    if shape != (vocabulary, vocabulary):
-        raise ValueError(
-            f"logit_mask has the shape {list(shape)}, but the model has {vocabulary} tokens: make it "
-            f"[{vocabulary}, {vocabulary}], True where the token of the column must not follow that of the row"
-        )
+    sampling.check_shaping(has_q, vocabulary)
 
 
 class Drawing:

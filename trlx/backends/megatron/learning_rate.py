@@ -66,12 +66,14 @@ class Ramp(Schedule):
         return peak_lr * (self.start_factor + (self.end_factor - self.start_factor) * done)
 
 
-def read_schedule(name: str, kwargs: Mapping[str, Any], *, where: str, total_steps: int, peak_lr: float) -> Schedule:
+def read_schedule(
+    name: str, kwargs: Mapping[str, Any], *, where: str, total_steps: int | None, peak_lr: float
+) -> Schedule:
     """The schedule called `name`, in any case.
 
     Args:
         where: what messages call the place of `kwargs`, e.g. ``"scheduler.kwargs"``.
-        total_steps: ``max_steps`` where `kwargs` do not say it.
+        total_steps: ``max_steps`` where `kwargs` do not say it; None: they have to.
         peak_lr: the optimizer's own rate, which NeMo's schedules must not fall below their ``min_lr``.
 
     Raises:
@@ -93,11 +95,14 @@ def read_schedule(name: str, kwargs: Mapping[str, Any], *, where: str, total_ste
     return known[name.lower()]()
 
 
-def _annealing(curve: str, lookup: Lookup, total_steps: int, peak_lr: float) -> Annealing:
+def _annealing(curve: str, lookup: Lookup, total_steps: int | None, peak_lr: float) -> Annealing:
     lookup.only("warmup_steps", "constant_steps", "max_steps", "T_max", "min_lr", "eta_min")
+    end = lookup.either("max_steps", "T_max")
+    if total_steps is None and not lookup.has(end):
+        raise ConfigError(f"{lookup.where} must say max_steps, the step it ends at, as train.total_steps is null")
     schedule = Annealing(
         curve=curve,
-        max_steps=lookup.integer(lookup.either("max_steps", "T_max"), total_steps, least=0),
+        max_steps=lookup.integer(end, total_steps, least=0),
         warmup_steps=lookup.integer("warmup_steps", 0, least=0),
         constant_steps=lookup.integer("constant_steps", 0, least=0),
         min_lr=lookup.number(lookup.either("min_lr", "eta_min"), 0.0, least=0),

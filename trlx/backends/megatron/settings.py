@@ -200,7 +200,7 @@ def _recompute(gpt: Lookup, train: TrainConfig) -> Recompute:
     return Recompute(granularity, method, gpt.integer("activations_checkpoint_num_layers", 1))
 
 
-def _optim(gpt: Lookup, optimizer: OptimizerConfig, scheduler: SchedulerConfig, total_steps: int) -> Optim:
+def _optim(gpt: Lookup, optimizer: OptimizerConfig, scheduler: SchedulerConfig, total_steps: int | None) -> Optim:
     section, written = Lookup(optimizer.kwargs, "optimizer.kwargs"), gpt.below("optim")
     name = optimizer.name
     if optimizer == OptimizerConfig() and written.values:
@@ -243,7 +243,7 @@ def _sgd(section: Lookup) -> dict[str, Any]:
     return {"momentum": section.number("momentum", Optim.momentum, least=0, below=1)}
 
 
-def _schedule(written: Lookup, scheduler: SchedulerConfig, total_steps: int, lr: float) -> Schedule:
+def _schedule(written: Lookup, scheduler: SchedulerConfig, total_steps: int | None, lr: float) -> Schedule:
     if scheduler != SchedulerConfig() or not written.values:
         kwargs, where = scheduler.kwargs, "scheduler.kwargs"
         return read_schedule(scheduler.name, kwargs, where=where, total_steps=total_steps, peak_lr=lr)

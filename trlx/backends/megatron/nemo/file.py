@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trlx.config import register_resolvers
 from trlx.presets import megatron_preset
-from trlx.strict import ConfigError, suggestion
+from trlx.strict import ConfigError, suggestion, unknown_key
 
 WHERE = "megatron_cfg"
 """How messages begin the dotted key of a setting."""
@@ -102,9 +102,8 @@ class Lookup:
     def only(self, *known: str) -> None:
         """Raises for a key that is none of `known`."""
         for key in self.values:
-            if key not in known:
-                near = suggestion(key, known)
-                raise ConfigError(f"Unknown key '{self.where}.{key}'.{near} Known: {', '.join(known)}")
+            if self.has(key) and key not in known:
+                raise unknown_key(self.where, key, known)
 
     def require(self, condition: bool, key: str, rule: str) -> None:
         """Raises unless `condition`; `rule` completes the sentence "<key> must ..."."""
