@@ -129,7 +129,7 @@ def test_what_an_optimizer_keeps_of_each_weight():
         ({"name": "adam_8bit_bnb"}, "Unknown optimizer 'adam_8bit_bnb'.*distributed_fused_adam"),
         ({"kwargs": {"betas": [0.9]}}, r"optimizer.kwargs.betas must be two numbers, 0 <= number < 1, got \[0.9\]"),
         ({"kwargs": {"lr": "fast"}}, "optimizer.kwargs.lr must be a number"),
-        ({"kwargs": {"learning_rate": 1}}, "Unknown key 'optimizer.kwargs.learning_rate'.*Known: name, lr"),
+        ({"kwargs": {"learning_rate": 1}}, "'optimizer.kwargs.learning_rate': write optimizer.kwargs.lr instead"),
     ],
 )
 def test_a_wrong_optimizer_says_what_to_write(optimizer, words):
