@@ -129,15 +129,20 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def existing(folder: str | Path) -> Path:
-    """The checkpoint at `folder`; the one it was about to replace if a kill came between two renames.
+    """The checkpoint at `folder`, see `find`.
 
     Raises:
-        FileNotFoundError: there is neither, or the folder is not a checkpoint.
+        FileNotFoundError: there is none.
     """
-    for candidate in (Path(folder), _beside(Path(folder), "replaced")):
-        if is_checkpoint(candidate):
-            return candidate
-    raise FileNotFoundError(f"No checkpoint at {folder}: {STATE_FILE} is not there")
+    found = find(folder)
+    if found is None:
+        raise FileNotFoundError(f"No checkpoint at {folder}: {STATE_FILE} is not there")
+    return found
+
+
+def find(folder: str | Path) -> Path | None:
+    """The checkpoint at `folder`; the one it was about to replace if a kill came between two renames; or None."""
+    return next(filter(is_checkpoint, (Path(folder), _beside(Path(folder), "replaced"))), None)
 
 
 def checkpoints(checkpoint_dir: str | Path) -> list[Path]:

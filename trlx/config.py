@@ -128,8 +128,6 @@ class TrainConfig(Section):
     """Passes over the data (SFT, ILQL), collections of rollouts (PPO)."""
     batch_size: int
     """Rows per optimizer step **and process**."""
-    checkpoint_interval: int
-    """Steps between checkpoints."""
     eval_interval: int
     """Steps between evaluations."""
     pipeline: str
@@ -138,6 +136,10 @@ class TrainConfig(Section):
     """Registered trainer."""
     trainer_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the trainer."""
+    checkpoint_interval: int | None = None
+    """Steps between checkpoints; null: one at every evaluation after the first."""
+    keep_checkpoints: int | None = None
+    """How many of the newest checkpoints are kept, beside ``best_checkpoint``; null: all."""
     project_name: str = "trlx"
     run_name: str | None = None
     entity_name: str | None = None
@@ -151,7 +153,7 @@ class TrainConfig(Section):
     save_optimizer: bool = True
     """Write optimizer state into checkpoints; without it a run cannot be resumed exactly."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder, or "auto" for the newest under checkpoint_dir (none there: start afresh)."""
+    """A checkpoint, or a folder whose newest is taken; "auto": checkpoint_dir. Nothing there yet: start afresh."""
     tracker: str | None = "wandb"
     """wandb, tensorboard or null; metrics.jsonl is always written."""
     logging_dir: str | None = None
@@ -174,8 +176,11 @@ class TrainConfig(Section):
     """In rollouts, samples and outputs of responses that ended carry the eos text, as in CarperAI's trlx."""
 
     def check(self) -> None:
-        for name in ("seq_length", "epochs", "batch_size", "checkpoint_interval", "eval_interval"):
+        for name in ("seq_length", "epochs", "batch_size", "eval_interval"):
             self.require(getattr(self, name) >= 1, name, "be at least 1")
+        for name in ("checkpoint_interval", "keep_checkpoints"):
+            value = getattr(self, name)
+            self.require(value is None or value >= 1, name, "be at least 1, or null")
         self.require(self.total_steps is None or self.total_steps >= 0, "total_steps", "be 0 or more, or null")
         size = self.minibatch_size
         divides = size is None or (size >= 1 and self.batch_size % size == 0)

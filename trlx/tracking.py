@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,13 @@ from trlx.optional import is_available, optional_import
 logger = logging.get_logger(__name__)
 
 METRICS = "metrics.jsonl"
+ABANDONED = "metrics.abandoned.jsonl"
 SAMPLES = "samples"
+CONFIG = "config.json"
+RUN_FILES = (METRICS, ABANDONED, SAMPLES, CONFIG, "tensorboard")
+"""What is written for one run under a name that does not say which."""
+EARLIER = "earlier"
+"""What the folders are called that such files of an older run move to, with a number."""
 
 
 class Tracker:
@@ -32,7 +38,7 @@ class Tracker:
         config: the run's settings, plain nested values; never changed.
         state: what `state` returned when the checkpoint was written that the run goes on from. Metrics written after
             that move to ``metrics.abandoned.jsonl``, so that ``metrics.jsonl`` reads like a run without a stop.
-            Without one the run is new, and what an older one left in `folder` is set aside under numbered names.
+            Without one the run is new, and what an older one left in `folder` is set aside.
 
     Raises:
         ValueError: the kind is unknown.
@@ -56,10 +62,12 @@ class Tracker:
         if kind not in _REMOTES:
             raise ValueError(f"Unknown tracker {kind!r}. Known: {', '.join(_REMOTES)}")
         self._sinks: list[_Sink] = []
+        self.last_state: dict[str, Any] = {}
+        """`state` as it was when the tracker was closed."""
         if is_main:
             folder = Path(folder)
             self._sinks.append(_Files(folder, state))
-            (folder / "config.json").write_text(json.dumps(_plain(config or {}), indent=1), encoding="utf-8")
+            (folder / CONFIG).write_text(json.dumps(_plain(config or {}), indent=1), encoding="utf-8")
             run = {"project": project, "name": run_name, "group": group, "entity": entity, "tags": list(tags or [])}
             remote = _REMOTES[kind](folder, run, _plain(config or {}), state or {})
             self._sinks += [remote] if remote else []
@@ -85,6 +93,7 @@ class Tracker:
 
     def close(self) -> None:
         """Finishes every file and remote run; calling it twice is fine."""
+        self.last_state = self.state() or self.last_state
         while self._sinks:
             self._sinks.pop().close()
 
@@ -109,6 +118,21 @@ def default_run_name(model_path: Any, num_processes: int) -> str:
     return f"{script}/{model}/{gpus}" + (f":{branch}" if branch else "")
 
 
+def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
+    """Moves what is there of `names` in `folder` to ``earlier.<first free number>`` in it; None if nothing is."""
+    found = [folder / name for name in names if (folder / name).exists()]
+    if not found:
+        return None
+    number = 1
+    while (folder / f"{EARLIER}.{number}").exists():
+        number += 1
+    aside = folder / f"{EARLIER}.{number}"
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    return aside
+
+
 class _Sink:
     def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 
@@ -127,7 +151,7 @@ class _Files(_Sink):
         self.metrics, self.samples = folder / METRICS, folder / SAMPLES
         folder.mkdir(parents=True, exist_ok=True)
         if not state or not _cut_back(folder, state["metrics_bytes"]):
-            _set_aside(folder)
+            set_aside(folder, RUN_FILES)
         self.metrics.touch()
         self.samples.mkdir(exist_ok=True)
         self.step = state["step"] if state else -1
@@ -152,20 +176,10 @@ def _cut_back(folder: Path, size: int) -> bool:
     if len(written) < size or written[:size].rpartition(b"\n")[2]:
         return False
     if len(written) > size:
-        with open(folder / "metrics.abandoned.jsonl", "ab") as abandoned:
+        with open(folder / ABANDONED, "ab") as abandoned:
             abandoned.write(written[size:].rstrip(b"\n") + b"\n")
         os.truncate(path, size)
     return True
-
-
-def _set_aside(folder: Path) -> None:
-    """Gives what an older run left in `folder` the first free number."""
-    number = 1
-    while (folder / f"metrics.{number}.jsonl").exists() or (folder / f"{SAMPLES}.{number}").exists():
-        number += 1
-    for name, kept in ((METRICS, f"metrics.{number}.jsonl"), (SAMPLES, f"{SAMPLES}.{number}")):
-        if (folder / name).exists():
-            (folder / name).rename(folder / kept)
 
 
 class _Wandb(_Sink):

@@ -35,7 +35,7 @@ def ilql_config() -> trlx.TRLConfig:
             "seq_length": 1024,
             "batch_size": 4,
             "total_steps": 20000,
-            "checkpoint_interval": 10000,
+            "keep_checkpoints": 3,
             "eval_interval": 1000,
             "checkpoint_dir": "checkpoints/ilql_hh",
         },

@@ -30,7 +30,7 @@ def ilql_config() -> trlx.TRLConfig:
             "seq_length": MAX_LENGTH,
             "batch_size": 8,
             "total_steps": 5000,
-            "checkpoint_interval": 10000,
+            "keep_checkpoints": 3,
             "eval_interval": 1000,
             "checkpoint_dir": "ilql_summarize_t5",
         },

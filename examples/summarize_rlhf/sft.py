@@ -27,7 +27,7 @@ def sft_config() -> trlx.TRLConfig:
             "total_steps": 100000,
             "batch_size": 16,
             "eval_interval": 500,
-            "checkpoint_interval": 1000,
+            "keep_checkpoints": 3,
             "gradient_checkpointing": True,
             "checkpoint_dir": "gptj-supervised-summarize-checkpoint",
         },

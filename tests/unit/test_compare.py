@@ -8,13 +8,16 @@ import pytest
 from trlx.launch.cli import main
 from trlx.launch.compare import area, differences
 
-# Measures PACE * step. With the seed it tells whether it was run in turns.
+# Measures PACE * step. With the seed it tells whether it was run in turns. Sets its last metrics aside, as every run does.
 SCRIPT = """
 import json, sys
 from pathlib import Path
 from pace import PACE
 
 folder = Path("ckpts/run")
+if folder.exists():
+    (folder / "earlier.1").mkdir()
+    (folder / "metrics.jsonl").rename(folder / "earlier.1" / "metrics.jsonl")
 folder.mkdir(parents=True, exist_ok=True)
 with open(folder / "metrics.jsonl", "w") as file:
     for step in (0, 2, 6):

@@ -82,10 +82,10 @@ def test_a_new_run_in_an_old_folder_sets_the_old_files_aside(tmp_path):
         with Tracker(None, tmp_path) as tracker:
             tracker.log({"loss": loss}, step=0)
             tracker.log_samples("eval", 0, [{"loss": loss}])
-    for name, loss in (("metrics.1.jsonl", 1.0), ("metrics.2.jsonl", 2.0), ("metrics.jsonl", 3.0)):
-        assert lines(tmp_path / name) == [{"step": 0, "loss": loss}]
-    assert lines(tmp_path / "samples.1" / "eval_00000000.jsonl") == [{"loss": 1.0}]
-    assert lines(tmp_path / "samples" / "eval_00000000.jsonl") == [{"loss": 3.0}]
+    for folder, loss in (("earlier.1", 1.0), ("earlier.2", 2.0), (".", 3.0)):
+        assert lines(tmp_path / folder / "metrics.jsonl") == [{"step": 0, "loss": loss}]
+        assert lines(tmp_path / folder / "samples" / "eval_00000000.jsonl") == [{"loss": loss}]
+        assert (tmp_path / folder / "config.json").is_file()
 
 
 def test_the_file_of_another_run_is_not_cut_but_set_aside(tmp_path):
@@ -93,7 +93,7 @@ def test_the_file_of_another_run_is_not_cut_but_set_aside(tmp_path):
         tracker.log({"other": 1.0}, step=0)
     with Tracker(None, tmp_path, state={"metrics_bytes": 10, "step": 5}) as tracker:
         tracker.log({"loss": 1.0}, step=6)
-    assert lines(tmp_path / "metrics.1.jsonl") == [{"step": 0, "other": 1.0}]
+    assert lines(tmp_path / "earlier.1" / "metrics.jsonl") == [{"step": 0, "other": 1.0}]
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 6, "loss": 1.0}]
 
 

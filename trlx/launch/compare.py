@@ -20,7 +20,7 @@ from rich.text import Text
 
 from trlx.launch.curves import Series
 from trlx.launch.report import read_metrics
-from trlx.tracking import METRICS
+from trlx.tracking import EARLIER, METRICS
 
 SCRIPTS = (
     "python -m examples.randomwalks.sft_randomwalks --seed {seed}",
@@ -134,7 +134,8 @@ def _run(command: str, folder: Path, seed: int, out: Path) -> Runs:
     if done.returncode != 0:
         end = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
         raise RuntimeError(f"{command} ended with code {done.returncode}:\n{end}")
-    written = [path for path in folder.rglob(METRICS) if before.get(path) != path.stat().st_mtime_ns]
+    found = [path for path in folder.rglob(METRICS) if not path.parent.name.startswith(EARLIER)]
+    written = [path for path in found if before.get(path) != path.stat().st_mtime_ns]
     if not written:
         raise RuntimeError(f"{command} wrote no {METRICS} below its current folder: leave out absolute paths")
     runs = {}

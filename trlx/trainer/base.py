@@ -28,6 +28,7 @@ from trlx.rollout.sampling import SamplingConfig, one_setting, sweep_variants
 from trlx.rollout.scoring import Scorer
 from trlx.rollout.stopping import Stopper
 from trlx.tracking import Tracker, default_run_name
+from trlx.trainer import run_folder
 from trlx.trainer.display import Display
 from trlx.trainer.evaluate import Evaluator
 from trlx.trainer.failures import rescuing
@@ -85,6 +86,8 @@ class Trainer(OldNames, ABC):
             self.scorer = Scorer(reward_fn, self.tokenizer, config.train.reward_timeout, separator)
         self.evaluator: Evaluator | None = None
         self.tracker: Tracker | None = None
+        self.run_folder: Path | None = None
+        """The folder of the run that this trainer goes on; None: it starts one."""
         self.display: Display | None = None
         self.pending: dict[str, float] = {}  # what collect() measured, logged with the next step
         self.saved: tuple[Path, int] | None = None  # the last checkpoint to resume from, and its step
@@ -161,10 +164,11 @@ class Trainer(OldNames, ABC):
             RewardError: reward_fn or metric_fn failed; what was trained so far is checkpointed first.
             SystemExit: with code 75 after SIGTERM or SIGUSR1, once a checkpoint is written.
             KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; at once after a second one.
+            RuntimeError, ValueError: see `run_folder.opened`.
         """
         with ExitStack() as stack:
             stack.enter_context(watching())
-            resumed = self._resume()
+            resumed = stack.enter_context(run_folder.opened(self))
             stack.enter_context(Interrupts())
             self.tracker = stack.enter_context(self._open_tracker(resumed))
             stack.enter_context(rescuing(self))
@@ -211,6 +215,8 @@ class Trainer(OldNames, ABC):
     def save(self, directory: str | Path | None = None) -> None:
         """Writes a checkpoint to `directory`, replacing the one there; by default ``checkpoint_<step>``.
 
+        In the latter case old ones are deleted as ``train.keep_checkpoints`` says.
+
         Raises:
             ValueError: `directory` holds other things than a checkpoint.
         """
@@ -221,7 +227,9 @@ class Trainer(OldNames, ABC):
         digits = len(str(self.total_steps or MANY_STEPS if steps is None else steps))
         own = Path(self.config.train.checkpoint_dir) / f"checkpoint_{self.state.step:0{digits}d}"
         write_run(self, Path(directory or own))
-        self.saved = (own, self.state.step) if directory is None else self.saved
+        if directory is None:
+            self.saved = own, self.state.step
+            run_folder.rotate(own, self.config.train, self.backend.is_main)
 
     def load(self, directory: str | Path | None = None) -> None:
         """Restores everything `save` wrote, by default the newest; says what differs from the run that wrote it.
@@ -231,7 +239,9 @@ class Trainer(OldNames, ABC):
             ValueError: it holds other weights than this config trains.
         """
         under = self.config.train.checkpoint_dir
-        read_run(self, Path(directory or checkpoint.newest(under) or under))
+        folder = Path(directory or checkpoint.newest(under) or under)
+        read_run(self, folder)
+        self.run_folder = folder.resolve().parent
 
     # the loop
 
@@ -323,7 +333,7 @@ class Trainer(OldNames, ABC):
         train, is_last = self.config.train, self.finished
         if is_last or self.state.step % train.eval_interval == 0:
             self.evaluate()
-        if is_last or self.state.step % train.checkpoint_interval == 0:
+        if is_last or self.state.step % (train.checkpoint_interval or train.eval_interval) == 0:
             self.save()
 
     def _advance(self) -> None:
@@ -343,21 +353,9 @@ class Trainer(OldNames, ABC):
             return
         self.state.best_reward = objective
         if self.config.train.save_best:
-            self.save(Path(self.config.train.checkpoint_dir) / "best_checkpoint")
+            self.save(Path(self.config.train.checkpoint_dir) / run_folder.BEST)
 
     # starting
-
-    def _resume(self) -> bool:
-        wanted = self.config.train.resume_from_checkpoint
-        folder = checkpoint.newest(self.config.train.checkpoint_dir) if wanted == "auto" else wanted
-        # the newest folder is looked up by every process before any may write a newer one
-        self.backend.barrier()
-        if folder is None:
-            return False
-        self.load(folder)
-        self.saved = Path(folder), self.state.step
-        logger.info(f"Resumed {folder} at step {self.state.step} of {self.total_steps}")
-        return True
 
     def _open_tracker(self, resumed: bool) -> Tracker:
         train = self.config.train
