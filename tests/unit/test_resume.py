@@ -116,7 +116,7 @@ def test_a_folder_that_does_not_exist_yet_is_resumed_as_auto_is(tmp_path, caplog
 
 
 def test_learning_twice_goes_on(tmp_path):
-    trainer = sft(tmp_path, [0.0, 1.0, 2.0, 3.0], total_steps=2)
+    trainer = sft(tmp_path, [0.0, 1.0, 2.0, 3.0, 0.5], total_steps=2)
     trainer.config.train.total_steps = 3
     trainer.learn()
     assert steps(tmp_path) == [1, 2, 3] and not (tmp_path / "earlier.1").exists()
@@ -124,16 +124,19 @@ def test_learning_twice_goes_on(tmp_path):
     trainer.learn()
     assert steps(tmp_path) == [1, 2, 3]
     trainer.load(tmp_path / "checkpoint_2")
-    trainer.evaluator.metric_fn = rewards_of([0.5])
     trainer.learn()
     assert steps(tmp_path) == [1, 2, 3] and names(tmp_path / "earlier.1") == ["best_checkpoint", "checkpoint_3"]
 
 
-def test_a_learn_that_is_called_again_after_an_error_loses_no_metrics(tmp_path, monkeypatch):
+def test_a_learn_that_was_stopped_at_once_and_is_called_again_loses_no_metrics(tmp_path, monkeypatch):
     trainer = sft(tmp_path, [0.0, 1.0, 4.0], total_steps=1, checkpoint_interval=10)
     trainer.config.train.total_steps = 3
-    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-        broken.setattr(trainer, "evaluate", lambda: 1 / 0)
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as second_press, pytest.raises(KeyboardInterrupt):
+        second_press.setattr(trainer, "evaluate", stopped)
         trainer.learn()
     assert steps(tmp_path) == [1, 2] and names(tmp_path)[2:4] == ["checkpoint_1", "config.json"]
     trainer.learn()
