@@ -8,7 +8,7 @@ import pytest
 from trlx.launch.cli import main
 from trlx.launch.compare import area, differences
 
-# Measures PACE * step. With the seed it tells whether it was run in turns. As every run does, it sets old metrics aside.
+# Measures PACE * step. With the seed it tells whether it was run in turns. Sets old metrics aside, as every run does.
 SCRIPT = """
 import json, sys
 from pathlib import Path
