@@ -28,6 +28,7 @@ HOOKS: dict[str, dict[str, str]] = {
         "setup_optimizer": _CONFIG,
         "setup_scheduler": _CONFIG,
         "setup_rollout_logging": "train.rollout_logging_dir says where rollouts are written",
+        "get_model_inputs": "override collect(): its rows are what the model sees",
         "decode": "change texts in reward_fn, or cut them with stop_sequences",
         "generate": _SAMPLING,
         "generate_eval": _SAMPLING,
@@ -36,6 +37,7 @@ HOOKS: dict[str, dict[str, str]] = {
         "loss": _TRAINER_SAYS,
         "get_advantages_and_returns": _TRAINER_SAYS,
         "heads": "a trainer says it: override needs() there",
+        "from_dict": "fields and check() say what a config may hold",
     },
     "pipeline": {"create_loader": "prompts are read one by one, as pipeline[i], and padded where they are sampled"},
 }

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.runs import metrics, run, weights
-from trlx.trainer.old_names import ATTRIBUTES
+from trlx.trainer.old_names import ATTRIBUTES, OldNames
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,16 @@ def test_every_successor_is_there(ppo):
 def test_a_slip_is_an_ordinary_attribute_error(ppo):
     with pytest.raises(AttributeError, match="'AcceleratePPOTrainer' object has no attribute 'steps'"):
         ppo.steps  # noqa: B018
+
+
+def test_a_property_that_fails_tells_its_own_error():
+    class Broken(OldNames):
+        @property
+        def rows(self):
+            return self.missing
+
+    with pytest.raises(AttributeError, match="'Broken' object has no attribute 'missing'"):
+        Broken().rows  # noqa: B018
 
 
 def test_setting_what_nothing_reads_is_refused(ppo):

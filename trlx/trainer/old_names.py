@@ -27,6 +27,7 @@ ATTRIBUTES: dict[str, str] = {
     "ref_model": "trainer.backend.score(batch, reference=True) asks the reference policy",
     "kl_ctl": "trainer.kl, whose coefficient is trainer.kl.coef",
     "mean_kl": "it is logged as policy/kl",
+    "approx_kl": "it is logged as policy/kl",
     "running_moments": "trainer.moments",
     "ref_mean": "the mean of scores is never subtracted",
     "train_dataloader": _LOADER,
@@ -45,6 +46,7 @@ ATTRIBUTES: dict[str, str] = {
     "num_mb": _MINIBATCH,
     "mb_count": _MINIBATCH,
     "n_inner_epochs": "trainer.inner_epochs",
+    "n_updates_per_batch": "trainer.inner_epochs",
     "epoch_count": "trainer.state.epoch",
     "nth_evaluation": "trainer.state.step says when it is",
     "train_mode": "trainer.learn() trains, and nothing else does",
@@ -97,8 +99,8 @@ def _model(trainer: Any) -> Any:
         )
     if policy.q_heads is not None:
         raise AttributeError(
-            "trainer.model would sample without the Q heads of ILQL: use trainer.generate(), or "
-            "trainer.backend.policy.model for the language model alone"
+            "trainer.model would sample without the Q heads of ILQL: use trainer.generate() and "
+            "trainer.save_pretrained(), or trainer.backend.policy.model for the language model alone"
         )
     return policy.model
 
