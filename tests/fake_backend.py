@@ -72,6 +72,9 @@ class FakeBackend(Backend):
     def export_hf(self, folder):
         raise NotImplementedError
 
+    def parameter_counts(self):
+        raise NotImplementedError
+
     def fingerprint(self):
         return "fake"
 

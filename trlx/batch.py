@@ -82,6 +82,11 @@ class TokenBatch:
         """The rows at `index` (slice, list of int, int64 or bool tensor), without columns that pad all of them."""
         return TokenBatch(**{name: tensor[index] for name, tensor in self.columns().items()}).trim()
 
+    def num_tokens(self, index: list[int]) -> int:
+        """How many tokens the prompts and responses of some rows have."""
+        masks = (self.attention_mask, self.encoder_mask)
+        return sum(int(mask[index].sum()) for mask in masks if mask is not None)
+
     def trim(self) -> TokenBatch:
         """Drops trailing columns in which no row has a token."""
         decoder_width = _used_width(self.attention_mask)

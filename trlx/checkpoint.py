@@ -52,6 +52,7 @@ class TrainerState:
     position: int = 0
     """Batches of the present pass that are done."""
     best_reward: float | None = None
+    best_step: int | None = None
     evaluation_due: bool = False
     """The run ended in the middle of an evaluation, which is to be made before the next step."""
     skipped_steps: int = 0

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
 DEBUG = logging.DEBUG
@@ -101,7 +102,10 @@ class _Handler(logging.Handler):
     """Prints to stderr, unless the application configured logging itself: then its own handlers get our records."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
+        if logging.getLogger().handlers:
+            return
+        tqdm = sys.modules.get("tqdm")  # where it is not loaded there is no bar to print above
+        with tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm else nullcontext():
             print(self.format(record), file=sys.stderr, flush=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -33,7 +35,8 @@ def twenty_steps(trainer: str, algorithm: str, folder, data_size=1, model=None, 
         "checkpoint_interval": 20,
     }
     changes = {"model": {"model_path": model or tiny_gpt2_config(layers=4)}, "optimizer": CALM, "train": train}
-    run(algorithm, folder, method=GREEDY[algorithm], **changes)
+    trainer = run(algorithm, folder, method=GREEDY[algorithm], **changes)
+    (folder / "parameters.json").write_text(json.dumps(trainer.backend.parameter_counts()))
 
 
 @pytest.mark.parametrize("algorithm", GREEDY)
@@ -47,6 +50,8 @@ def test_the_curves_of_both_backends_agree(tmp_path, algorithm):
     for folder in ("layers", "rows"):
         other = metrics(tmp_path / folder)
         assert len(one) == len(other)
+        counts = [(tmp_path / name / "parameters.json").read_text() for name in ("accelerate", folder)]
+        assert counts[0] == counts[1]
         for mine, theirs in zip(one, other, strict=True):
             assert mine.keys() == theirs.keys()
             shown = [name for name in mine if name != "padding_percentage"]  # each process trims its own rows

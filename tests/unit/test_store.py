@@ -23,6 +23,8 @@ def test_a_token_batch_is_a_store_and_gives_the_same_rows():
     batch, store = collate(ROLLOUTS, pad_id=0), RolloutStore(ROLLOUTS, pad_id=0)
     for name, column in store.rows([2, 0]).columns().items():
         assert torch.equal(column, batch.rows([2, 0]).columns()[name])
+    # prompts of one token, responses of three and of one
+    assert store.num_tokens([2, 0]) == batch.num_tokens([2, 0]) == 6
 
 
 def test_the_digest_tells_other_tokens_and_scores_apart():

@@ -75,7 +75,7 @@ class AccelerateBackend(Backend):
         if self.accelerator.mixed_precision == "fp16" and self.device.type == "cpu":
             raise ValueError("train.mixed_precision fp16 needs a GPU: write bf16, which works on CPUs too, or no")
         self.data_rank, self.data_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.is_main = self.accelerator.is_main_process
+        self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.tokenizer = tokenizer
         self.microbatch_size = train.minibatch_size or train.batch_size
         # train mode only where it changes something: switching it walks over every module
@@ -226,6 +226,12 @@ class AccelerateBackend(Backend):
             if self.is_main:
                 save_hf(self.policy, self.tokenizer, folder, merge)
 
+    def parameter_counts(self) -> tuple[int, int]:
+        counts = {True: 0, False: 0}
+        for parameter in self.policy.parameters():
+            counts[parameter.requires_grad] += _whole_size(parameter)
+        return counts[True], counts[False]
+
     def fingerprint(self) -> str:
         return self.initial_digest
 
@@ -246,6 +252,14 @@ def _sharding_for(accelerator: Accelerator, uses_deepspeed: bool, max_grad_norm:
         if parse_flag_from_env("ACCELERATE_USE_FSDP"):
             return Sharded(accelerator, max_grad_norm, FullyShardedDataParallelPlugin())
     return Replicated(accelerator, max_grad_norm)
+
+
+def _whole_size(parameter: Tensor) -> int:
+    """Its elements, also where this process holds only a part of them or they are packed."""
+    if hasattr(parameter, "ds_numel"):  # ZeRO-3
+        return parameter.ds_numel
+    packed = getattr(parameter, "quant_state", None)  # 4 bits
+    return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
 def _columns(batch: TokenBatch) -> tuple[Tensor | None, ...]:

@@ -60,6 +60,8 @@ class Backend(ABC):
     """Index of this process among those that see different data."""
     data_size: int
     """Number of processes that see different data."""
+    processes: int
+    """Number of processes of the job."""
     is_main: bool
     """True on the one process that talks to the user: calls reward_fn, writes files, prints."""
     leads: bool = True
@@ -151,6 +153,10 @@ class Backend(ABC):
             ValueError: an adapter of this kind cannot be folded in.
         """
         self.export_hf(folder)
+
+    @abstractmethod
+    def parameter_counts(self) -> tuple[int, int]:
+        """How many parameters of the whole model train and how many do not, heads included. Called on every process."""
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -22,6 +22,9 @@ class Store(Protocol):
     def rows(self, index) -> TokenBatch:
         """The rows at `index` (slice, list of int, int64 or bool tensor), no wider than they need."""
 
+    def num_tokens(self, index: list[int]) -> int:
+        """How many tokens the prompts and responses of some rows have."""
+
 
 class RolloutStore:
     """Rollouts that stay lists until a batch of them is asked for, so that no batch is wider than its longest row."""
@@ -37,6 +40,10 @@ class RolloutStore:
     def rows(self, index) -> TokenBatch:
         """The rows at `index` (slice, list of int, int64 or bool tensor), collated."""
         return self.layout.collate([self.rollouts[i] for i in torch.arange(len(self))[index].tolist()], self.pad_id)
+
+    def num_tokens(self, index: list[int]) -> int:
+        """How many tokens the prompts and responses of some rows have."""
+        return sum(len(self.rollouts[i].prompt) + len(self.rollouts[i].response) for i in index)
 
     def digest(self) -> str:
         """A short hash of tokens and scores, to recognise other data when a run is resumed."""

@@ -88,7 +88,7 @@ class Trainer(OldNames, ABC):
         self.tracker: Tracker | None = None
         self.run_folder: Path | None = None
         """The folder of the run that this trainer goes on; None: it starts one."""
-        self.display: Display | None = None
+        self.display = Display(self.backend.is_main)
         self.pending: dict[str, float] = {}  # what collect() measured, logged with the next step
         self.saved: tuple[Path, int] | None = None  # the last checkpoint to resume from, and its step
         self.at_boundary = True  # between steps, where what is saved can be resumed from
@@ -155,6 +155,7 @@ class Trainer(OldNames, ABC):
             batch_size=self.eval_batch_size or self.config.train.batch_size,
             scorer=self.scorer,
             metric_fn=self.metric_fn,
+            display=self.display,
         )
 
     def learn(self) -> None:
@@ -172,11 +173,13 @@ class Trainer(OldNames, ABC):
             stack.enter_context(Interrupts())
             self.tracker = stack.enter_context(self._open_tracker(resumed))
             stack.enter_context(rescuing(self))
-            self.display = stack.enter_context(Display(self.total_steps, self.state.step, self.backend.is_main))
+            stack.enter_context(self.display)
+            self.display.begin(self)
             if not resumed or self.state.evaluation_due:
                 self.evaluate()
             for batch in self._batches():
                 self._step(batch)
+            self.display.end(self)
 
     def generate(self, input_ids, attention_mask=None, **gen_kwargs: Any) -> Tensor:
         """Samples from the policy as it is now.
@@ -320,6 +323,7 @@ class Trainer(OldNames, ABC):
     def _step(self, batch: TokenBatch) -> None:
         """One optimizer step and everything due after it. At its end the run is at a boundary it can resume from."""
         began = time.perf_counter()
+        tokens = self.store.num_tokens(self._pass_plan()[self.state.position])
         self.at_boundary = False
         metrics = self.backend.train_step(batch, self.loss)
         self._advance()
@@ -327,6 +331,7 @@ class Trainer(OldNames, ABC):
         self.at_boundary = True
         self._skipped.count(metrics, self.state)
         metrics |= {**self.pending, "time/step": time.perf_counter() - began}
+        metrics["time/tokens_per_second"] = self.display.tokens_per_second(tokens)
         self.pending = {}
         self.tracker.log(metrics, self.state.step)
         self.display.step(metrics)
@@ -351,7 +356,7 @@ class Trainer(OldNames, ABC):
         best = self.state.best_reward
         if objective is None or not math.isfinite(objective) or (best is not None and objective <= best):
             return
-        self.state.best_reward = objective
+        self.state.best_reward, self.state.best_step = objective, self.state.step
         if self.config.train.save_best:
             self.save(Path(self.config.train.checkpoint_dir) / run_folder.BEST)
 

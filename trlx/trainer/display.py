@@ -1,39 +1,88 @@
-"""What a run shows on the terminal of its main process: a progress bar, and tables of samples."""
+"""What a run shows on its main process: a bar that moves, or lines now and then in a log file; tables of samples; what
+runs where, at the start; what came of it, at the end."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
 from trlx import logging
 
-SHOWN = ("losses/total_loss", "losses/loss", "loss")
-"""Statistics beside the bar."""
+if TYPE_CHECKING:
+    from trlx.trainer.base import Trainer
+
+logger = logging.get_logger(__name__)
+
+SHOWN = {
+    "reward": ("rollout_scores/mean", "scores_mean"),
+    "KL": ("policy/kl",),
+    "loss": ("losses/loss", "loss"),
+    "evaluated": ("reward/mean",),
+}
+"""What stands beside the bar, and the statistics it comes from; it stays until there is a new one."""
+SECONDS_BETWEEN_LINES = 30.0
+"""How often a run that writes to no terminal says where it is."""
 
 
 class Display:
-    """The progress bar of one run and what is printed around it; silent on other processes than the main one."""
+    """What one process shows of its run; nothing on other processes than the main one."""
 
-    def __init__(self, total_steps: int | None, step: int, is_main: bool):
+    def __init__(self, is_main: bool):
         self.is_main = is_main
-        hidden = not (is_main and logging.is_progress_bar_enabled())
-        self.bar = tqdm(total=total_steps, initial=step, disable=hidden, unit="step", dynamic_ncols=True)
+        self._progress = _Nothing()
+        self._shown: dict[str, float] = {}
+        self._began = self._last = time.monotonic()
+        self._tokens = 0
+
+    def begin(self, trainer: Trainer) -> None:
+        """Says what runs where; called on every process. From here on there is a bar."""
+        introduction = _introduction(trainer)
+        self._began = self._last = time.monotonic()
+        if self.is_main:
+            logger.info(introduction)
+        if self.is_main and logging.is_progress_bar_enabled():
+            # a notebook is no terminal, but shows a bar as one does
+            kind = _Bar if sys.stderr.isatty() or "ipykernel" in sys.modules else _Lines
+            self._progress = kind(trainer.state.step, trainer.total_steps)
+
+    def tokens_per_second(self, tokens: int) -> float:
+        """Takes the tokens of one step; returns them by the seconds since the step before ended."""
+        before, self._last = self._last, time.monotonic()
+        self._tokens += tokens
+        return tokens / max(self._last - before, 1e-9)
 
     def step(self, metrics: dict[str, float]) -> None:
         """Moves the bar by one step."""
-        shown = {name: metrics[name] for name in SHOWN if name in metrics}
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
-        self.bar.update()
+        self._take(metrics)
+        self._progress.step(self._beside())
+
+    def working(self, text: str) -> None:
+        """Says what is done between two steps, and how far it is: "sampling 32/128"."""
+        self._progress.working(text)
 
     def evaluation(self, step: int, metrics: dict[str, float], columns: list[str], rows: list[list[Any]]) -> None:
         """Prints the means of an evaluation and its first samples."""
+        self._take(metrics)
+        self._progress.show(self._beside())
         if self.is_main:
             print_samples(_title(step, metrics), columns, rows)
 
+    def end(self, trainer: Trainer) -> None:
+        """Says what came of a run that is at its end."""
+        self.close()
+        if self.is_main:
+            logger.info(_conclusion(trainer, time.monotonic() - self._began))
+
     def close(self) -> None:
         """Ends the bar; tables are printed still."""
-        self.bar.close()
+        self._progress.close()
+        self._progress = _Nothing()
 
     def __enter__(self) -> Display:
         return self
@@ -41,22 +90,106 @@ class Display:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    def _beside(self) -> str:
+        shown = [f"{name} {self._shown[name]:.3g}" for name in SHOWN if name in self._shown]
+        average = self._tokens / max(self._last - self._began, 1e-9)
+        return ", ".join([*shown, *([f"{average:,.0f} tokens/s"] if self._tokens else [])])
+
+    def _take(self, metrics: dict[str, float]) -> None:
+        self._shown |= {name: metrics[key] for name, keys in SHOWN.items() for key in keys if key in metrics}
+
+
+class _Nothing:
+    """Progress that nobody asked for."""
+
+    def step(self, shown: str) -> None: ...
+
+    def show(self, shown: str) -> None: ...
+
+    def working(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Bar(_Nothing):
+    """A bar at the bottom of a terminal; without a `total` a count."""
+
+    def __init__(self, step: int, total: int | None):
+        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+
+    def step(self, shown: str) -> None:
+        self.show(shown)
+        self.bar.update()
+
+    def show(self, shown: str) -> None:
+        self.bar.set_description_str(None, refresh=False)
+        self.bar.set_postfix_str(shown, refresh=False)
+
+    def working(self, text: str) -> None:
+        self.bar.set_description_str(text)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class _Lines(_Nothing):
+    """A line now and then, for files: the first step, the last one, and some between."""
+
+    def __init__(self, step: int, total: int | None):
+        self.steps, self.total, self.resumed_at = step, total, step
+        self.began = self.printed = time.monotonic()
+        self.waiting: str | None = None
+
+    def step(self, shown: str) -> None:
+        self.steps += 1
+        self.waiting = f"{_place(self.steps, self.total)}: {shown}{self._left()}"
+        if self.steps == self.resumed_at + 1 or self._is_due():
+            self._say(self.waiting)
+
+    def working(self, text: str) -> None:
+        if self._is_due():
+            self._say(f"{_place(self.steps, self.total)}: {text}")
+
+    def close(self) -> None:
+        if self.waiting is not None:
+            self._say(self.waiting)
+
+    def _left(self) -> str:
+        if self.total is None:
+            return ""
+        seconds = (time.monotonic() - self.began) / (self.steps - self.resumed_at)
+        return f", {_duration(seconds * (self.total - self.steps))} left"
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES
+
+    def _say(self, line: str) -> None:
+        logger.info(line)
+        self.printed, self.waiting = time.monotonic(), None
+
 
 def print_samples(title: str, columns: list[str], rows: list[list[Any]], max_rows: int = 3) -> None:
-    """Prints the first rows as a table, long cells shortened; on the main process only."""
+    """Prints the first rows as a table, long cells shortened: folded to fit a terminal, one line a row in a file.
+
+    On the main process only, above the bar where there is one.
+    """
     if not logging.is_main_process():
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, show_lines=True)
+    console = Console()
+    is_file = not (console.is_terminal or console.is_jupyter)
+    if is_file:
+        console = Console(width=10_000)  # nothing is folded
+    table = Table(*columns, show_lines=not is_file)
     for row in rows[:max_rows]:
         # as Text, since square brackets in a string would be read as markup
-        table.add_row(*(Text(_cell(value), overflow="fold") for value in row))
-    console = Console()
-    console.print(Text(title, style="bold"))
-    console.print(table)
+        table.add_row(*(Text(_cell(value, is_file), overflow="fold") for value in row))
+    with tqdm.external_write_mode():
+        console.print(Text(title, style="bold"))
+        console.print(table)
 
 
 def _title(step: int, metrics: dict[str, float]) -> str:
@@ -64,6 +197,47 @@ def _title(step: int, metrics: dict[str, float]) -> str:
     return f"Evaluation at step {step}: {', '.join(means)}" if means else f"Evaluation at step {step}"
 
 
-def _cell(value: Any, width: int = 240) -> str:
+def _cell(value: Any, is_file: bool) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text, width = (text.replace("\n", "\\n"), 100) if is_file else (text, 240)
     return text if len(text) <= width else f"{text[:width]}…"
+
+
+def _introduction(trainer: Trainer) -> str:
+    """Called on every process, since parameters are counted together."""
+    backend, config = trainer.backend, trainer.config
+    trained, frozen = backend.parameter_counts()
+    model = config.model.model_path
+    name = model if isinstance(model, (str, Path)) else f"a new {model.model_type}"
+    device = torch.cuda.get_device_name(backend.device) if backend.device.type == "cuda" else backend.device.type
+    processes = "1 process" if backend.processes == 1 else f"{backend.processes} processes"
+    return _block(
+        f"{type(trainer).__name__}, {_place(trainer.state.step, trainer.total_steps)}",
+        model=f"{name}: {trained:,} parameters train, {frozen:,} are frozen",
+        device=f"{device}, {processes}, {str(backend.precision).removeprefix('torch.')}",
+        folder=config.train.checkpoint_dir,
+    )
+
+
+def _conclusion(trainer: Trainer, seconds: float) -> str:
+    state, folder = trainer.state, Path(trainer.config.train.checkpoint_dir)
+    lines = {}
+    if state.best_reward is not None:
+        of = "" if state.best_step is None else f" at step {state.best_step}"
+        where = f": {folder / 'best_checkpoint' / 'hf_model'}" if trainer.config.train.save_best else ""
+        lines["best"] = f"reward {state.best_reward:.4g}{of}{where}"
+    if trainer.saved is not None:
+        lines["weights"] = str(trainer.saved[0] / "hf_model")
+    return _block(f"Done: step {state.step}, after {_duration(seconds)}", **lines)
+
+
+def _place(step: int, total: int | None) -> str:
+    return f"step {step}" if total is None else f"step {step}/{total}"
+
+
+def _block(title: str, **lines: str) -> str:
+    return "\n".join([title, *(f"  {name:<8} {text}" for name, text in lines.items())])
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -16,6 +16,7 @@ from trlx.data.store import own_rows
 from trlx.rollout.calling import Arguments
 from trlx.rollout.sampling import SamplingConfig
 from trlx.rollout.scoring import Metric, Scorer
+from trlx.trainer.display import Display
 from trlx.trainer.guards import interruptible, leave_if_asked
 from trlx.trainer.together import on_main
 
@@ -51,6 +52,7 @@ class Evaluator:
     """Prompts generated at once on each process."""
     scorer: Scorer | None
     metric_fn: Callable[..., Any] | None
+    display: Display
     _metric: Metric | None = field(init=False)
 
     def __post_init__(self):
@@ -88,6 +90,7 @@ class Evaluator:
         # as often on every process, also where it has nothing left: sharded weights are gathered by all at once
         for start in range(0, rows.stop - rows.start, self.batch_size):
             leave_if_asked(self.backend)
+            self.display.working(f"evaluating {start * self.backend.data_size}/{len(self.prompts)}")
             prompts = mine[start : start + self.batch_size]
             responses = self.backend.generate([prompt.ids for prompt in prompts], sampling)
             rollouts += sampling.rollouts(prompts, responses)

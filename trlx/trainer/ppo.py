@@ -61,6 +61,7 @@ class PPOTrainer(Trainer):
             self.scorer,
             self.sampling(method.sampling),
             config.train,
+            self.display,
         )
         self.log = RolloutLog(config, self.tokenizer)
 

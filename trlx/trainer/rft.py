@@ -48,6 +48,7 @@ class RFTTrainer(Trainer):
             self.scorer,
             self.sampling(self.method.gen_kwargs),
             config.train,
+            self.display,
         )
         self.log = RolloutLog(config, self.tokenizer)
 

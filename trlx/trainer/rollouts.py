@@ -19,6 +19,7 @@ from trlx.data.store import own_rows
 from trlx.rollout.sampling import SamplingConfig
 from trlx.rollout.scoring import Score, Scorer
 from trlx.tracking import Tracker
+from trlx.trainer.display import Display
 from trlx.trainer.guards import interruptible, leave_if_asked
 from trlx.trainer.together import on_each_rank, on_main
 
@@ -34,6 +35,7 @@ class RolloutSource:
     scorer: Scorer
     sampling: SamplingConfig
     train: TrainConfig
+    display: Display
 
     def __post_init__(self):
         self.backend.check_sampling(self.sampling)
@@ -49,8 +51,11 @@ class RolloutSource:
             Interrupted: on every process, when any got a signal.
         """
         rollouts, jobs, generating = [], [], 0.0
+        chunks = list(chunks)
+        total = sum(map(len, chunks))
         for prompts in chunks:
             leave_if_asked(self.backend)
+            self.display.working(f"sampling {len(rollouts)}/{total}")
             began = time.perf_counter()
             mine = self._sample(prompts)
             generating += time.perf_counter() - began
@@ -61,6 +66,7 @@ class RolloutSource:
             eos_in_outputs = self.train.eos_in_outputs
             jobs.append(self.scorer.submit(to_score, step, eos_in_outputs).result if wanted else list)
         began = time.perf_counter()
+        self.display.working("waiting for scores")
         for rollout, score in zip(rollouts, self._wait(jobs), strict=True):
             rollout.score = score
         return rollouts, {"time/rollout_generate": generating, "time/rollout_score": time.perf_counter() - began}

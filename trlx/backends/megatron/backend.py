@@ -64,6 +64,7 @@ class MegatronBackend(Backend):
         self.device, self.is_main, self.leads = self.place.device, self.place.is_main, self.place.leads
         self.part = "" if self.leads else f"-{self.place.tensor_rank:03d}-{self.place.stage:03d}"
         self.data_rank, self.data_size = self.place.data_rank, self.place.data_size
+        self.processes = dist.get_world_size()
         self.tokenizer, self.needs, self.precision = tokenizer, needs, settings.dtype
         self.microbatch_size = settings.micro_batch_size
         self.divisor = settings.parallel.tensor if settings.parallel.sequence else 1
@@ -167,6 +168,9 @@ class MegatronBackend(Backend):
 
     def export_hf(self, folder: Path) -> None:
         self.origin.export(self.weights, folder, self.tokenizer)
+
+    def parameter_counts(self) -> tuple[int, int]:
+        return self.weights.counts()
 
     def fingerprint(self) -> str:
         return self.initial_digest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,15 @@ class StageWeights:
                 for kind in updates.kinds(weight.value):
                     part = self._part(weight, lambda name, kind=kind: read(f"{kind}/{name}"))
                     updates.keep(weight.value, kind, part)
+
+    def counts(self) -> tuple[int, int]:
+        """How many parameters of the whole model train and how many do not, without the padding of the vocabulary."""
+        mine = torch.zeros(2, dtype=torch.int64, device=self.place.device)
+        for weight in self.weights if self.writes else ():
+            size = sum(math.prod(shape) for shape in weight.entry.hf_shapes.values())
+            mine[0 if weight.value.requires_grad else 1] += 0 if weight.is_copy else size
+        dist.all_reduce(mine)
+        return int(mine[0]), int(mine[1])
 
     def digest(self) -> str:
         """A short hash of the language model's weights, the same in every layout."""
