@@ -52,7 +52,7 @@ def finish(ranks: list[BaseProcess], timeout: float = 120) -> list[int | None]:
     return [process.exitcode for process in ranks]
 
 
-def ends(ranks: list[BaseProcess], timeout: float = 60) -> list[int | None]:
+def ends(ranks: list[BaseProcess], timeout: float = 120) -> list[int | None]:
     """Exit codes of processes that end by themselves, those that do not within `timeout` seconds -9."""
     deadline = time.monotonic() + timeout
     for process in ranks:

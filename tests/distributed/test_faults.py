@@ -106,14 +106,14 @@ def test_nothing_watches_on_after_the_end_of_a_run(tmp_path):
     together(2, runs_twice, tmp_path)
 
 
-def hangs(folder, call, train):
-    """The reward of the collection after step 4 never comes."""
+def hangs(folder, hanging, call, train):
+    """The reward of the collection after step 4, this call on this process, never comes."""
     rank = rank_in(folder)
     calls = []
 
     def reward(samples, prompts, outputs, **kwargs):
         calls.append(1)
-        if len(calls) == call and rank == 0:
+        if len(calls) == call and rank == hanging:
             (folder / "hangs").touch()
             time.sleep(600)
         return share_of_a(samples, prompts, outputs)
@@ -125,21 +125,21 @@ def hangs(folder, call, train):
 
 
 @pytest.mark.parametrize(
-    ("number", "asked", "code", "size", "call", "train"),
+    ("number", "asked", "hanging", "code", "call", "train"),
     [
-        (signal.SIGTERM, 0, 75, 2, 5, {}),
-        (signal.SIGTERM, 1, 75, 2, 5, {}),
-        (signal.SIGINT, 1, 1, 2, 5, {}),
-        (signal.SIGUSR1, 3, 75, 4, 5, MEGATRON),
+        (signal.SIGTERM, 0, 0, 75, 5, {}),
+        (signal.SIGTERM, 1, 0, 75, 5, {}),
+        (signal.SIGINT, 0, 1, 1, 3, {"reward_on": "each_rank"}),  # this process scores no evaluations
+        (signal.SIGUSR1, 3, 0, 75, 5, MEGATRON),
     ],
 )
-def test_a_signal_while_the_reward_hangs_saves_and_ends_all(tmp_path, number, asked, code, size, call, train):
-    job = start(size, hangs, tmp_path, call, train)
-    deadline = time.monotonic() + 60
+def test_a_signal_while_the_reward_hangs_saves_and_ends_all(tmp_path, number, asked, hanging, code, call, train):
+    job = start(4 if train is MEGATRON else 2, hangs, tmp_path, hanging, call, train)
+    deadline = time.monotonic() + 120
     while not (tmp_path / "hangs").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(job[asked].pid, number)
-    assert ends(job, 30) == [code] * size
+    assert ends(job, 60) == [code] * len(job)
     folder = checkpoint.newest(tmp_path)
     assert checkpoint.read_state(folder)[0].step == 4
     told = f"The last checkpoint is {folder}, of step 4; to go on from there: train.resume_from_checkpoint=auto"

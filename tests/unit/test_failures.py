@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 import traceback
 
 import pytest
@@ -73,6 +74,18 @@ def test_a_signal_before_anything_is_trained_saves_nothing(tmp_path, caplog):
         run_and_signal(tmp_path, signal.SIGTERM, call=1)
     assert checkpoint.newest(tmp_path) is None
     assert "Stopped at step 0 by SIGTERM. There is no checkpoint yet" in caplog.text
+
+
+def test_a_signal_while_a_metric_hangs_saves_too(tmp_path):
+    def metric(samples, step, **kwargs):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return {}
+
+    with pytest.raises(SystemExit):
+        trlx.train(config=tiny_config(tmp_path, "PPO"), metric_fn=metric, **DATA["PPO"])
+    assert saved_step(tmp_path) == 4
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
