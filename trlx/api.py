@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import trlx.trainer.accelerate
@@ -12,7 +13,7 @@ from trlx import logging
 from trlx.config import TRLConfig
 from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list
-from trlx.presets import default_ilql_config, default_ppo_config, default_sft_config
+from trlx.presets import load_preset, over_preset
 from trlx.registry import pipelines, trainers
 from trlx.strict import check_keywords
 from trlx.trainer.base import OURS, Trainer
@@ -31,7 +32,7 @@ def train(
     prompts: list[Any] | None = None,
     eval_prompts: list[Any] | None = None,
     metric_fn: Callable[..., Any] | None = None,
-    config: TRLConfig | None = None,
+    config: TRLConfig | Mapping[str, Any] | str | Path | None = None,
     stop_sequences: list[str] | None = None,
 ) -> Trainer:
     """Fine-tunes a language model: online with a reward function, or offline on samples.
@@ -47,7 +48,8 @@ def train(
         prompts: texts, chats, or dicts with "prompt" and further keys, which reach reward_fn as keyword lists.
         eval_prompts: the same for evaluations; by default the first of `prompts`.
         metric_fn: called as reward_fn is, at evaluations; returns a dict of lists of one number per sample, or numbers.
-        config: without one, the default of PPO (with reward_fn), ILQL (with rewards) or SFT (otherwise).
+        config: a TRLConfig, a preset's name, or a YAML file. Without one, the default of PPO (with reward_fn), ILQL
+            (with rewards) or SFT (otherwise), and a dict of settings goes on top of that (see `over_preset`).
         stop_sequences: texts that end a response and are cut off it.
 
     Returns:
@@ -64,6 +66,8 @@ def train(
     trainer_class = _trainer_class(config.train.trainer)
     online = trainer_class.online
     _check_arguments(trainer_class, online, reward_fn, samples, rewards)
+    if online:
+        _check_prompts(prompts, config.train.batch_size)
     check_keywords(trainer_class, config.train.trainer_kwargs, "train.trainer_kwargs", ours=OURS)
     trainer = trainer_class(
         config=config,
@@ -72,23 +76,36 @@ def train(
         stop_sequences=stop_sequences or [],
         **config.train.trainer_kwargs,
     )
-    if online:
-        prompts = as_list(prompts, "prompts") if prompts is not None else _empty_prompts(trainer)
-        trainer.add_prompt_pipeline(_pipeline(prompts, trainer))
-    else:
-        trainer.make_experience(*([samples] if rewards is None else [samples, rewards]), config.train.seq_length)
-        prompts = _empty_prompts(trainer)
-    eval_prompts = eval_prompts if eval_prompts is not None else prompts[: _global_batch(trainer)]
-    trainer.add_eval_pipeline(_pipeline(eval_prompts, trainer))
+    _feed(trainer, prompts, eval_prompts, samples, rewards)
     trainer.learn()
     return trainer
 
 
-def _config(config: TRLConfig | None, model_path, reward_fn, rewards) -> TRLConfig:
+def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards) -> None:
+    """Gives a trainer what it learns from and what it is evaluated on."""
+    if trainer.online:
+        prompts = as_list(prompts, "prompts")
+        trainer.add_prompt_pipeline(_pipeline(prompts, trainer))
+    else:
+        trainer.make_experience(
+            *([samples] if rewards is None else [samples, rewards]), trainer.config.train.seq_length
+        )
+        prompts = _empty_prompts(trainer)
+    eval_prompts = eval_prompts if eval_prompts is not None else prompts[: _global_batch(trainer)]
+    trainer.add_eval_pipeline(_pipeline(eval_prompts, trainer))
+
+
+def _config(config: Any, model_path, reward_fn, rewards) -> TRLConfig:
     if config is None:
         logger.warning("No config: taking the default one of the method that the arguments ask for")
-        offline = default_sft_config if rewards is None else default_ilql_config
-        config = (default_ppo_config if reward_fn is not None else offline)()
+        config = {}
+    if isinstance(config, (str, Path)):
+        config = load_preset(str(config))
+    elif isinstance(config, Mapping):
+        offline = "sft" if rewards is None else "ilql"
+        config = over_preset(config, offline if reward_fn is None else "ppo")
+    elif not isinstance(config, TRLConfig):
+        raise TypeError(f"config must be a TRLConfig, a dict, or the name of a preset or file, got {config!r}")
     return config if model_path is None else config.evolve(model={"model_path": model_path})
 
 
@@ -111,6 +128,14 @@ def _check_arguments(trainer_class: type[Trainer], online: bool, reward_fn, samp
         raise ValueError(f"train() got {len(samples)} samples but {len(rewards)} rewards; pass one reward per sample")
     if not online:
         _check_rewards(trainer_class, rewards)
+
+
+def _check_prompts(prompts: Any, batch_size: int) -> None:
+    if prompts is None:
+        raise ValueError(
+            "train() got no prompts: pass prompts=[...]. In CarperAI's trlx every response then began a text; to have "
+            f"that, write prompts=[tokenizer.bos_token or tokenizer.eos_token] * {batch_size}"
+        )
 
 
 def _check_rewards(trainer_class: type[Trainer], rewards) -> None:

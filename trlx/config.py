@@ -38,7 +38,7 @@ class ModelConfig(Section):
     model_path: Any
     """Hub name, folder, or a ``transformers.PretrainedConfig`` for random weights."""
     model_arch_type: str = "causal"
-    """"causal" (decoder) or "seq2seq" (encoder-decoder)."""
+    """"causal" (decoder) or "seq2seq" (encoder-decoder, which the model's config tells by itself)."""
     num_layers_unfrozen: int = -1
     """-1 trains everything, k > 0 the top k blocks, 0 only the heads. Position embeddings are frozen with the rest."""
     peft_config: Any = None
@@ -147,7 +147,7 @@ class TrainConfig(Section):
     checkpoint_dir: str = "ckpts"
     """Folder of checkpoints, metrics.jsonl and samples."""
     rollout_logging_dir: str | None = None
-    """Existing folder that gets every rollout's token ids."""
+    """Folder that gets every rollout's token ids."""
     save_best: bool = True
     """Keep ``best_checkpoint`` by reward/mean, else metrics/reward."""
     save_optimizer: bool = True
@@ -208,9 +208,9 @@ class TRLConfig:
         self._check_names()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _SECTIONS:
-            raise unknown_key("", name, _SECTIONS)
-        kind = _SECTIONS[name]
+        if name not in SECTIONS:
+            raise unknown_key("", name, SECTIONS)
+        kind = SECTIONS[name]
         if not (isinstance(value, kind) or (name == "method" and dataclasses.is_dataclass(value))):
             raise ConfigError(f"config.{name} must be a {kind.__name__}, got {value!r}: change its settings one by one")
         super().__setattr__(name, value)
@@ -221,7 +221,7 @@ class TRLConfig:
         Raises:
             ConfigError: values are out of range, or do not go together.
         """
-        for section in (getattr(self, name) for name in _SECTIONS):
+        for section in (getattr(self, name) for name in SECTIONS):
             if isinstance(section, Section):
                 section.check()
         self._check_names()
@@ -252,35 +252,31 @@ class TRLConfig:
         A section that means nothing here is ignored with a warning, unless its name is nearly that of one that does.
         """
         for name in config:
-            if called_here(name) or suggestion(name, _SECTIONS):
+            if called_here(name) or suggestion(name, SECTIONS):
                 _check_sections([name])
-            elif name not in _SECTIONS:
+            elif name not in SECTIONS:
                 logger.warning(f"The section '{name}' of the configuration is unknown and ignored")
         if "name" not in config.get("method", {}):
             raise ConfigError("Missing: method.name (PPOConfig, ILQLConfig, SFTConfig, RFTConfig or your own)")
-        classes = {**_SECTIONS, "method": get_method(config["method"]["name"])}
+        classes = {**SECTIONS, "method": get_method(config["method"]["name"])}
         sections = {name: build(kind, config.get(name, {}), name) for name, kind in classes.items()}
         return cls(**sections)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts that share nothing with this config."""
-        return {name: copy.deepcopy(_fields_of(getattr(self, name))) for name in _SECTIONS}
+        return {name: copy.deepcopy(_fields_of(getattr(self, name))) for name in SECTIONS}
 
     def evolve(self, **changes: Any) -> TRLConfig:
         """A copy with nested changes: ``config.evolve(method={"gamma": 0.9}, train={"seed": 1})``."""
         _check_sections(changes)
-        return self.from_dict(_merge(self.to_dict(), changes))
+        return self.from_dict(merged(self.to_dict(), changes))
 
     @classmethod
     def update(cls, base: TRLConfig | Mapping[str, Any], hparams: Mapping[str, Any]) -> TRLConfig:
         """A copy of `base` with changes given as dotted keys, nested mappings or both. `base` stays as it was."""
         _check_sections(key.split(".")[0] for key in hparams)
-        merged = base.to_dict() if isinstance(base, TRLConfig) else copy.deepcopy(dict(base))
-        for key, value in hparams.items():
-            for part in reversed(key.split(".")[1:]):
-                value = {part: value}
-            merged = _merge(merged, {key.split(".")[0]: value})
-        return cls.from_dict(merged)
+        before = base.to_dict() if isinstance(base, TRLConfig) else copy.deepcopy(dict(base))
+        return cls.from_dict(merged(before, nested(hparams)))
 
     def __str__(self) -> str:
         return json.dumps(self.to_json(), indent=4)
@@ -290,7 +286,7 @@ class TRLConfig:
         return json.loads(json.dumps(self.to_dict(), default=_plain))
 
 
-_SECTIONS: dict[str, type] = {
+SECTIONS: dict[str, type] = {
     "method": MethodConfig,
     "model": ModelConfig,
     "optimizer": OptimizerConfig,
@@ -314,9 +310,9 @@ def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         if "=" not in override:
             raise ConfigError(f"The override {override!r} has no value; write it as section.key=value")
     _check_sections(override.partition("=")[0].split(".")[0] for override in overrides)
-    merged = OmegaConf.merge(*(OmegaConf.load(file) for file in files), OmegaConf.from_dotlist(list(overrides)))
+    whole = OmegaConf.merge(*(OmegaConf.load(file) for file in files), OmegaConf.from_dotlist(list(overrides)))
     try:
-        return OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(whole, resolve=True)
     except InterpolationResolutionError as error:
         raise ConfigError(f"{', '.join(map(str, files))}: {error}") from error
 
@@ -348,17 +344,29 @@ def _plain(value: Any) -> Any:
 
 def _check_sections(names: Iterable[str]) -> None:
     for name in names:
-        if name not in _SECTIONS:
-            raise unknown_key("", name, _SECTIONS)
+        if name not in SECTIONS:
+            raise unknown_key("", name, SECTIONS)
 
 
 def _fields_of(section: Section) -> dict[str, Any]:
     return {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
 
 
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with every dotted key, ``{"method.gamma": 0.9}``, as mappings in mappings; the later ones win."""
+    unfolded: dict[str, Any] = {}
+    for key, value in settings.items():
+        first, *rest = key.split(".")
+        for part in reversed(rest):
+            value = {part: value}
+        unfolded = merged(unfolded, {first: value})
+    return unfolded
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `base` with `changes`; what is a mapping in both is merged in turn."""
+    result = dict(base)
     for key, value in changes.items():
-        both_nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both_nested else copy.deepcopy(value)
-    return merged
+        both_nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both_nested else copy.deepcopy(value)
+    return result

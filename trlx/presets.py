@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trlx.config import TRLConfig, register_resolvers
+from trlx.config import SECTIONS, TRLConfig, merged, nested, register_resolvers
 from trlx.strict import ConfigError, suggestion
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+METHODS = ("ppo", "ilql", "sft", "rft")
+"""Presets with the default configuration of a method."""
 MEGATRON = "megatron_"
 """Presets that begin so describe a model and its layout, and go over a method's preset."""
 
@@ -27,6 +30,25 @@ def load_preset(name: str, *more: str, overrides: tuple[str, ...] | list[str] = 
     if len(paths) == 1 and name.startswith(MEGATRON):
         raise ConfigError(f'{name} has no method: write load_preset("ppo", "{name}"), or another method\'s preset')
     return TRLConfig.load_yaml(*paths, overrides=overrides)
+
+
+def over_preset(settings: Mapping[str, Any], method: str) -> TRLConfig:
+    """The config that `settings`, nested or dotted, make on top of a preset, or on their own if they have all sections.
+
+    Args:
+        method: name of the preset, unless ``method.name`` in `settings` chooses another.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong.
+    """
+    if set(SECTIONS) <= set(settings):
+        return TRLConfig.from_dict(settings)
+    settings = nested(settings)
+    name = str(settings.get("method", {}).get("name", method)).lower().removesuffix("config")
+    base = load_preset(name if name in METHODS else method).to_dict()
+    if name not in METHODS:
+        base["method"] = {}  # a method of the user's own, with other fields than the preset's
+    return TRLConfig.from_dict(merged(base, settings))
 
 
 def megatron_preset(name: str | Path) -> DictConfig:

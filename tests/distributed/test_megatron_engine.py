@@ -215,7 +215,7 @@ def refused(sentence, parallel, **changes) -> None:
     [
         (2, "num_layers", layout(1, 2, virtual=3), {}),
         (3, "start a multiple of 2", layout(1, 2), {}),
-        (1, "sees 64 tokens at most", layout(), {"train": {"seq_length": 65}}),
+        (1, "has positions for 64 tokens: write 64 or less", layout(), {"train": {"seq_length": 65}}),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_built(size, sentence, parallel, changes):

@@ -36,9 +36,10 @@ from trlx.checkpoint import read_optimizer, write_optimizer
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.methods.masked import finish, merge_packed, pack
 from trlx.models.adapters import AdaptedPolicy, AdapterOff, adapted_model, build_adapted_policy
-from trlx.models.architecture import ARCHITECTURES
+from trlx.models.architecture import architecture_for
 from trlx.models.decoder import output_head
 from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
+from trlx.models.positions import check_positions
 from trlx.models.reference import Exchange, Reference, digest
 from trlx.models.vocabulary import check_vocabulary
 from trlx.rollout.sampling import SamplingConfig
@@ -86,6 +87,7 @@ class AccelerateBackend(Backend):
         self.policy = _load_policy(dataclasses.replace(model, model_path=self.source(model, train)), needs)
         check_vocabulary(self.policy.model, tokenizer)
         self.precision = HALVES.get(self.accelerator.mixed_precision, self.policy.model.dtype)
+        check_positions(self.policy.model, train.seq_length)
         self.vocabulary = output_head(self.policy.model).weight.shape[0]
         if train.gradient_checkpointing:
             self.policy.architecture.recompute()
@@ -268,7 +270,8 @@ def _columns(batch: TokenBatch) -> tuple[Tensor | None, ...]:
 
 
 def _load_policy(model: ModelConfig, needs: ModelNeeds) -> Policy:
-    architecture, adapted = ARCHITECTURES[model.model_arch_type], adapted_model(model.model_path)
+    adapted = adapted_model(model.model_path)
+    architecture = architecture_for(adapted or model.model_path, model.model_arch_type, model.model_extra_configs)
     language_model = load_model(adapted or model.model_path, model.model_extra_configs, architecture)
     adapter = model.peft_config if adapted is None else model.model_path
     parts = {

@@ -124,12 +124,11 @@ def _rollout(ids: list[int], trained: list[bool], side: str, max_length: int, st
 
 
 def _report_dropped(dropped: int, total: int, max_length: int) -> None:
+    advice = "raise train.seq_length, or write left in tokenizer.truncation_side, which cuts the beginning instead"
     if dropped == total:
-        raise ValueError(
-            f"No sample has an output token within train.seq_length ({max_length}): raise train.seq_length"
-        )
+        raise ValueError(f"No sample has an output token within train.seq_length ({max_length}): {advice}")
     if dropped:
         logger.warning(
             f"{dropped} of {total} samples were dropped: within train.seq_length ({max_length} tokens) nothing of "
-            "their outputs is left to learn from"
+            f"their outputs is left to learn from; {advice}"
         )

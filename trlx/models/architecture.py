@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from trlx import logging
 from trlx.data.collate import left_pad, right_pad
 from trlx.data.layout import Layout, OneRow, TwoRows
 from trlx.models.decoder import trunk
+
+logger = logging.get_logger(__name__)
 
 
 class Architecture(Protocol):
@@ -148,5 +159,32 @@ def _no_warning(*_: Any) -> None:
     pass
 
 
+def architecture_for(
+    model_path: str | PretrainedConfig, arch_type: str, options: Mapping[str, Any]
+) -> type[Causal] | type[EncoderDecoder]:
+    """The class for a model: that of ``model.model_arch_type``, or of models with an encoder where it has one.
+
+    Args:
+        options: ``model.model_extra_configs``; where they say which files are read, the config is read from there.
+
+    Raises:
+        ValueError: "seq2seq" is asked of a model without an encoder.
+    """
+    try:
+        where = {name: value for name, value in options.items() if name in FROM_HUB}
+        is_config = isinstance(model_path, PretrainedConfig)
+        config = model_path if is_config else AutoConfig.from_pretrained(model_path, **where)
+    except (OSError, ValueError):  # whoever loads the model says what is wrong with it
+        return ARCHITECTURES[arch_type]
+    if config.is_encoder_decoder and arch_type == "causal":
+        logger.info(f"The model ({config.model_type}) has an encoder: model.model_arch_type is taken for seq2seq")
+    elif arch_type == "seq2seq" and not config.is_encoder_decoder:
+        raise ValueError(
+            f"model.model_arch_type is 'seq2seq', but {config.model_type} models have no encoder: write causal"
+        )
+    return ARCHITECTURES["seq2seq" if config.is_encoder_decoder else arch_type]
+
+
+FROM_HUB = ("revision", "trust_remote_code", "code_revision", "token", "cache_dir", "local_files_only", "subfolder")
 ARCHITECTURES: dict[str, type[Causal] | type[EncoderDecoder]] = {"causal": Causal, "seq2seq": EncoderDecoder}
 """By ``model.model_arch_type``."""

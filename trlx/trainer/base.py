@@ -35,7 +35,7 @@ from trlx.trainer.failures import rescuing
 from trlx.trainer.guards import Interrupts, SkippedSteps, leave_if_asked
 from trlx.trainer.old_names import OldNames
 from trlx.trainer.saving import read_run, write_run
-from trlx.trainer.sequences import sample_sequences
+from trlx.trainer.sequences import sample
 
 logger = logging.get_logger(__name__)
 
@@ -181,20 +181,21 @@ class Trainer(OldNames, ABC):
                 self._step(batch)
             self.display.end(self)
 
-    def generate(self, input_ids, attention_mask=None, **gen_kwargs: Any) -> Tensor:
+    def generate(self, input_ids, attention_mask=None, **gen_kwargs: Any) -> str | list[str] | Tensor:
         """Samples from the policy as it is now.
 
         Args:
-            input_ids: prompts; int64 [B, T] (padding marked by `attention_mask`), or a list of id lists.
+            input_ids: a text or chat, or a list of them; or tokens, int64 [B, T] (padding marked by `attention_mask`),
+                or a list of id lists.
             gen_kwargs: changes to the rollouts' generation settings, e.g. ``max_new_tokens=8, do_sample=False``. Where
                 the config sweeps over one, it is to be chosen here.
 
         Returns:
-            int64 [B, T + new]: the prompts, padded on the tokenizer's padding side, each followed by its response,
-            padded on the right.
+            For a text its response, for a list of texts theirs. For tokens int64 [B, T + new]: the prompts, padded on
+            the tokenizer's padding side, each followed by its response, padded on the right.
         """
         sampling = self.sampling(one_setting({**self.sampling_kwargs, **gen_kwargs}))
-        return sample_sequences(self.backend, self.tokenizer, sampling, input_ids, attention_mask)
+        return sample(self.backend, self.tokenizer, sampling, input_ids, attention_mask)
 
     def save_pretrained(
         self, directory: str | Path | None = None, merge: bool = False, safe_serialization: bool = True

@@ -1,14 +1,37 @@
-"""Sampling as users ask for it: tensors with padding in, tensors with padding out."""
+"""Sampling as users ask for it: texts in, texts out; tensors with padding in, tensors with padding out."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trlx.backends.base import Backend
+from trlx.data.chat import is_chat
+from trlx.data.prompts import PromptPipeline
 from trlx.rollout.sampling import SamplingConfig
+
+
+def sample(
+    backend: Backend, tokenizer: Any, sampling: SamplingConfig, inputs: Any, attention_mask: Any = None
+) -> str | list[str] | Tensor:
+    """What follows a text or a chat, as a text; what follows each of several, as texts; else see `sample_sequences`."""
+    if isinstance(inputs, str) or is_chat(inputs):
+        return sample_texts(backend, tokenizer, sampling, [inputs])[0]
+    if isinstance(inputs, (list, tuple)) and inputs and (isinstance(inputs[0], str) or is_chat(inputs[0])):
+        return sample_texts(backend, tokenizer, sampling, inputs)
+    return sample_sequences(backend, tokenizer, sampling, inputs, attention_mask)
+
+
+def sample_texts(backend: Backend, tokenizer: Any, sampling: SamplingConfig, prompts: Sequence[Any]) -> list[str]:
+    """The response to each text or chat, without special tokens and stop sequences."""
+    pipeline = PromptPipeline(prompts, sys.maxsize, tokenizer, add_special_tokens=backend.layout.special_tokens)
+    responses = backend.generate([prompt.ids for prompt in pipeline], sampling)
+    cut = [sampling.stop.cut(ids)[0] if sampling.stop else ids for ids in responses]
+    return tokenizer.batch_decode(cut, skip_special_tokens=True)
 
 
 def sample_sequences(

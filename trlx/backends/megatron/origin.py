@@ -34,6 +34,7 @@ from trlx.backends.megatron.weights import (
 )
 from trlx.config import ModelConfig, TrainConfig
 from trlx.models.policy import HEADS_FILE, load_model, make_heads
+from trlx.models.positions import check_length
 from trlx.models.vocabulary import check_vocabulary_size
 
 logger = logging.get_logger(__name__)
@@ -225,10 +226,7 @@ def _for_export(config: PretrainedConfig | None, dtype: torch.dtype) -> Pretrain
 
 
 def _check_length(shape: Shape, seq_length: int) -> None:
-    limits = [shape.attention_window] if shape.attention_window is not None else []
-    if shape.position == "learned":
-        limits.append(shape.max_position_embeddings)
-    if limits and seq_length > min(limits):
-        raise ValueError(
-            f"train.seq_length is {seq_length}, but the model sees {min(limits)} tokens at most: write no more"
-        )
+    window = shape.attention_window
+    if window is not None and seq_length > window:
+        raise ValueError(f"train.seq_length is {seq_length}, but the model looks back {window} at most: write no more")
+    check_length(seq_length, shape.max_position_embeddings, shape.position == "learned")

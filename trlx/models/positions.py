@@ -1,0 +1,44 @@
+"""Whether a model has a position for every token of a row."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from trlx import logging
+
+logger = logging.get_logger(__name__)
+
+
+def check_positions(model: PreTrainedModel, seq_length: int) -> None:
+    """`check_length` of a model."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        check_length(seq_length, positions, _has_table(model, positions))
+
+
+def check_length(seq_length: int, positions: int, is_table: bool) -> None:
+    """Warns where rows may be longer than the `positions` that a model was made for.
+
+    Args:
+        is_table: there is nothing for the positions behind (a learned table); else they are computed (rotary).
+
+    Raises:
+        ValueError: the rows do not fit in a table.
+    """
+    if seq_length <= positions:
+        return
+    said = f"train.seq_length is {seq_length}, but the model has positions for {positions} tokens"
+    if is_table:
+        raise ValueError(f"{said}: write {positions} or less")
+    logger.warning(f"{said}: it has never seen what lies behind, and may not make sense there")
+
+
+def _has_table(model: PreTrainedModel, positions: int) -> bool:
+    words = model.get_input_embeddings().weight
+    modules = (module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight is not words)
+    # GPT-J's sines and cosines are a table, too
+    buffers = (buffer for name, buffer in model.named_buffers() if "pos" in name and buffer.dim() == 2)
+    rows = [module.num_embeddings for module in modules] + [len(buffer) for buffer in buffers]
+    # OPT and BART keep two rows for padding
+    return any(positions <= count <= positions + 2 for count in rows)
