@@ -124,5 +124,5 @@ def test_apex_is_not_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)
     assert type(made("adamw", OnGPU(torch.ones(2)), lr=0.1, fused=False)) is torch.optim.AdamW
     with monkeypatch.context() as context:
-        context.setattr(optimizers.torch.optim, "AdamW", lambda parameters, **kwargs: kwargs)
+        context.setitem(optimizers.OPTIMIZERS, "adamw", lambda parameters, **kwargs: kwargs)
         assert made("adamw", OnGPU(torch.ones(2)), lr=0.1) == {"lr": 0.1, "fused": True}
