@@ -100,7 +100,7 @@ def test_without_a_terminal_there_are_lines_now_and_then(caplog, capsys, monkeyp
     if not seconds:
         caplog.clear()
         run("RFT", tmp_path / "unknown", train={"total_steps": None, "epochs": 1})
-        assert "step 1: loss " in caplog.text and "left" not in caplog.text
+        assert "step 1: reward " in caplog.text and "left" not in caplog.text
 
 
 def test_tokens_per_second_count_all_the_time_since_the_step_before(monkeypatch):
