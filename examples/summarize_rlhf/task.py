@@ -7,6 +7,7 @@ from itertools import islice
 
 from examples.common import RewardFn, Rows, hub_data, overlap, reward, rows, share_of_vowels
 from examples.published_rewards import load_gptj_reward
+from trlx.data.tokenizer import prompt_tokens
 
 SFT = "CarperAI/openai_summarize_tldr_sft"
 REWARD = "CarperAI/openai_summarize_tldr_rm_checkpoint"
@@ -24,7 +25,7 @@ def posts(data: str, split: str, limit: int | None = None) -> Rows:
 def with_label(posts: Rows, tokenizer, max_tokens: int) -> Rows:
     """Prompts with the human's summary beside them; posts are cut so that the cue stays."""
     cue = f"\n{CUE}"
-    room = max_tokens - len(tokenizer(cue, add_special_tokens=False)["input_ids"])
+    room = max_tokens - len(prompt_tokens([cue], tokenizer)[0])  # the cue, and what stands in front of every prompt
     texts = [row["prompt"].partition(CUE)[0].rstrip() for row in posts]
     kept = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     prompts = [tokenizer.decode(ids[:room], skip_special_tokens=True) + cue for ids in kept]

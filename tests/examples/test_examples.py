@@ -20,6 +20,7 @@ from examples.ppo_dense_sentiments import UNREADABLE, halves, place
 from examples.summarize_rlhf.reward_model import main as train_reward_model
 from examples.summarize_rlhf.reward_model import pairs
 from examples.summarize_rlhf.task import with_label
+from tests.builders import char_tokenizer
 
 PPO = {"method.num_rollouts": 4, "method.chunk_size": 8, "method.ppo_epochs": 1, "method.gen_kwargs.max_new_tokens": 4}
 OFFLINE = {"method.gen_kwargs.max_new_tokens": 4}
@@ -199,6 +200,9 @@ def test_programs_that_examples_come_with_are_right_and_others_are_graded():
 def test_a_long_post_loses_its_end_but_not_the_cue():
     (row,) = with_label([{"prompt": "POST: abcdefgh\nTL;DR:", "label": " x"}], byte_tokenizer(), 15)
     assert row == {"prompt": "POST: ab\nTL;DR:", "label": " x"}
+    # what the tokenizer puts in front takes a place, too
+    (row,) = with_label([{"prompt": "abc def\nTL;DR:", "label": " x"}], char_tokenizer(adds_bos=True), 12)
+    assert row["prompt"] == "abc \nTL;DR:"
 
 
 def test_pairs_that_say_the_same_or_little_are_left_out():
