@@ -15,6 +15,7 @@ from trlx.models.decoder import (
     hidden_size,
     output_head,
     probing,
+    state_givers,
     trunk,
 )
 
@@ -140,3 +141,9 @@ def test_a_probe_puts_every_module_back_in_its_own_mode():
         assert not any(module.training for module in model.modules())
         raise KeyError
     assert [module.training for module in model.modules()] == before
+
+
+def test_the_last_hidden_state_is_the_trunks_or_where_a_model_goes_past_it_that_of_the_blocks_owner():
+    gpt2, opt = tiny_model(), tiny_model("opt")
+    assert state_givers(gpt2) == [gpt2.transformer]
+    assert state_givers(opt) == [opt.model.decoder, opt.model]
