@@ -1,6 +1,7 @@
 """What the package is called, needs and contains. Tool settings: pyproject.toml. Tested pins: requirements.txt."""
 
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -46,6 +47,11 @@ EXTRAS["dev"] = [
     "ruff>=0.12",
     "setuptools>=77",
 ]
+PACKAGES = find_packages(include=["trlx", "trlx.*"])
+# An editable install puts this folder on Python's path, where it finds the presets too. With a package_dir that names
+# another folder, setuptools would install a finder of its own, which is asked last: in the folder above a clone that is
+# named trlx, `import trlx` would take the clone for a package without modules.
+EDITABLE = "editable_wheel" in sys.argv
 
 setup(
     name="trlx",
@@ -55,17 +61,18 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     # the presets live at the top level of the repository and inside the package once installed
-    packages=[*find_packages(include=["trlx", "trlx.*"]), "trlx.configs"],
-    package_dir={"trlx.configs": "configs"},
+    packages=PACKAGES if EDITABLE else [*PACKAGES, "trlx.configs"],
+    package_dir={"": "."} if EDITABLE else {"trlx.configs": "configs"},
     package_data={"trlx.configs": ["**/*.yaml", "**/*.yml"]},
     entry_points={"console_scripts": ["trlx=trlx.launch.cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
-        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -117,13 +117,18 @@ def test_every_public_name_is_there():
         trlx.trian  # noqa: B018
 
 
-def test_the_wheel_holds_every_module_and_every_preset(tmp_path):
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("__pycache__")
-    for folder in ("trlx", "configs"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
+@pytest.fixture
+def source(tmp_path):
+    """What a package is built from, in a folder that building may write to, named as a clone is."""
+    folder = tmp_path / "trlx"
+    for name in ("trlx", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def test_the_wheel_holds_every_module_and_every_preset(source, tmp_path):
     # --no-deps and --no-build-isolation: nothing is fetched
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True)
@@ -132,3 +137,22 @@ def test_the_wheel_holds_every_module_and_every_preset(tmp_path):
     presets = {f"trlx/{shown(path)}" for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".yml")}
     assert names == presets | {shown(path) for path in sources("trlx")}
     assert trlx.__version__ in wheel.name
+
+
+def test_an_editable_install_puts_the_checkout_on_the_path(source, tmp_path):
+    # a finder of modules, which setuptools installs for other layouts, would lose against a folder named trlx
+    build = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, stdout=subprocess.DEVNULL)
+    (wheel,) = map(zipfile.ZipFile, tmp_path.glob("trlx-*.whl"))
+    (added,) = [name for name in wheel.namelist() if ".dist-info/" not in name]
+    assert added.endswith(".pth") and wheel.read(added).decode().strip() == str(source)
+
+
+def test_every_file_names_the_same_oldest_python():
+    told = {name: (ROOT / name).read_text() for name in ("setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md")}
+    (oldest,) = re.findall(r'python_requires=">=3\.(\d+)"', told["setup.py"])
+    assert min(re.findall(r"Python :: 3\.(\d+)", told["setup.py"])) == oldest
+    assert f'target-version = "py3{oldest}"' in told["pyproject.toml"]
+    assert all(f"Python 3.{oldest} or newer" in told[name] for name in ("README.md", "CONTRIBUTING.md"))
+    versions = re.findall(r"python: \[(.*)\]", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert versions == [", ".join(f'"3.{number}"' for number in re.findall(r"Python :: 3\.(\d+)", told["setup.py"]))]
