@@ -1,14 +1,34 @@
-"""Fixtures for all tests; the builders behind them are plain functions in `tests.builders`."""
+"""Fixtures for all tests, and what the tests ask of their surroundings; the builders are plain functions in
+`tests.builders`."""
 
 from __future__ import annotations
 
+import os
 import random
 
-import numpy as np
-import pytest
-import torch
+# Tests depend on no variable of the shell they are started from. What is set here has to be set before the imports.
+OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_TERMINALS = ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "CI")
+PREFIXES = ("ACCELERATE_", "FSDP_", "SLURM_", "TORCHELASTIC_", "TRLX_", "WANDB_")
+for _name in [name for name in os.environ if name in (*OF_LAUNCHERS, *OF_TERMINALS) or name.startswith(PREFIXES)]:
+    del os.environ[_name]
+# No test reaches for the hub or a GPU. The processes that tests start share two cores, so each has one thread, as it
+# would have under torchrun.
+os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 
-from tests import builders
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests import builders  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--threads", type=int, default=1, help="of torch, in this process; tests pass with any number")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(config.getoption("--threads"))
 
 
 @pytest.fixture(autouse=True)
