@@ -150,3 +150,23 @@ def test_a_run_whose_model_lies_in_its_own_folder_is_sent_to_another_one(tmp_pat
         with pytest.raises(ValueError, match="set train.checkpoint_dir to another folder"):
             run("SFT", tmp_path, model={"model_path": str(tmp_path / model)})
     assert names(tmp_path) == before
+
+
+def test_rollouts_saved_before_the_first_step_on_them_are_trained_on_and_not_drawn_anew(tmp_path, monkeypatch):
+    from trlx.trainer.accelerate import AcceleratePPOTrainer
+
+    ppo_loss = AcceleratePPOTrainer.loss
+
+    def saving_loss(self, scores, batch):
+        if not (tmp_path / "saved").exists():
+            self.save(tmp_path / "saved")
+        return ppo_loss(self, scores, batch)
+
+    monkeypatch.setattr(AcceleratePPOTrainer, "loss", saving_loss)
+    run("PPO", tmp_path / "whole", train={"total_steps": 2})
+    changes = {"total_steps": 2, "resume_from_checkpoint": str(tmp_path / "saved")}
+    trainer = run("PPO", tmp_path / "resumed", train=changes)
+    assert trainer.stream.position == 8  # one collection of 8 prompts
+    folders = (tmp_path / "whole", tmp_path / "resumed")
+    losses = [[line["losses/total_loss"] for line in metrics(f) if "grad_norm" in line] for f in folders]
+    assert losses[0] == losses[1] and len(losses[0]) == 2

@@ -298,7 +298,9 @@ class Trainer(OldNames, ABC):
         """This process's part of every global batch from the present position to the end of training."""
         while not self.finished:
             leave_if_asked(self.backend)
-            if self.store is None or (self.state.inner_epoch, self.state.position) == (0, 0):
+            # an online trainer may have rollouts from a checkpoint, an offline one has had its samples from the start
+            begins = not self.online and (self.state.inner_epoch, self.state.position) == (0, 0)
+            if self.store is None or begins:
                 self.store = self._collect()
             plan = self._pass_plan()
             yield shard(self.store, plan[self.state.position], self.backend.data_rank, self.backend.data_size)
