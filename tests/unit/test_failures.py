@@ -235,4 +235,4 @@ def test_a_check_of_the_arguments_shows_no_frames_of_the_library_and_a_defect_sh
     monkeypatch.setattr("trlx.api.as_list", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError) as raised:
         trlx.train(config=tiny_config(tmp_path, "PPO"), **DATA["PPO"])
-    assert shown(raised.value)[1:] == ["called", "train", "<lambda>"]
+    assert shown(raised.value)[1:3] == ["called", "train"] and shown(raised.value)[-1] == "<lambda>"
