@@ -20,6 +20,7 @@ _HOMES = {
     "register_datapipeline": "trlx.registry",
     "SequenceClassifierReward": "trlx.rollout.reward_models",
     "RemoteReward": "trlx.rollout.remote_reward",
+    "WeightedRewards": "trlx.rollout.weighted",
 }
 
 __all__ = ["__version__", "logging", *_HOMES]

@@ -15,6 +15,7 @@ from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list
 from trlx.presets import load_preset, over_preset
 from trlx.registry import pipelines, trainers
+from trlx.rollout.weighted import WeightedRewards
 from trlx.strict import check_keywords
 from trlx.trainer.base import OURS, Trainer
 from trlx.trainer.failures import for_users
@@ -25,7 +26,7 @@ logger = logging.get_logger(__name__)
 @for_users
 def train(
     model_path: Any = None,
-    reward_fn: Callable[..., Any] | None = None,
+    reward_fn: Callable[..., Any] | list[Any] | WeightedRewards | None = None,
     dataset: Iterable[Any] | None = None,
     samples: list[Any] | None = None,
     rewards: list[float] | None = None,
@@ -41,7 +42,8 @@ def train(
         model_path: hub name, folder or ``transformers.PretrainedConfig``; used instead of ``config.model.model_path``.
         reward_fn: gets those keywords that it names: samples, prompts and outputs (texts without eos), prompt_ids,
             output_ids, ended, messages, the prompts' further keys (lists of one entry per sample), tokenizer and step.
-            Returns a number for each sample, or a list of numbers, one per response token. See docs/rewards.md.
+            Returns a number for each sample, or a list of numbers, one per response token, or a dict of these by name.
+            May be ``async def``, a list of functions, or ``trlx.WeightedRewards``. See docs/rewards.md.
         dataset: deprecated; ``(samples, rewards)``.
         samples: texts, dialogues (lists of alternating prompts and outputs), chats (lists of messages), or a data set.
         rewards: one number per sample (ILQL); without them samples are imitated (SFT).

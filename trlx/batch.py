@@ -30,6 +30,8 @@ class Rollout:
     """Token ids exactly as sampled (or as tokenized once); never decoded and tokenized again."""
     score: float | list[float] = 0.0
     """One number for the whole response, or one per response token (missing ones at the end count 0)."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """By name, what the score is the sum of, before weights; empty where reward_fn names nothing."""
     trained: list[bool] | None = None
     """Which response tokens were chosen by the model, one per response token; None means all of them.
     In a dialogue the later user turns stand inside ``response`` with False here."""

@@ -129,11 +129,18 @@ def test_an_error_in_the_reward_reaches_every_process(tmp_path):
     assert first == second and first.startswith("RewardError") and "1" in first
 
 
+def in_parts(outputs, ended):
+    return {"a": [float(output.count("a")) for output in outputs], "ended": ended}
+
+
 def test_rewards_can_be_computed_by_each_process(tmp_path):
     (tmp_path / "a").mkdir()
-    together(2, run, "PPO", tmp_path / "main", method=GREEDY)
-    together(2, run, "PPO", tmp_path / "each", method=GREEDY, train={"reward_on": "each_rank"})
+    together(2, train_and_report, tmp_path / "main", in_parts, method=GREEDY)
+    together(2, train_and_report, tmp_path / "each", in_parts, method=GREEDY, train={"reward_on": "each_rank"})
     assert metrics(tmp_path / "main") == metrics(tmp_path / "each")
+    step = next(line for line in metrics(tmp_path / "each") if "ratio" in line)
+    parts = step["rollout_scores/a/mean"] + step["rollout_scores/ended/mean"]
+    assert parts == pytest.approx(step["rollout_scores/mean"], abs=1e-6)
     together(2, train_and_report, tmp_path / "a", fails_on_the_second, train={"reward_on": "each_rank"})
     first, second = told(tmp_path / "a")
     assert first == second and "no such answer" in first

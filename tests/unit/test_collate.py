@@ -32,6 +32,11 @@ def test_dense_scores_stand_at_the_response_tokens_and_missing_ones_count_zero()
     assert batch.scores.tolist() == [[0, 0, 1.0, 2.5, 0]]
 
 
+def test_a_list_of_one_score_stands_at_the_first_response_token_and_a_number_at_the_last():
+    batch = collate([Rollout([7], [3, 4, 5], score=[2.5]), Rollout([7], [3, 4, 5], score=2.5)], pad_id=0)
+    assert batch.scores.tolist() == [[0, 2.5, 0, 0], [0, 0, 0, 2.5]]
+
+
 def test_untrained_response_tokens_are_masked_and_the_score_stands_at_the_last_trained_one():
     batch = collate([Rollout([7], [3, 4, 5, 6], score=2.0, trained=[True, False, True, False])], pad_id=0)
     assert batch.response_mask.tolist() == [[False, True, False, True, False]]

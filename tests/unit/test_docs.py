@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import trlx
 from docs.config_reference import MARK, page
-from tests.runs import DATA, run
+from tests.runs import DATA, length, share_of_a, tiny_config
 from trlx.compat import OLD_PATHS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -32,13 +33,19 @@ def as_regex(name: str) -> str:
     return re.sub(r"<\w+>", r"[^/@]+", name)
 
 
+def brief(outputs):
+    return [-float(len(output)) for output in outputs]
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> dict[str, set[str]]:
     """By algorithm, the names that a run writes, without the suffix of a sweep."""
     names = {}
     for algorithm in DATA:
         folder = tmp_path_factory.mktemp(algorithm)
-        run(algorithm, folder, train={"total_steps": 2, "eval_interval": 2})
+        in_parts = {"reward_fn": [share_of_a, brief]} if "reward_fn" in DATA[algorithm] else {}
+        config = tiny_config(folder, algorithm, train={"total_steps": 2, "eval_interval": 2})
+        trlx.train(config=config, metric_fn=length, **DATA[algorithm] | in_parts)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         names[algorithm] = {name.split("@")[0] for line in lines for name in json.loads(line)}
     return names

@@ -1,10 +1,12 @@
 """What reward_fn and metric_fn get and may return in whole runs: rollouts and evaluations alike."""
 
+import json
+
 import pytest
 
 import trlx
 from tests.builders import tiny_gpt2_config
-from tests.runs import PROMPTS, tiny_config
+from tests.runs import PROMPTS, metrics, tiny_config
 from tests.unit.test_chat import PLAIN, chat, with_template
 
 EOS = 2
@@ -84,3 +86,33 @@ def test_an_argument_that_nothing_provides_is_named_before_anything_is_sampled(t
     with pytest.raises(ValueError, match=words):
         train(tmp_path, algorithm, **arguments)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("algorithm", "reward_on"), [("PPO", "main"), ("PPO", "each_rank"), ("RFT", "main")])
+def test_each_part_of_a_reward_is_logged_and_shown_beside_their_sum(tmp_path, algorithm, reward_on):
+    async def judge(outputs, output_ids):
+        return {"short": [-0.5] * len(outputs), "dense": [[0.25] * len(ids) for ids in output_ids]}
+
+    reward = trlx.WeightedRewards({"judge": (judge, 2.0), "one": (lambda outputs: [1.0] * len(outputs), 3.0)})
+    method = {"gen_kwargs": {"min_new_tokens": 6}, **({"scale_reward": None} if algorithm == "PPO" else {})}
+    changes = {"train": {"total_steps": 1, "reward_on": reward_on}, "method": method}
+    trainer = train(tmp_path, algorithm, reward, changes)
+    parts = {"judge/short": -0.5, "judge/dense": 6 * 0.25, "one": 1.0}
+    score = 2 * (-0.5 + 1.5) + 3 * 1.0
+    first, step, last = metrics(tmp_path)
+    for evaluation in (first, last):
+        assert {name: evaluation[f"reward/{name}"] for name in [*parts, "mean"]} == {**parts, "mean": score}
+    assert {name: step[f"rollout_scores/{name}/mean"] for name in parts} == parts
+    assert step["rollout_scores/mean" if algorithm == "PPO" else "scores_mean"] == score
+    for sample in lines_of(tmp_path / "samples" / "eval_00000000.jsonl"):
+        assert sample["reward"] == score and {name: sample[f"reward/{name}"] for name in parts} == parts
+    for sample in lines_of(tmp_path / "samples" / "rollout_00000000.jsonl"):
+        assert sample["parts"] == parts
+    if algorithm == "PPO":
+        # 2 * 0.25 at each of 6 tokens, and what is one number per sample at the last: 2 * -0.5 + 3 * 1.0
+        rows = trainer.store.scores[trainer.store.response_mask].view(-1, 6)
+        assert rows.unique(dim=0).tolist() == [[0.5] * 5 + [2.5]]

@@ -19,6 +19,10 @@ def returning(value):
     return lambda **given: value
 
 
+def scores(tokenizer, reward_fn, rollouts=ROLLOUTS):
+    return [scored.score for scored in Scorer(reward_fn, tokenizer).score(rollouts)]
+
+
 @pytest.mark.parametrize(
     "returned",
     [
@@ -33,9 +37,9 @@ def returning(value):
     ],
 )
 def test_scalars_come_as_any_list_array_or_tensor(tokenizer, returned):
-    scores = Scorer(returning(returned), tokenizer).score(ROLLOUTS)
-    assert scores == [1.0, 2.0]
-    assert {type(score) for score in scores} == {float}
+    found = scores(tokenizer, returning(returned))
+    assert found == [1.0, 2.0]
+    assert {type(score) for score in found} == {float}
 
 
 @pytest.mark.parametrize(
@@ -48,11 +52,22 @@ def test_scalars_come_as_any_list_array_or_tensor(tokenizer, returned):
     ],
 )
 def test_dense_scores_are_one_number_per_response_token(tokenizer, returned):
-    assert Scorer(returning(returned), tokenizer).score(ROLLOUTS) == [[1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert scores(tokenizer, returning(returned)) == [[1.0, 2.0], [3.0, 4.0, 5.0]]
+
+
+def test_dense_scores_that_end_early_are_zeros_from_there(tokenizer):
+    assert scores(tokenizer, returning([[1, 2], [3, 4]])) == [[1.0, 2.0], [3.0, 4.0, 0.0]]
+
+
+def test_lists_of_one_number_are_scalars_where_all_are_and_else_stand_at_the_first_token(tokenizer):
+    assert scores(tokenizer, returning([[1], [2]])) == [1.0, 2.0]
+    assert scores(tokenizer, returning([[1], [2, 3]])) == [[1.0, 0.0], [2.0, 3.0, 0.0]]
+    assert scores(tokenizer, returning([[1], 2])) == [[1.0, 0.0], 2.0]
+    assert scores(tokenizer, returning([[1]]), ROLLOUTS[:1]) == [1.0]
 
 
 def test_a_response_without_tokens_may_have_a_dense_score_without_numbers_or_one_number(tokenizer):
-    assert Scorer(returning([[], [1.0]]), tokenizer).score([Rollout([4], []), Rollout([4], [])]) == [[], 1.0]
+    assert scores(tokenizer, returning([[], [1.0]]), [Rollout([4], []), Rollout([4], [])]) == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -61,10 +76,15 @@ def test_a_response_without_tokens_may_have_a_dense_score_without_numbers_or_one
         ([1.0], "1 entries for 2 samples; first sample: 'abc'"),
         (None, "one entry per sample, got None"),
         (1.0, "one entry per sample, got 1.0"),
-        ({"a": 1}, "one entry per sample, got {'a': 1}"),
+        ({"a": 1}, "reward_fn's 'a' must return one entry per sample, got 1"),
+        ({"a": [1.0, 2.0], "b": [1.0]}, "reward_fn's 'b' returned 1 entries for 2 samples"),
+        ({"a": [1.0, 2.0], "b": [1.0, None]}, "reward_fn's 'b' returned None, which is neither .* sample 1: 'acdc'"),
+        ({"mean": [1.0, 2.0]}, "No part of a reward can be called 'mean'"),
+        ({}, "a dict with nothing in it"),
         ([1.0, None], "None, which is neither .* sample 1: 'acdc'"),
         ([1.0, "2"], "'2', which is neither .* sample 1: 'acdc'"),
         ([1.0, []], r"\[\], which is neither .* sample 1: 'acdc'"),
+        ([[[1.0]], [[2.0]]], r"\[\[1.0\]\], which is neither .* sample 0: 'abc'"),
         ([1.0, [[1.0]]], r"\[\[1.0\]\], which is neither .* sample 1: 'acdc'"),
         ([1.0, float("nan")], "nan, which is not finite, for sample 1: 'acdc'"),
         ([float("inf"), 1.0], "inf, which is not finite, for sample 0: 'abc'"),
@@ -106,7 +126,7 @@ def test_a_call_that_waits_for_another_has_all_its_time_once_it_starts(tokenizer
     scorer.submit(ROLLOUTS)
     waiting = scorer.submit(ROLLOUTS)
     threading.Timer(0.05, release.set).start()
-    assert waiting.result() == [0.0, 0.0]
+    assert [scored.score for scored in waiting.result()] == [0.0, 0.0]
 
 
 def test_a_long_sample_is_shown_shortened(tokenizer):
@@ -127,9 +147,19 @@ def test_scoring_goes_on_beside_the_caller_one_call_at_a_time(tokenizer):
     scorer = Scorer(reward_fn, tokenizer)
     jobs = [scorer.submit(ROLLOUTS), scorer.submit(ROLLOUTS[:1])]
     release.set()
-    assert [job.result() for job in jobs] == [[2.0, 2.0], [1.0]]
+    assert [[scored.score for scored in job.result()] for job in jobs] == [[2.0, 2.0], [1.0]]
     assert threads[0] is threads[1] is not threading.current_thread()
     assert threads[0].daemon
+
+
+def test_the_thread_ends_with_its_scorer(tokenizer):
+    scorer = Scorer(returning([1, 2]), tokenizer)
+    scorer.score(ROLLOUTS)
+    thread = scorer._thread
+    assert thread.is_alive()
+    del scorer
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_reward_fn_has_a_tokenizer_of_its_own(tokenizer):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,11 +120,45 @@ class UserFunction:
         """
         everything = {**arguments.offered, **arguments.metadata}
         asked = {*self.named, *self.unasked, *arguments.metadata} if self.takes_any else self.named
-        try:
+        with self._blamed(arguments):
             return self.fn(**{name: value for name, value in everything.items() if name in asked})
+
+    async def finish(self, returned: Any, arguments: Arguments) -> Any:
+        """What the function returns in the end, if it is ``async``."""
+        with self._blamed(arguments):
+            return await returned if inspect.isawaitable(returned) else returned
+
+    @contextmanager
+    def _blamed(self, arguments: Arguments) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             first = short(arguments.offered["samples"][0])
             raise RewardError(f"{self.name} raised {type(error).__name__}: {error}; first sample: {first}") from error
+
+
+def call_all(functions: Sequence[UserFunction], arguments: Arguments, runner: asyncio.Runner) -> list[Any]:
+    """What the functions return, called one after the other; those that are ``async`` then run at the same time.
+
+    Raises:
+        RewardError: one of them raised.
+    """
+    # outside the loop, for a plain function may start one of its own
+    returned = [function(arguments) for function in functions]
+    if not any(map(inspect.isawaitable, returned)):
+        return returned
+
+    async def together() -> list[Any]:
+        pairs = zip(functions, returned, strict=True)
+        tasks = [asyncio.ensure_future(function.finish(one, arguments)) for function, one in pairs]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:  # if one fails, the others need not go on
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    return runner.run(together())
 
 
 def short(sample: str, width: int = 300) -> str:

@@ -14,6 +14,7 @@ from trlx.batch import Rollout
 from trlx.data.prompts import Prompt
 from trlx.data.store import own_rows
 from trlx.rollout.calling import Arguments
+from trlx.rollout.results import means, total
 from trlx.rollout.sampling import SamplingConfig
 from trlx.rollout.scoring import Metric, Scorer
 from trlx.trainer.display import Display
@@ -73,8 +74,8 @@ class Evaluator:
             began = time.perf_counter()
             rollouts = self._sample(sampling)
             generated = time.perf_counter()
-            columns, rows, means = on_main(self.backend, partial(self._judge, rollouts, step))
-            result.metrics |= {f"{name}{suffix}": value for name, value in means.items()}
+            columns, rows, averages = on_main(self.backend, partial(self._judge, rollouts, step))
+            result.metrics |= {f"{name}{suffix}": value for name, value in averages.items()}
             result.metrics["time/generate"] = result.metrics.get("time/generate", 0.0) + generated - began
             result.metrics["time/metric"] = result.metrics.get("time/metric", 0.0) + time.perf_counter() - generated
             argument, _, value = suffix.removeprefix("@").partition("=")
@@ -101,17 +102,20 @@ class Evaluator:
         """Table columns, table rows and means of one setting."""
         asked = Arguments.of(rollouts, self.tokenizer, step, self.backend.layout.separator)
         table: dict[str, list[Any]] = {"prompt": asked.offered["prompts"], "output": asked.offered["outputs"]}
-        means: dict[str, float] = {}
+        averages: dict[str, float] = {}
         if self.scorer is not None:
             scores = self.scorer.score(rollouts, step)
-            table["reward"] = [sum(score) if isinstance(score, list) else score for score in scores]
-            means["reward/mean"] = _mean(table["reward"])
+            table["reward"] = [total(scored.score) for scored in scores]
+            averages["reward/mean"] = _mean(table["reward"])
+            for name, mean in means(scored.parts for scored in scores).items():
+                table[f"reward/{name}"] = [scored.parts[name] for scored in scores]
+                averages[f"reward/{name}"] = mean
         if self._metric is not None:
             for name, values in self._metric(asked).items():
                 if isinstance(values, list):
                     table[name] = values
-                means[f"metrics/{name}"] = _mean(values) if isinstance(values, list) else values
-        return list(table), [list(row) for row in zip(*table.values(), strict=True)], means
+                averages[f"metrics/{name}"] = _mean(values) if isinstance(values, list) else values
+        return list(table), [list(row) for row in zip(*table.values(), strict=True)], averages
 
 
 def _mean(values: list[float]) -> float:

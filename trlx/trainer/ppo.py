@@ -100,14 +100,14 @@ class PPOTrainer(Trainer):
 
     def collect(self) -> TokenBatch:
         began = time.perf_counter()
-        rollouts, seconds = self.source.collect(self._chunks(), self.state.step)
+        rollouts, source_stats = self.source.collect(self._chunks(), self.state.step)
         batch = self._with_model_columns(self.backend.layout.collate(rollouts, self.source.sampling.pad_token_id))
         batch, score_stats = self._with_scaled_scores(batch)
         batch, kl_stats = self._with_advantages(batch)
         self.pending = {
             **score_stats,
             **kl_stats,
-            **seconds,
+            **source_stats,
             **_shape_stats(rollouts),
         }
         self.pending["time/rollout_time"] = time.perf_counter() - began

@@ -18,6 +18,7 @@ from trlx.method_configs import RFTConfig
 from trlx.methods.masked import Metrics, finish, pack, spread_of
 from trlx.methods.rft import percentile_at, select, thresholds
 from trlx.methods.sft import sft_loss
+from trlx.rollout.results import total
 from trlx.rollout.sampling import check_rollouts
 from trlx.trainer.base import Trainer
 from trlx.trainer.rollouts import RolloutLog, RolloutSource
@@ -98,13 +99,13 @@ class RFTTrainer(Trainer):
     def _grow(self) -> None:
         """Adds scored samples of the present policy to the history."""
         began = time.perf_counter()
-        rollouts, seconds = self.source.collect(self._chunks(), self.state.step)
+        rollouts, source_stats = self.source.collect(self._chunks(), self.state.step)
         for rollout in rollouts:
-            rollout.score = sum(rollout.score) if isinstance(rollout.score, list) else rollout.score
+            rollout.score = total(rollout.score)
         if self.backend.is_main:
             self.log.write(rollouts, self.tracker, self.state.step)
         self.history += rollouts
-        self.pending |= {**seconds, "time/rollout_time": time.perf_counter() - began}
+        self.pending |= {**source_stats, "time/rollout_time": time.perf_counter() - began}
 
     def _chunks(self) -> Iterator[list[Prompt]]:
         """Every prompt n_generations_per_prompt times, in the pieces that all processes generate at once."""

@@ -16,8 +16,9 @@ from trlx.batch import Rollout
 from trlx.config import TrainConfig, TRLConfig
 from trlx.data.prompts import Prompt
 from trlx.data.store import own_rows
+from trlx.rollout.results import Scored, means
 from trlx.rollout.sampling import SamplingConfig
-from trlx.rollout.scoring import Score, Scorer
+from trlx.rollout.scoring import Scorer
 from trlx.tracking import Tracker
 from trlx.trainer.display import Display
 from trlx.trainer.guards import interruptible, leave_if_asked
@@ -41,7 +42,7 @@ class RolloutSource:
         self.backend.check_sampling(self.sampling)
 
     def collect(self, chunks: Iterable[list[Prompt]], step: int) -> tuple[list[Rollout], dict[str, float]]:
-        """One rollout per prompt, in order, and the seconds it took.
+        """One rollout per prompt, in order; the seconds it took, and the means of what the scores are made of.
 
         Each chunk of prompts is shared by the processes; while it is scored the next one is generated. `step` is what
         reward_fn hears of the run.
@@ -67,9 +68,11 @@ class RolloutSource:
             jobs.append(self.scorer.submit(to_score, step, eos_in_outputs).result if wanted else list)
         began = time.perf_counter()
         self.display.working("waiting for scores")
-        for rollout, score in zip(rollouts, self._wait(jobs), strict=True):
-            rollout.score = score
-        return rollouts, {"time/rollout_generate": generating, "time/rollout_score": time.perf_counter() - began}
+        for rollout, scored in zip(rollouts, self._wait(jobs), strict=True):
+            rollout.score, rollout.parts = scored.score, scored.parts
+        stats = {f"rollout_scores/{name}/mean": mean for name, mean in means(r.parts for r in rollouts).items()}
+        waited = time.perf_counter() - began
+        return rollouts, {**stats, "time/rollout_generate": generating, "time/rollout_score": waited}
 
     def _sample(self, prompts: list[Prompt]) -> list[Rollout]:
         """Unscored rollouts of this process's consecutive share of `prompts`."""
@@ -82,7 +85,7 @@ class RolloutSource:
         """Every process calls reward_fn on its own rollouts; else the main one does on all."""
         return self.train.reward_on == "each_rank"
 
-    def _wait(self, jobs: list) -> list[Score]:
+    def _wait(self, jobs: list) -> list[Scored]:
         """The scores of all chunks, in the order of the gathered rollouts."""
         if self.score_on_each_rank:
             return [score for job in jobs for score in on_each_rank(self.backend, interruptible()(job))]
@@ -108,7 +111,8 @@ class RolloutLog:
 
     def _texts(self, rollout: Rollout) -> dict[str, Any]:
         prompt, response = self.tokenizer.decode(rollout.prompt), self.tokenizer.decode(rollout.response)
-        return {"prompt": prompt, "response": response, "score": rollout.score}
+        parts = {"parts": rollout.parts} if rollout.parts else {}
+        return {"prompt": prompt, "response": response, "score": rollout.score, **parts}
 
     @cached_property
     def _folder(self) -> Path:

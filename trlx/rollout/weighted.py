@@ -1,0 +1,71 @@
+"""Several reward functions as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trlx.data.prompts import RESERVED
+from trlx.rollout.calling import UserFunction
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One reward function among those that make up a score."""
+
+    name: str | None
+    """What it is logged under; None: it is the only one."""
+    function: UserFunction
+    weight: float = 1.0
+
+
+class WeightedRewards:
+    """Several reward functions: a score is the sum of what they return, each times its weight.
+
+    ``trlx.train(reward_fn=WeightedRewards({"helpful": (judge, 1.0), "short": (brevity, 0.1)}), prompts=[...])``
+
+    What each returns is logged under its name, before its weight: one with weight 0 is only watched. Each gets the
+    arguments that it names; those that are ``async def`` run at the same time.
+
+    Args:
+        rewards: by name, a pair (function, weight); or a list of such pairs, named as the functions are. A function
+            alone has weight 1.
+
+    Raises:
+        ValueError, TypeError: there are none, or one of them is no such pair.
+    """
+
+    def __init__(self, rewards: Mapping[str, Any] | Iterable[Any]):
+        pairs = {name: _pair(entry) for name, entry in dict(rewards).items()} if isinstance(rewards, Mapping) else {}
+        for fn, weight in () if isinstance(rewards, Mapping) else map(_pair, rewards):
+            pairs[_name(fn, pairs)] = fn, weight
+        if not pairs:
+            raise ValueError("There is no reward function in the list: pass at least one")
+        self.parts = [
+            Part(str(name), UserFunction(f"reward_fn's {str(name)!r}", fn, unasked=RESERVED), weight)
+            for name, (fn, weight) in pairs.items()
+        ]
+
+
+def parts_of(reward_fn: Any) -> list[Part]:
+    """The parts of what a user passes as reward_fn: a function, a list or tuple of them, or `WeightedRewards`."""
+    if isinstance(reward_fn, (list, tuple)):
+        reward_fn = WeightedRewards(reward_fn)
+    if isinstance(reward_fn, WeightedRewards):
+        return reward_fn.parts
+    return [Part(None, UserFunction("reward_fn", reward_fn, unasked=RESERVED))]
+
+
+def _pair(entry: Any) -> tuple[Callable[..., Any], float]:
+    fn, weight = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (entry, 1.0)
+    if not callable(fn) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise TypeError(f"A part of the reward is a function, or (function, weight), got {repr(entry)[:80]}")
+    return fn, float(weight)
+
+
+def _name(fn: Callable[..., Any], taken: Mapping[str, Any]) -> str:
+    name = getattr(fn, "__name__", type(fn).__name__)
+    name = name if name.isidentifier() else "reward"  # a lambda has a name in brackets
+    return name if name not in taken else f"{name}_{len(taken)}"
