@@ -11,8 +11,6 @@ import trlx
 from examples.common import arguments, configure
 from examples.imdb import openings, questions, reviews, sentiment
 
-UNREADABLE = "\N{REPLACEMENT CHARACTER}"
-
 
 def halves(sample: str) -> tuple[str, str]:
     """The first half of a text's sentences, and the rest."""
@@ -24,20 +22,18 @@ def halves(sample: str) -> tuple[str, str]:
 def dense(judge: Callable[..., list[float]]) -> Callable[..., list[list[float]]]:
     """A reward_fn that returns one number per response token, made of one that judges whole texts."""
 
-    def reward_fn(samples, outputs, tokenizer, **kwargs):
+    def reward_fn(samples, output_ids, **kwargs):
         first, second = zip(*map(halves, samples), strict=True)
         gloom = [1 - positive for positive in judge(samples=list(first))]
         joy = judge(samples=list(second))
-        return [place(output, tokenizer, *pair) for output, *pair in zip(outputs, gloom, joy, strict=True)]
+        return [place(len(ids), *pair) for ids, *pair in zip(output_ids, gloom, joy, strict=True)]
 
     return reward_fn
 
 
-def place(output: str, tokenizer, middle: float, end: float) -> list[float]:
-    """Zeros but for the token in the middle of an output and its last one."""
-    # half a character is one sampled token, but three where its replacement is tokenized again
-    length = len(tokenizer(output.replace(UNREADABLE, ""), add_special_tokens=False)["input_ids"])
-    scores = [0.0] * max(length, 1)
+def place(length: int, middle: float, end: float) -> list[float]:
+    """Zeros but for the token in the middle of a response of `length` tokens and its last one."""
+    scores = [0.0] * length
     scores[length // 2] = middle
     scores[-1] = end
     return scores

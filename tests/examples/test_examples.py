@@ -16,7 +16,7 @@ from examples.experiments.grounded_program_synthesis.train_trlx import correctne
 from examples.hh import ppo_hh
 from examples.hh.serve_reward import server
 from examples.hh.task import helpfulness
-from examples.ppo_dense_sentiments import UNREADABLE, halves, place
+from examples.ppo_dense_sentiments import halves, place
 from examples.summarize_rlhf.reward_model import main as train_reward_model
 from examples.summarize_rlhf.reward_model import pairs
 from examples.summarize_rlhf.task import with_label
@@ -144,10 +144,9 @@ def test_helpfulness_is_the_difference_to_the_human_choice():
 
 
 def test_dense_scores_stand_in_the_middle_and_at_the_end():
-    assert place("abcde", byte_tokenizer(), 0.5, 0.25) == [0, 0, 0.5, 0, 0.25]
-    assert place(f"ab{UNREADABLE}", byte_tokenizer(), 0.5, 0.25) == [0, 0.25]
-    assert place("", byte_tokenizer(), 0.5, 0.25) == [0.25]
-    assert halves("bad. worse. good. better") == ("bad. worse", " good. better")
+    assert halves("Bad. Worse. Good. Fine") == ("Bad. Worse", " Good. Fine")
+    assert place(5, 0.25, 0.5) == [0, 0, 0.25, 0, 0.5]
+    assert place(1, 0.25, 0.5) == [0.5]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import pytest
 
+from trlx.data.prompts import Prompt
 from trlx.rollout.sampling import SamplingConfig, check_rollouts, cut_at_eos, sweep, sweep_variants
 from trlx.rollout.stopping import Stopper
 
@@ -156,3 +157,13 @@ def test_a_mask_or_beta_that_a_model_cannot_follow_is_refused():
     for mask, shape in (([[True]], r"\[1, 1\]"), ([[True], [True, False]], "of no table"), ("yes", "of no table")):
         with pytest.raises(ValueError, match=rf"logit_mask has the shape {shape}.*make it \[2, 2\]"):
             SamplingConfig(extra={"logit_mask": mask}).check_shaping(True, 2)
+
+
+def test_a_response_ended_by_an_eos_or_a_stop_sequence_and_not_where_tokens_ran_out(tokenizer):
+    sampling = SamplingConfig(eos_token_id=[7, 8], stop=Stopper(tokenizer, ["#"]))
+    stop = tokenizer("#", add_special_tokens=False)["input_ids"]
+    prompts = [Prompt([4], metadata={"label": i}) for i in range(4)]
+    rollouts = sampling.rollouts(prompts, [[5, 8], [5, *stop, 9], [5, 2], []])
+    assert [rollout.response for rollout in rollouts] == [[5, 8], [5, 2], [5, 2], []]
+    assert [rollout.ended for rollout in rollouts] == [True, True, False, False]
+    assert [rollout.metadata["label"] for rollout in rollouts] == [0, 1, 2, 3]

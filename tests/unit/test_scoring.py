@@ -80,7 +80,7 @@ def test_a_response_without_tokens_may_have_a_dense_score_without_numbers_or_one
         ({"a": [1.0, 2.0], "b": [1.0]}, "reward_fn's 'b' returned 1 entries for 2 samples"),
         ({"a": [1.0, 2.0], "b": [1.0, None]}, "reward_fn's 'b' returned None, which is neither .* sample 1: 'acdc'"),
         ({"mean": [1.0, 2.0]}, "No part of a reward can be called 'mean'"),
-        ({}, "a dict with nothing in it"),
+        ({}, "must return a dict of lists by name, got {}"),
         ([1.0, None], "None, which is neither .* sample 1: 'acdc'"),
         ([1.0, "2"], "'2', which is neither .* sample 1: 'acdc'"),
         ([1.0, []], r"\[\], which is neither .* sample 1: 'acdc'"),
@@ -89,7 +89,7 @@ def test_a_response_without_tokens_may_have_a_dense_score_without_numbers_or_one
         ([1.0, float("nan")], "nan, which is not finite, for sample 1: 'acdc'"),
         ([float("inf"), 1.0], "inf, which is not finite, for sample 0: 'abc'"),
         ([1.0, [1.0, float("nan")]], "nan.*, which is not finite, for sample 1: 'acdc'"),
-        ([1.0, [1.0] * 4], "4 numbers, but the response has 3 tokens, for sample 1: 'acdc'"),
+        ([1.0, [1.0] * 4], r"4 numbers, but the response has 3 tokens \(see output_ids\), for sample 1: 'acdc'"),
     ],
 )
 def test_a_wrong_score_is_an_error_that_shows_the_sample(tokenizer, returned, message):

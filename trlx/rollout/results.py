@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trlx.batch import Rollout
+from trlx.rollout.alignment import Alignment
 from trlx.rollout.calling import Arguments, RewardError, short
 from trlx.rollout.weighted import Part
 
@@ -23,14 +24,18 @@ class Scored:
 
 
 def scored(
-    parts: Sequence[Part], returned: Sequence[Any], rollouts: Sequence[Rollout], arguments: Arguments
+    parts: Sequence[Part],
+    returned: Sequence[Any],
+    rollouts: Sequence[Rollout],
+    arguments: Arguments,
+    alignment: Alignment,
 ) -> list[Scored]:
-    """One `Scored` for each rollout, of what each part returned.
+    """One `Scored` for each rollout, of what each part returned; `alignment` is for those without output_ids.
 
     Raises:
         RewardError: something of another length or shape, or not finite. The message shows the sample in question.
     """
-    columns = list(_columns(parts, returned, rollouts, arguments.offered["samples"]))
+    columns = list(_columns(parts, returned, rollouts, arguments.offered, alignment))
     weights = [weight for _, weight, _ in columns]
     named = [name for name, _, _ in columns if name is not None]
     if "mean" in named:
@@ -84,41 +89,60 @@ def is_number(value: Any) -> bool:
 
 
 def _columns(
-    parts: Sequence[Part], returned: Sequence[Any], rollouts: Sequence[Rollout], samples: Sequence[str]
+    parts: Sequence[Part],
+    returned: Sequence[Any],
+    rollouts: Sequence[Rollout],
+    offered: Mapping[str, Any],
+    alignment: Alignment,
 ) -> Iterator[tuple[str | None, float, list[float | list[float]]]]:
     """(name, weight, scores) of every part; those of a function that returns a dict are parts of their own."""
     for part, value in zip(parts, returned, strict=True):
-        if not isinstance(value, Mapping):
-            yield part.name, part.weight, _checked(part.function.name, value, rollouts, samples)
-            continue
-        if not value:
-            raise RewardError(f"{part.function.name} returned a dict with nothing in it; give a part a name and a list")
-        for key, one in value.items():
-            name = str(key) if part.name is None else f"{part.name}/{key}"
-            yield name, part.weight, _checked(f"{part.function.name}'s {key!r}", one, rollouts, samples)
+        for key, one in _named(part.function.name, value):
+            name = f"{part.function.name}'s {key!r}" if key else part.function.name
+            scores = _plain_scores(name, one, rollouts, offered["samples"])
+            if "output_ids" not in part.function.named:
+                scores = alignment(name, scores, [rollout.response for rollout in rollouts], offered["outputs"])
+            _check_lengths(name, scores, rollouts, offered["samples"])
+            yield "/".join(filter(None, (part.name, key))) or None, part.weight, scores
 
 
-def _checked(
+def _named(name: str, returned: Any) -> list[tuple[str, Any]]:
+    if not isinstance(returned, Mapping):
+        return [("", returned)]
+    if not returned or not all(map(str, returned)):
+        raise RewardError(f"{name} must return a dict of lists by name, got {repr(returned)[:80]}")
+    return [(str(key), value) for key, value in returned.items()]
+
+
+def _plain_scores(
     name: str, returned: Any, rollouts: Sequence[Rollout], samples: Sequence[str]
 ) -> list[float | list[float]]:
-    """One score per sample, after checking them. Where each is a list of one number they are a column of scalars."""
-    found = entries(name, returned, samples)
-    if all(isinstance(entry, list) and len(entry) == 1 and is_number(entry[0]) for entry in found):
-        found = [entry[0] for entry in found]
-    return [_number_or_list(name, *one) for one in zip(range(len(found)), found, rollouts, samples, strict=True)]
+    """One score per sample, of finite numbers. Where each is a list of one number they are a column of scalars."""
+    found, scores = entries(name, returned, samples), []
+    is_column = all(isinstance(entry, list) and len(entry) == 1 and is_number(entry[0]) for entry in found)
+    for index, (entry, rollout) in enumerate(zip(found, rollouts, strict=True)):
+        numbers = entry if isinstance(entry, list) else [entry]
+        if not all(map(is_number, numbers)) or (not numbers and rollout.response):
+            problem = "which is neither a number nor a list of numbers"
+            raise _wrong(name, f"{repr(entry)[:80]}, {problem}", index, samples)
+        if not all(map(math.isfinite, numbers)):
+            raise _wrong(name, f"{repr(entry)[:80]}, which is not finite", index, samples)
+        is_dense = isinstance(entry, list) and rollout.response and not is_column
+        scores.append([float(number) for number in numbers] if is_dense else float(sum(numbers)))
+    return scores
 
 
-def _number_or_list(name: str, index: int, entry: Any, rollout: Rollout, sample: str) -> float | list[float]:
-    numbers, length = entry if isinstance(entry, list) else [entry], len(rollout.response)
-    if not all(map(is_number, numbers)) or (not numbers and length):
-        problem = f"{repr(entry)[:80]}, which is neither a number nor a list of numbers"
-    elif not all(map(math.isfinite, numbers)):
-        problem = f"{repr(entry)[:80]}, which is not finite"
-    elif isinstance(entry, list) and len(numbers) > max(length, 1):
-        problem = f"{len(numbers)} numbers, but the response has {length} tokens"
-    else:
-        return [float(number) for number in numbers] if isinstance(entry, list) and length else float(sum(numbers))
-    raise RewardError(f"{name} returned {problem}, for sample {index}: {short(sample)}")
+def _check_lengths(
+    name: str, scores: Sequence[float | list[float]], rollouts: Sequence[Rollout], samples: Sequence[str]
+) -> None:
+    for index, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
+        if isinstance(score, list) and len(score) > len(rollout.response):
+            numbers = f"{len(score)} numbers, but the response has {len(rollout.response)} tokens (see output_ids)"
+            raise _wrong(name, numbers, index, samples)
+
+
+def _wrong(name: str, what: str, index: int, samples: Sequence[str]) -> RewardError:
+    return RewardError(f"{name} returned {what}, for sample {index}: {short(samples[index])}")
 
 
 def _weighted_sum(weights: Sequence[float], scores: Sequence[float | list[float]], length: int) -> float | list[float]:

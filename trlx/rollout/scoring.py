@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trlx.batch import Rollout
 from trlx.data.prompts import RESERVED
+from trlx.rollout.alignment import Alignment
 from trlx.rollout.calling import Arguments, RewardError, UserFunction, call_all, short
 from trlx.rollout.results import Scored, entries, is_number, plain, scored
 from trlx.rollout.weighted import WeightedRewards, parts_of
@@ -46,6 +47,7 @@ class Scorer:
         self._parts = parts_of(reward_fn)
         # fast tokenizers raise "Already borrowed" when one thread changes their padding while another decodes
         self.tokenizer = copy.deepcopy(tokenizer)
+        self._alignment = Alignment(self.tokenizer)
         self.timeout = timeout
         self.separator = separator
         self._jobs: queue.SimpleQueue[tuple[Pending, Callable[[Pending], list[Scored]]] | None] = queue.SimpleQueue()
@@ -85,7 +87,7 @@ class Scorer:
         asked = Arguments.of(rollouts, self.tokenizer, step, self.separator, eos_in_outputs)
         pending.first_sample = short(asked.offered["samples"][0])
         returned = call_all([part.function for part in self._parts], asked, self._runner)
-        return scored(self._parts, returned, rollouts, asked)
+        return scored(self._parts, returned, rollouts, asked, self._alignment)
 
 
 class Pending:
