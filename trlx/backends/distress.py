@@ -143,7 +143,8 @@ class Watch:
             if store is not None and self._failure is not None:
                 self._tell(store)
         except (dist.DistError, OSError):
-            self._leave("the main process or its launcher, which holds the store of the job, is gone")
+            self._cause = self._cause or "the main process, or its launcher, is gone without a word"
+            self._leave(self._cause)
 
     def _connected(self) -> dist.Store | None:
         """A connection of this thread's own to the job's store; None if the run ends before there is a store."""
