@@ -139,6 +139,7 @@ def test_method_and_trainer_that_do_not_fit_are_refused(tmp_path):
         ("PPO", {"gen_experience_kwargs": {"do_sample": False}}, {}, "method.gen_experience_kwargs asks for the likel"),
         ("RFT", {"gen_kwargs": {"num_beams": 2}}, {}, "method.gen_kwargs.num_beams searches"),
         ("PPO", {"gen_kwargs": {"beta": 1}}, {}, "gen_kwargs.beta is 1, but only ILQL has the Q heads"),
+        ("PPO", {"gen_experience_kwargs": {"max_new_tokens": 6, "beta": 1}}, {}, "gen_kwargs.beta is 1, but only ILQL"),
         ("SFT", {"gen_kwargs": {"early_stopping": "often"}}, {}, "early_stopping"),
         ("ILQL", {}, {"trainer_kwargs": {"logit_mask": [[True]]}}, r"shape \[1, 1\], but the model has 38 tokens"),
     ],

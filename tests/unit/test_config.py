@@ -160,6 +160,8 @@ def test_what_depends_on_two_assignments_is_checked_when_all_are_made():
         config.check()
     config.train.batch_size = 6
     config.check()
+    with pytest.raises(ConfigError, match="for the NeMo trainers: write adamw"):
+        config.evolve(optimizer={"name": "fused_adam"})
     config.optimizer.name = "fused_adam"
     with pytest.raises(ConfigError, match="for the NeMo trainers: write adamw"):
         config.check()

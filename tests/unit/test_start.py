@@ -12,6 +12,7 @@ from trlx.api import _config
 from trlx.method_configs import MethodConfig
 from trlx.presets import load_preset
 from trlx.registry import register_method
+from trlx.rollout.stopping import Stopper
 from trlx.strict import ConfigError
 
 
@@ -156,7 +157,7 @@ def test_more_blocks_than_there_are_cannot_be_unfrozen(tmp_path, algorithm, chan
 
 def test_a_text_is_answered_with_a_text(tmp_path):
     config = tiny_config(tmp_path, "SFT", train={"total_steps": 0})
-    trainer = trlx.train(config=config, samples=TEXTS, stop_sequences=["xq"])
+    trainer = trlx.train(config=config, samples=TEXTS)
     greedy = {"max_new_tokens": 5, "do_sample": False}
     texts = trainer.generate(["ab", "cad"], **greedy)
     ids = [trainer.tokenizer(text)["input_ids"] for text in ("ab", "cad")]
@@ -164,5 +165,7 @@ def test_a_text_is_answered_with_a_text(tmp_path):
     assert texts == trainer.tokenizer.batch_decode(alone, skip_special_tokens=True) and len(set(texts)) == 2
     assert trainer.generate("ab", **greedy) == texts[0]
     assert trainer.generate(("ab",), **greedy) == texts[:1]
+    trainer.stopper = Stopper(trainer.tokenizer, [texts[0][2]])
+    assert trainer.generate("ab", **greedy) == texts[0][: texts[0].index(texts[0][2])]
     with pytest.raises(ValueError, match="Unknown key 'gen_kwargs.temprature'"):
         trainer.generate("ab", temprature=1.0)
