@@ -33,6 +33,7 @@ _NAMES = {
     "train.checkpoint_dir": "output_dir save_dir save_path ckpt_path default_local_dir",
     "train.checkpoint_interval": "save_steps save_freq save_interval",
     "train.eval_interval": "eval_steps test_freq evaluation_steps evaluation_interval",
+    "train.keep_checkpoints": "save_total_limit max_ckpt_num",
     "train.save_best": "load_best_model_at_end",
     "train.tracker": "report_to log_with use_wandb use_tensorboard",
     "train.run_name": "experiment_name wandb_run_name",

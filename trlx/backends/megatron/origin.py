@@ -165,6 +165,7 @@ def _hf_config(shape: Shape) -> PretrainedConfig | None:
 
 def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> Origin:
     """The weights that the other backend makes of the same config and seed, on every process."""
+    shape = shape_of(model.model_path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = load_model(model.model_path, model.model_extra_configs)
@@ -175,7 +176,7 @@ def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> Origin:
         if head is not None
         for key, tensor in head.state_dict().items()
     }
-    return Origin(shape_of(made.config), made.config, open_source(made), InMemory(tensors, "new heads"))
+    return Origin(shape, made.config, open_source(made), InMemory(tensors, "new heads"))
 
 
 def _fitting(weights: StageWeights, heads: Source) -> list:
