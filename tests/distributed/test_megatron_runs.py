@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config
 
 from tests.builders import tiny_gpt2_config
 from tests.distributed.test_two_processes import CALM, NO_DROPOUT, close
@@ -198,6 +198,8 @@ def refused_at_construction(folder) -> None:
             r"shape \[1, 1\], but the model has 38 tokens",
         ),
         ("SFT", {"train": {"trainer_kwargs": {"tensor_parallel": 2}}}, "Did you mean 'tensor_model_parallel_size'"),
+        ("SFT", {"model": {"num_layers_unfrozen": 3}}, "num_layers_unfrozen is 3, but the model has 2 blocks"),
+        ("SFT", {"model": {"model_path": T5Config()}}, "does not know the architecture 't5'"),
         ("SFT", {"optimizer": {"kwargs": {"learning_rate": 1.0}}}, "write optimizer.kwargs.lr instead"),
     ):
         with pytest.raises(ValueError, match=words):
