@@ -79,6 +79,24 @@ def test_reward_fn_gets_tokenizer_and_metadata_and_dense_rewards_are_summed(tmp_
     assert (line["scores_mean"], line["scores_dist/max"], line["thresholds"]) == pytest.approx((0.75, 0.75, 0.749))
 
 
+def test_scores_of_the_first_prompt_and_selected_samples_of_each_prompt_are_logged(tmp_path):
+    def reward(prompts):
+        return [0, 1, 2, 3] if prompts[0] == "ab" else [5] * len(prompts)
+
+    # the quantiles, 1.5 and 5, are brought to 1.501 and 4.999: two samples of the first prompt, all of the second
+    method = {"n_generations_per_prompt": 4, "start_percentile": 0.5, "gen_kwargs": {"min_new_tokens": 6}}
+    config = tiny_config(tmp_path, "RFT", method=method, train={"total_steps": 1})
+    trlx.train(config=config, reward_fn=reward, prompts=["ab", "h"], eval_prompts=["h"])
+    line = next(line for line in metrics(tmp_path) if "scores_mean" in line)
+    found = {
+        name: [line[f"{name}/{kind}"] for kind in ("mean", "std", "min", "max")]
+        for name in ("scores_per_single_prompt", "samples_per_single_prompt")
+    }
+    assert found["scores_per_single_prompt"] == pytest.approx([1.5, (5 / 3) ** 0.5, 0, 3])
+    assert found["samples_per_single_prompt"] == pytest.approx([3, 2**0.5, 2, 4])
+    assert line["len_samples_selected"] == 6
+
+
 def test_history_comes_back_to_the_last_bit(tmp_path):
     trainer = run("RFT", tmp_path, train={"total_steps": 2})
     (tmp_path / "saved").mkdir()

@@ -54,6 +54,7 @@ qvalues/0/mean qvalues/0/min qvalues/0/max qvalues/0/std qvalues/1/mean qvalues/
 awac_weight/mean awac_weight/min awac_weight/max awac_weight/std""",
     "RFT": """
 loss scores_mean len_samples_selected thresholds scores_dist/mean scores_dist/min scores_dist/max scores_dist/std
+scores_per_single_prompt/mean samples_per_single_prompt/mean
 time/rollout_generate time/rollout_score time/rollout_time""",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,9 +76,17 @@ class RFTTrainer(Trainer):
             self._grow()
         chosen = self._selected()
         scores = torch.tensor([rollout.score for rollout in self.history], dtype=torch.float64)
-        limits = thresholds(self._prompts(), scores.tolist(), self._percentile)
+        prompts = self._prompts()
+        limits = thresholds(prompts, scores.tolist(), self._percentile)
+        of_first = torch.tensor([prompt == prompts[0] for prompt in prompts])
+        selected = Counter(tuple(rollout.prompt) for rollout in chosen.rollouts)
+        spreads = {
+            "scores_dist": spread_of(scores),
+            "scores_per_single_prompt": spread_of(scores, of_first),
+            "samples_per_single_prompt": spread_of(torch.tensor([selected[prompt] for prompt in limits])),
+        }
         self.pending |= {
-            **finish(*pack({"scores_dist": spread_of(scores)})),
+            **finish(*pack(spreads)),
             "scores_mean": float(scores.mean()),
             "thresholds": sum(limits.values()) / len(limits),
             "percentile": self._percentile,
