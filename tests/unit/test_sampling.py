@@ -85,7 +85,7 @@ def test_a_list_of_values_is_a_sweep():
     ]
 
 
-@pytest.mark.parametrize("name", ["eos_token_id", "bad_words_ids", "suppress_tokens"])
+@pytest.mark.parametrize("name", ["eos_token_id", "bad_words_ids", "suppress_tokens", "logit_mask"])
 def test_a_list_that_is_one_value_is_no_sweep(tokenizer, name):
     settings = {"max_new_tokens": 8, name: [1, 2]}
     assert sweep(settings) == (None, [])

@@ -16,9 +16,9 @@ from trlx.strict import called_here, suggestion
 
 LISTS = frozenset(
     "eos_token_id bad_words_ids force_words_ids suppress_tokens begin_suppress_tokens forced_decoder_ids "
-    "forced_eos_token_id sequence_bias constraints stop_strings dola_layers".split()
+    "forced_eos_token_id sequence_bias constraints stop_strings dola_layers logit_mask".split()
 )
-"""Arguments of ``transformers``' generate whose value may be a list: such a list is no sweep."""
+"""Settings whose value may be a list: such a list is no sweep."""
 
 BACKEND_DECIDES = ("use_cache", "synced_gpus")
 """Arguments that old configs give and that say nothing about what is sampled."""
