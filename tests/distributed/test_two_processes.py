@@ -149,7 +149,7 @@ def test_rewards_can_be_computed_by_each_process(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optimizer": {"kwargs": {"learning_rate": 1.0}}}, "optimizer.kwargs do not fit"),
+        ({"optimizer": {"kwargs": {"learning_rate": 1.0}}}, "write optimizer.kwargs.lr instead"),
         ({"train": {"seq_length": 6}}, "leaves no room for a prompt"),
         ({"model": {"num_layers_unfrozen": 9}}, "ValueError"),
     ],
