@@ -152,6 +152,7 @@ class MegatronBackend(Backend):
         dist.barrier()
 
     def save(self, folder: Path, optimizer: bool = True) -> None:
+        self.place.require()
         self.weights.save_trained(folder, self.updates)
         self.randomness.save(folder)
         if optimizer:
@@ -167,6 +168,7 @@ class MegatronBackend(Backend):
             self.weights.load_moments(folder, self.updates)
 
     def export_hf(self, folder: Path) -> None:
+        self.place.require()
         self.origin.export(self.weights, folder, self.tokenizer)
 
     def parameter_counts(self) -> tuple[int, int]:
@@ -209,6 +211,7 @@ class MegatronBackend(Backend):
         return self.place.object_from_last_stage(means)
 
     def _train_mode(self, mode: bool) -> None:
+        self.place.require()
         for chunk in self.wrapped:
             chunk.train(mode)
 

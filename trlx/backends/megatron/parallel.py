@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,14 @@ class Place:
     def leads(self) -> bool:
         """The first of the processes that hold the model for one data rank."""
         return self.tensor_rank == 0 and self.stage == 0
+
+    def require(self) -> None:
+        """Raises RuntimeError where the processes have been divided otherwise since."""
+        if _standing is None or _standing.sizes != _sizes(self.layout):
+            raise RuntimeError(
+                "This trainer divided the processes in one way, and a later one divided them in another: use a trainer "
+                "before the next one with other parallel sizes is built, or load what it saved into a new one"
+            )
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:
         """The last stage's `tensor` on every stage; all bring one of the same shape and type."""
@@ -91,14 +100,7 @@ class Place:
 def arrange(layout: Parallel, seed: int) -> Place:
     """Joins the processes and divides them as `layout` says; ``check_layout`` tells whether it can."""
     join()
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual,
-        distributed_timeout_minutes=int(PATIENCE.total_seconds() // 60),
-    )
+    back = _groups_of(layout)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     # hidden units dropped on one stage say nothing about those of another
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * stage)
@@ -109,8 +111,54 @@ def arrange(layout: Parallel, seed: int) -> Place:
         stage=stage,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
-        back=_pipelines_again() if layout.pipeline > 1 else None,
+        back=back,
     )
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """The process groups there are. Each costs threads and open files: those of a layout serve all its backends."""
+
+    world: dist.ProcessGroup
+    sizes: tuple[int, int, int | None]
+    back: dist.ProcessGroup | None
+    groups: list[dist.ProcessGroup]
+
+
+_standing: _Standing | None = None
+
+
+def _sizes(layout: Parallel) -> tuple[int, int, int | None]:
+    return layout.tensor, layout.pipeline, layout.virtual
+
+
+def _groups_of(layout: Parallel) -> dist.ProcessGroup | None:
+    """Makes the process groups of a layout the engine's, in the place of those of another one; returns `Place.back`."""
+    global _standing
+    if _standing is None or _standing.world is not dist.group.WORLD or _standing.sizes != _sizes(layout):
+        _give_back()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual,
+            distributed_timeout_minutes=int(PATIENCE.total_seconds() // 60),
+            create_gloo_process_groups=False,  # for the engine's own checkpoints
+        )
+        again = _pipelines_again() if layout.pipeline > 1 else None
+        made = [*parallel_state._global_process_group_list, again]
+        groups = [group for group in made if group is not None]  # None stands for all processes
+        _standing = _Standing(dist.group.WORLD, _sizes(layout), again, groups)
+    return _standing.back
+
+
+def _give_back() -> None:
+    """Ends the process groups of the layout before; trainers of that layout cannot go on."""
+    if _standing is not None and _standing.world is dist.group.WORLD:
+        for group in _standing.groups:
+            dist.destroy_process_group(group)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    gc.collect()  # a trainer that is no longer used holds its groups until it is found
 
 
 def tensor_group() -> dist.ProcessGroup:

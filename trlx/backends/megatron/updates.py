@@ -156,7 +156,7 @@ def _engine_optimizer(stage: list[nn.Module], settings: MegatronSettings) -> Meg
     )
     with cuda_type_names():
         # no overrides: weight decay reaches every weight, as it does in torch's optimizers
-        optimizer = get_megatron_optimizer(config, stage, config_overrides={})
+        optimizer = get_megatron_optimizer(config, stage, config_overrides={}, use_gloo_process_groups=False)
     return optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
 
 
