@@ -2,11 +2,9 @@
 
 Usage: python examples/slurm/launch.py [torchrun's options] -m MODULE [ARGUMENTS ...]
 
-SLURM sends SIGUSR1 to every process of a step. Left to itself torchrun would die of it and take the training processes
-along before they have saved, and answer 1 to whatever they answer.
+Left to itself torchrun answers 1 to whatever they answer.
 """
 
-import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,8 +18,6 @@ def exit_code(error: ChildFailedError) -> int:
 
 
 if __name__ == "__main__":
-    # the training processes inherit this, too, until training begins and they listen themselves
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         main()
     except ChildFailedError as error:

@@ -1,11 +1,14 @@
 # Sourced by the sbatch files beside it. `run MODULE [ARGUMENTS ...]` starts torchrun once on every node of the job and,
 # where the run saved itself before its time was over, puts the job back into the queue.
 
+source examples/slurm/requeue.sh
+
 run() {
-    local module=$1 gpus=${SLURM_GPUS_ON_NODE:-8} head code
+    local module=$1 gpus=${SLURM_GPUS_ON_NODE:-8} head port
     shift
-    # the processes of all nodes meet at the first one; jobs that share a node need a PORT each
+    # the processes of all nodes meet at the first one, where other jobs may run, too
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    port=${PORT:-$((10000 + SLURM_JOB_ID % 20000))}
 
     # as many threads as there are cores for each process; torchrun says 1 where nothing is said
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-gpus} / gpus))}
@@ -19,12 +22,10 @@ run() {
     mkdir -p logs
     # --open-mode: a job that was requeued goes on in the same files
     # --wait: where one node fails, the others would wait for its processes
-    srun --ntasks-per-node=1 --wait=120 --open-mode=append --output="logs/%x-%j-node%n.log" \
+    # trap: a signal that comes before training has begun to listen would end the process
+    requeued srun --ntasks-per-node=1 --wait=120 --open-mode=append --output="logs/%x-%j-node%n.log" \
+        bash -c 'trap "" USR1; exec "$@"' task \
         "${PYTHON:-python}" examples/slurm/launch.py --nnodes "$SLURM_NNODES" --nproc-per-node "$gpus" \
-        --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" \
+        --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:$port" \
         -m "$module" train.resume_from_checkpoint=auto "$@"
-    code=$?
-    # saved at the end of a step because SLURM asked for it; anything else would fail again
-    if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
-    return "$code"
 }

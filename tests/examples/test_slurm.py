@@ -1,5 +1,6 @@
 """The sbatch files do on this machine, with stand-ins for SLURM's commands, what they are to do on a cluster."""
 
+import itertools
 import json
 import os
 import signal
@@ -18,8 +19,15 @@ from trlx.trainer.failures import EXIT_REQUEUE
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
 COMMANDS = {
-    # without its options, and so that signal_step finds the processes
-    "srun": 'while [[ $1 == --* ]]; do shift; done; echo $$ > "$STEP"; exec "$@"',
+    # runs a step without its options, and passes SIGUSR1 on to every process of it
+    "srun": """
+        everyone() { for each; do echo "$each"; everyone $(cat /proc/$each/task/*/children 2>/dev/null); done; }
+        while [[ $1 == --* ]]; do shift; done
+        trap 'kill -USR1 $(everyone "$step") 2>/dev/null' USR1
+        "$@" & step=$!; echo "$step" > "$STEP"
+        while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+        wait "$step"
+    """,
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" > "$ASKED"; fi',
 }
 
@@ -32,30 +40,37 @@ def cluster(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STEP": str(tmp_path / "step"), "PORT": str(port)}
-    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_ON_NODE": "2"}
+    own = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STEP": str(tmp_path / "step")}
+    job = {
+        "SLURM_JOB_ID": str(job_with_a_free_port()),
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_CPUS_ON_NODE": "2",
+    }
     return {**os.environ, **job, **own, "ASKED": str(tmp_path / "asked"), "SLURM_JOB_NODELIST": "here"}
+
+
+def job_with_a_free_port():
+    """The number of a job at whose port nobody listens."""
+
+    def is_free(number):
+        with socket.socket() as port:
+            return port.connect_ex(("127.0.0.1", 10000 + number % 20000)) != 0
+
+    return next(number for number in itertools.count(os.getpid()) if is_free(number))
 
 
 def submit(file, cluster, folder, *arguments):
     """Starts a batch script; SLURM would do it in the folder that sbatch was called in."""
     with (folder / "output").open("a") as output:
         return subprocess.Popen(
-            ["bash", str(file), *map(str, arguments)], cwd=ROOT, env=cluster, stdout=output, stderr=output
+            ["bash", str(file), *map(str, arguments)],
+            cwd=ROOT,
+            env=cluster,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
-
-
-def signal_step(folder, number):
-    """Sends a signal to every process of the step, as SLURM does."""
-    processes = [int((folder / "step").read_text())]
-    for process in processes:  # grows while it is walked
-        for children in Path(f"/proc/{process}/task").glob("*/children"):
-            processes += map(int, children.read_text().split())
-    for process in processes:
-        os.kill(process, number)
 
 
 def waited(job, folder, seconds=120):
@@ -63,11 +78,11 @@ def waited(job, folder, seconds=120):
     try:
         return job.wait(seconds)
     except subprocess.TimeoutExpired:
-        signal_step(folder, signal.SIGKILL)
+        os.killpg(job.pid, signal.SIGKILL)
         pytest.fail((folder / "output").read_text()[-3000:])
 
 
-@pytest.mark.parametrize("file", [*FILES, ROOT / "examples" / "slurm" / "run.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize("file", [*FILES, *(ROOT / "examples" / "slurm").glob("*.sh")], ids=lambda path: path.name)
 def test_bash_understands_the_file(file):
     subprocess.run(["bash", "-n", str(file)], check=True)
 
@@ -75,7 +90,7 @@ def test_bash_understands_the_file(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
 def test_a_job_is_told_before_its_end_and_may_be_put_back_into_the_queue(file):
     options = [line.split()[1] for line in file.read_text().splitlines() if line.startswith("#SBATCH")]
-    assert {"--requeue", "--signal=USR1@300", "--ntasks-per-node=1", "--gpus-per-node=8"} <= set(options)
+    assert {"--requeue", "--signal=B:USR1@300", "--ntasks-per-node=1", "--gpus-per-node=8"} <= set(options)
     nodes = next(option for option in options if option.startswith("--nodes="))
     assert (nodes == "--nodes=1") == ("single" in file.name)
 
@@ -99,15 +114,13 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_its_next_job(cluster, 
     quick = ["train.batch_size=4", "train.tracker=null", "train.save_best=false", "method.gen_kwargs.max_new_tokens=4"]
     command = ["examples.nemo_sft_sentiments", *tiny, *quick]
 
+    # the signal comes as early as it can: no process of the step knows what to do with it yet
     job = submit(file, cluster, tmp_path, *command, "train.total_steps=100000", "train.epochs=100000")
-    began = time.monotonic()
-    while job.poll() is None and time.monotonic() - began < 120:
-        if (run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text():
-            signal_step(tmp_path, signal.SIGUSR1)
-            break
-        time.sleep(0.05)
+    while job.poll() is None and not (tmp_path / "step").exists():
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
     assert waited(job, tmp_path) == EXIT_REQUEUE, (tmp_path / "output").read_text()[-3000:]
-    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert (tmp_path / "asked").read_text() == f"requeue {cluster['SLURM_JOB_ID']}\n"
     stopped = checkpoint.read_state(checkpoint.newest(run))[0].step
     assert stopped >= 1
 
