@@ -2,7 +2,8 @@
 
 Every example has ``main(hparams, data, reward)`` and, on the command line,
 
-    --model NAME     hub name or folder; "tiny": a small random model with a tokenizer of bytes, for trying things out
+    --model NAME     hub name or folder; "tiny": a small random model with a tokenizer of bytes, for trying things out;
+                     with it data and reward are made ones and a run has four steps, unless something else is said
     --tokenizer NAME where it is not beside the model
     --data SOURCE    "default": from the hub; "made": a few rows made in code; else a file of JSON lines
     --reward SOURCE  "default": as the example says; "made": a formula; else "module:function" of your own
@@ -29,6 +30,9 @@ from trlx.optional import require
 Rows = list[dict[str, Any]]
 RewardFn = Callable[..., Sequence[Any]]
 
+QUICK = {"train.total_steps": 4, "train.eval_interval": 4, "train.tracker": None}
+"""Settings with which the tiny model is trained offline, in seconds, where the command line does not say others."""
+
 
 def arguments(doc: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What ``main`` takes, read from the command line; `doc` is the help text."""
@@ -40,8 +44,8 @@ def example_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help='hub name or folder, or "tiny" for a small random one')
     parser.add_argument("--tokenizer", help="hub name or folder (default: the model's)")
-    parser.add_argument("--data", default="default", help='"made", or a file of JSON lines')
-    parser.add_argument("--reward", default="default", help='"made", or module:function')
+    parser.add_argument("--data", help='"made", or a file of JSON lines')
+    parser.add_argument("--reward", help='"made", or module:function')
     parser.add_argument("--out", help="folder of checkpoints, metrics and samples")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting")
     return parser
@@ -53,7 +57,9 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
     hparams = {key: value for key, value in named.items() if value is not None}
     if args.model or args.tokenizer:  # another model has another tokenizer than the example names
         hparams["tokenizer.tokenizer_path"] = args.tokenizer
-    return {"hparams": hparams | _settings(args.overrides), "data": args.data, "reward": args.reward}
+    usual, quick = ("made", QUICK) if args.model == "tiny" else ("default", {})
+    hparams = quick | hparams | _settings(args.overrides)
+    return {"hparams": hparams, "data": args.data or usual, "reward": args.reward or usual}
 
 
 def configure(base: TRLConfig, hparams: Mapping[str, Any] | None) -> TRLConfig:

@@ -1,7 +1,7 @@
 """Samples film reviews from a model that ILQL trained, in any layout, leaning more and more on its Q heads (beta).
 
 Usage: torchrun --nproc-per-node 4 -m examples.nemo_ilql_inference --model ckpts/best_checkpoint --tp 2 --pp 2
-       python -m examples.nemo_ilql_inference --model tiny --data made --reward made method.gen_kwargs.beta=[0,8]
+       python -m examples.nemo_ilql_inference --model tiny method.gen_kwargs.beta=[0,8]
 """
 
 from __future__ import annotations

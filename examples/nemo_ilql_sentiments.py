@@ -1,7 +1,7 @@
 """ILQL on all of IMDB on tensor and pipeline parallelism: reviews of both kinds, the label as reward.
 
 Usage: torchrun --nproc-per-node 8 -m examples.nemo_ilql_sentiments --model FOLDER [--preset megatron_20b] [--tp 4]
-       python -m examples.nemo_ilql_sentiments --model tiny --data made --reward made [section.key=value ...]
+       python -m examples.nemo_ilql_sentiments --model tiny [section.key=value ...]
 """
 
 from __future__ import annotations

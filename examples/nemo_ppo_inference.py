@@ -1,7 +1,7 @@
 """Samples film reviews from a model that PPO (or SFT) trained, in any layout, with a sentiment classifier's opinion.
 
 Usage: torchrun --nproc-per-node 4 -m examples.nemo_ppo_inference --model ckpts/best_checkpoint --tp 2 --pp 2
-       python -m examples.nemo_ppo_inference --model tiny --data made --reward made
+       python -m examples.nemo_ppo_inference --model tiny
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PPO towards positive film reviews on tensor and pipeline parallelism; a sentiment classifier is the reward.
 
 Usage: torchrun --nproc-per-node 8 -m examples.nemo_ppo_sentiments --model FOLDER [--preset megatron_20b] [--tp 4]
-       python -m examples.nemo_ppo_sentiments --model tiny --data made --reward made [section.key=value ...]
+       python -m examples.nemo_ppo_sentiments --model tiny [section.key=value ...]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on the positive reviews of IMDB, on tensor and pipeline parallelism.
 
 Usage: torchrun --nproc-per-node 8 -m examples.nemo_sft_sentiments --model FOLDER [--preset megatron_20b] [--tp 4]
-       python -m examples.nemo_sft_sentiments --model tiny --data made --reward made [section.key=value ...]
+       python -m examples.nemo_sft_sentiments --model tiny [section.key=value ...]
 """
 
 from __future__ import annotations

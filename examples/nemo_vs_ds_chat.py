@@ -1,7 +1,7 @@
 """How fast PPO of a chat model of a given size is: random weights, long answers, a reward model that costs as one does.
 
 Usage: torchrun --nproc-per-node 8 -m examples.nemo_vs_ds_chat --preset megatron_1.3b [--tp 4] [section.key=value ...]
-       python -m examples.nemo_vs_ds_chat --model tiny --data made --reward made
+       python -m examples.nemo_vs_ds_chat --model tiny
 
 It prints the seconds of each phase and the tokens of answers per second, as medians over the run without its first
 iteration. The tokenizer is GPT-2's; the model learns nothing, as every reward is 0.5.

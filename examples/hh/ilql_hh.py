@@ -1,7 +1,7 @@
 """ILQL on helpful and harmless dialogues: the chosen answer is worth 1, the rejected one -1.
 
 Usage: CONFIG_NAME=1B torchrun --nproc-per-node 7 -m examples.hh.ilql_hh [section.key=value ...]
-       python -m examples.hh.ilql_hh --model tiny --data made --reward made
+       python -m examples.hh.ilql_hh --model tiny
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PPO on helpful and harmless dialogues.
 
 Usage: CONFIG_NAME=1B torchrun --nproc-per-node 7 -m examples.hh.ppo_hh [section.key=value ...]
-       python -m examples.hh.ppo_hh --model tiny --data made --reward made
+       python -m examples.hh.ppo_hh --model tiny
 Sizes: 125M, 1B, 6B, 20B; without CONFIG_NAME GPT-J. One GPU is left for the reward model; or see serve_reward.py.
 """
 

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on the chosen answers of helpful and harmless dialogues.
 
 Usage: torchrun --nproc-per-node 7 -m examples.hh.sft_hh [section.key=value ...]
-       python -m examples.hh.sft_hh --model tiny --data made --reward made
+       python -m examples.hh.sft_hh --model tiny
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PPO of Llama 2 7B towards positive film reviews, every layer shared by four GPUs.
 
 Usage: torchrun --nproc-per-node 8 -m examples.llama_nemo.nemo_llama2_ppo_sentiments --tp 4 --sp
-       python -m examples.llama_nemo.nemo_llama2_ppo_sentiments --model tiny --data made --reward made
+       python -m examples.llama_nemo.nemo_llama2_ppo_sentiments --model tiny
 """
 
 from __future__ import annotations

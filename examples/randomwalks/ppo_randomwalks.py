@@ -1,4 +1,5 @@
-"""PPO on the pretrained walker (see sft_randomwalks.py), rewarded for short walks to the goal.
+"""PPO on the pretrained walker (see sft_randomwalks.py), rewarded for short walks to the goal. Where there is
+no walker yet, it is taught first.
 
 Usage: python -m examples.randomwalks.ppo_randomwalks [--preset trlx-2024] [--seed N] [method.gamma=0.99 ...]
        torchrun --nproc-per-node 4 -m examples.randomwalks.ppo_randomwalks --backend megatron --tp 2 --pp 2
@@ -12,7 +13,7 @@ from typing import Any
 
 import trlx
 from examples.megatron import add_backend, backend
-from examples.randomwalks.sft_randomwalks import EVAL_SAMPLES
+from examples.randomwalks.sft_randomwalks import EVAL_SAMPLES, PRETRAINED, pretrain
 from examples.randomwalks.task import RandomWalks
 
 
@@ -20,6 +21,9 @@ def main(hparams: Mapping[str, Any] | None = None, preset: str = "randomwalks", 
     """One run. `overrides` are texts such as "method.gamma=0.99"; `hparams`, dotted or nested, come after them."""
     task = RandomWalks()
     config = trlx.TRLConfig.update(trlx.load_preset(preset, overrides=overrides), hparams or {})
+    if config.model.model_path == str(PRETRAINED) and not (PRETRAINED / "config.json").is_file():
+        divided = {"trainer": "NeMoSFTTrainer", "trainer_kwargs": config.train.trainer_kwargs}
+        pretrain(hparams={"train": divided} if config.train.trainer.startswith("NeMo") else None)
     return trlx.train(
         reward_fn=task.reward_fn,
         prompts=task.prompts,

@@ -1,7 +1,7 @@
 """Instead of steps 2 and 3: ILQL on the comparisons themselves, with Flan-T5 XL.
 
 Usage: torchrun --nproc-per-node 7 -m examples.summarize_rlhf.ilql_summarize_t5 [section.key=value ...]
-       python -m examples.summarize_rlhf.ilql_summarize_t5 --model tiny --data made --reward made
+       python -m examples.summarize_rlhf.ilql_summarize_t5 --model tiny
 """
 
 from __future__ import annotations

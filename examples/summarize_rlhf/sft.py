@@ -1,7 +1,7 @@
 """Step 1: GPT-J learns to summarize posts as people do.
 
 Usage: torchrun --nproc-per-node 8 -m examples.summarize_rlhf.sft [section.key=value ...]
-       python -m examples.summarize_rlhf.sft --model tiny --data made --reward made
+       python -m examples.summarize_rlhf.sft --model tiny
 Needs for its metric: pip install evaluate rouge-score
 """
 

@@ -1,7 +1,7 @@
 """Step 3: PPO towards summaries that the reward model likes better than the human's.
 
 Usage: torchrun --nproc-per-node 7 -m examples.summarize_rlhf.trlx_gptj_text_summarization [section.key=value ...]
-       python -m examples.summarize_rlhf.trlx_gptj_text_summarization --model tiny --data made --reward made
+       python -m examples.summarize_rlhf.trlx_gptj_text_summarization --model tiny
 With --reward module:function your own model of step 2, e.g. a trlx.SequenceClassifierReward("rm_checkpoint").
 """
 

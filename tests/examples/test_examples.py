@@ -102,6 +102,16 @@ def test_every_part_can_be_replaced_from_the_command_line(tmp_path):
     assert arguments("", ['{"train.seed": 7}'])["hparams"] == {"train.seed": 7}
 
 
+def test_the_tiny_model_takes_a_few_steps_on_made_data_unless_something_else_is_said():
+    given = arguments("", ["--model", "tiny"])
+    assert (given["data"], given["reward"], given["hparams"]["train.tracker"]) == ("made", "made", None)
+    other = arguments("", ["--model", "tiny", "--data", "default", "train.total_steps=9", "train.tracker=wandb"])
+    assert (other["data"], other["reward"]) == ("default", "made")
+    for each, steps in ((given, 4), (other, 9)):
+        config = configure(trlx.load_preset("ppo"), each["hparams"])
+        assert (config.train.total_steps, config.model.model_path.n_layer) == (steps, 2)
+
+
 def always_two(samples, **kwargs):
     return [2] * len(samples)
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from examples.randomwalks import RandomWalks
+import trlx
+from examples.randomwalks import RandomWalks, ppo_randomwalks
 from examples.randomwalks.tokenizer import letter_tokenizer
 
 
@@ -86,3 +87,24 @@ def test_a_letter_is_the_token_of_its_node_and_text_comes_back_unchanged(tmp_pat
 def test_more_nodes_than_letters_are_refused():
     with pytest.raises(ValueError, match="one letter a node"):
         RandomWalks(num_nodes=27)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "layout", "first"),
+    [("AcceleratePPOTrainer", {}, None), ("NeMoPPOTrainer", {"pipeline_model_parallel_size": 2}, "NeMoSFTTrainer")],
+)
+def test_where_there_is_no_walker_yet_it_is_taught_first_in_the_same_layout(
+    trainer, layout, first, tmp_path, monkeypatch
+):
+    taught, trained = [], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ppo_randomwalks, "pretrain", lambda hparams: taught.append(hparams))
+    monkeypatch.setattr(trlx, "train", lambda **given: trained.append(given["config"].train.trainer))
+    changes = {"train.trainer": trainer, "train.trainer_kwargs": layout}
+    ppo_randomwalks.main(changes)
+    assert taught == [{"train": {"trainer": first, "trainer_kwargs": layout}} if first else None]
+    walker = tmp_path / ppo_randomwalks.PRETRAINED
+    walker.mkdir(parents=True)
+    (walker / "config.json").write_text("{}")
+    ppo_randomwalks.main(changes)
+    assert (len(taught), trained) == (1, [trainer, trainer])
