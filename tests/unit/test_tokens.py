@@ -120,10 +120,13 @@ def test_samples_end_with_one_eos_that_is_trained(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["plain", "prepends bos", "no bos"])
-def test_evaluations_begin_as_rollouts_do_also_where_no_prompts_are_given(tmp_path, kind):
+def test_evaluations_and_generate_begin_as_rollouts_do_also_where_no_prompts_are_given(tmp_path, kind):
     tokenizer = {"tokenizer_path": char_tokenizer(**KINDS[kind])}
     config = tiny_config(tmp_path, "SFT", tokenizer=tokenizer, train={"total_steps": 0})
     begun = [[BOS, 4, 5]] if kind == "prepends bos" else [[4, 5]]
     for given, wanted in ((["ab"], begun), (None, [[EOS if kind == "no bos" else BOS]] * 4)):
         trainer = trlx.train(config=config, samples=["ab"], eval_prompts=given)
         assert [prompt.ids for prompt in trainer.evaluator.prompts] == wanted
+    asked = []
+    trainer.backend.generate = lambda prompts, sampling: asked.extend(prompts) or [[EOS]]
+    assert trainer.generate("ab") == "" and asked == begun
