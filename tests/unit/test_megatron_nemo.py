@@ -97,6 +97,23 @@ def test_llama_as_the_original_library_converted_it_is_read(tmp_path, tensor):
     assert same_weights(open_nemo(tmp_path / "m.nemo", tokens=6), model)
 
 
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (2, 2)])
+def test_a_folder_without_model_config_is_read_by_its_only_yaml_file_or_by_megatron_cfg(tmp_path, tensor, pipeline):
+    """The original's converter wrote the weights of every rank and a file of the training beside them."""
+    model, config = llama(), LLAMA | {"megatron_legacy": True}
+    write_archive(tmp_path / "m.nemo", config, older_llama(model, tensor, pipeline, legacy=True))
+    with tarfile.open(tmp_path / "m.nemo") as tar:
+        tar.extractall(tmp_path / "folder", filter="data")
+    (tmp_path / "folder" / "model_config.yaml").unlink()
+    assert is_nemo(tmp_path / "folder")
+    assert same_weights(open_nemo(tmp_path / "folder", tokens=6, changes=config), model)
+    with pytest.raises(FileNotFoundError, match="has no model_config.yaml: it holds .*weights.ckpt"):
+        open_nemo(tmp_path / "folder", tokens=6, changes={"sequence_parallel": True})
+    training = {"trainer": {"devices": "${multiply:2, 2}"}, "model": config}
+    (tmp_path / "folder" / "megatron_7b.yaml").write_text(yaml.safe_dump(training))
+    assert same_weights(open_nemo(tmp_path / "folder", tokens=6), model)
+
+
 def test_a_tied_gpt_from_before_megatron_core_is_read(tmp_path):
     model = gpt2()
     write_archive(tmp_path / "m.nemo", GPT | {"max_position_embeddings": 99}, older_gpt(model, "model.module."))

@@ -53,26 +53,29 @@ NOT_WEIGHTS = "_extra_state"
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Archive]:
+def opened(path: str | Path, config: Mapping[str, Any] | None = None) -> Iterator[Archive]:
     """A `.nemo` file (a tar, also compressed) or the folder it was unpacked into.
 
     From a file only what is asked for is unpacked, when it is asked for, into a temporary folder that goes with the
     block (``TMPDIR`` says where). Weights that were read inside the block stay valid after it.
 
+    Args:
+        config: counts where there is no ``model_config.yaml``; None: a YAML file of another name, if there is only one.
+
     Raises:
-        FileNotFoundError: there is nothing at `path`, or it holds no ``model_config.yaml``.
+        FileNotFoundError: there is nothing at `path`, or no config.
         ValueError: the file is no tar, is cut off, or has a member that is a link, a device or outside its folder.
     """
     path = Path(path)
     if path.is_dir():
         files = (file for depth in ("*", "*/*") for file in path.glob(depth) if file.is_file())
-        yield Archive(path, path, {file.relative_to(path).as_posix() for file in files}, path.joinpath)
+        yield Archive(path, path, {file.relative_to(path).as_posix() for file in files}, path.joinpath, config)
         return
     if not path.exists():
         raise FileNotFoundError(f"There is no .nemo file or folder at {path}")
     with _open_tar(path) as tar, TemporaryDirectory(prefix="nemo-archive-") as temporary:
         members, folder = _members(tar, path), Path(temporary)
-        yield Archive(path, folder, members, partial(_unpacked, tar, members, folder))
+        yield Archive(path, folder, members, partial(_unpacked, tar, members, folder), config)
 
 
 def write_archive(
@@ -119,11 +122,18 @@ class Archive:
     """What a `.nemo` file or an unpacked one holds.
 
     Raises:
-        FileNotFoundError: it holds no ``model_config.yaml``.
+        FileNotFoundError: there is no config.
         ValueError: the config is not plain YAML with keys and values.
     """
 
-    def __init__(self, source: Path, folder: Path, names: Collection[str], fetch: Callable[[str], Path]):
+    def __init__(
+        self,
+        source: Path,
+        folder: Path,
+        names: Collection[str],
+        fetch: Callable[[str], Path],
+        config: Mapping[str, Any] | None = None,
+    ):
         self.source = source
         """The path the archive was opened by."""
         self.folder = folder
@@ -131,7 +141,8 @@ class Archive:
         self.names = names
         """The files it holds, relative to its root."""
         self._fetch = fetch
-        self.config: dict[str, Any] = _read_config(self.file(CONFIG_FILE), source)
+        is_given = config is not None and CONFIG_FILE not in names
+        self.config: dict[str, Any] = dict(config) if is_given else _read_config(self.file(self._config_file()), source)
         """``model_config.yaml`` with references to other entries filled in, where what they name is there."""
 
     def file(self, name: str) -> Path:
@@ -144,6 +155,11 @@ class Archive:
         if name not in self.names:
             raise FileNotFoundError(f"{self.source} has no {name}: it holds {', '.join(sorted(self.names)[:20])}")
         return self._fetch(name)
+
+    def _config_file(self) -> str:
+        # the Llama converter of the original library called it megatron_<name>.yaml
+        found = [name for name in self.names if re.fullmatch(r"[^/]+\.ya?ml", name)]
+        return found[0] if len(found) == 1 else CONFIG_FILE
 
     def layout(self) -> tuple[int, int]:
         """The numbers of tensor-parallel and pipeline-parallel ranks that the weights are divided over.

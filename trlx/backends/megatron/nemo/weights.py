@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from trlx.backends.megatron.families import TRAINING_ONLY, config_of, shape_of
 from trlx.backends.megatron.mapping import ENGINE, Entry, Read, entries, padded_vocab
-from trlx.backends.megatron.nemo.archive import CONFIG_FILE, Archive, Rank, opened, write_archive
+from trlx.backends.megatron.nemo.archive import CONFIG_FILE, WEIGHTS_FILE, Archive, Rank, opened, write_archive
 from trlx.backends.megatron.nemo.config import read_config, warn_of_unknown, write_config
 from trlx.backends.megatron.nemo.names import Part, in_stage, layer_of, nemo_name
 from trlx.backends.megatron.shape import Shape
@@ -61,9 +61,13 @@ def family_of(config: PretrainedConfig | None) -> str:
 
 
 def is_nemo(path: str | Path) -> bool:
-    """Whether `path` is a `.nemo` file or a folder that one was unpacked into."""
+    """Whether `path` is a `.nemo` file or a folder that one was unpacked into, or that has the weights of one."""
     path = Path(path)
-    return (path / CONFIG_FILE).is_file() if path.is_dir() else path.suffix == ".nemo"
+    if not path.is_dir():
+        return path.suffix == ".nemo"
+    return any((path / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)) or any(
+        path.glob(f"*_rank_*/{WEIGHTS_FILE}")
+    )
 
 
 def open_nemo(path: str | Path, tokens: int | None = None, changes: Mapping[str, Any] | None = None) -> NemoModel:
@@ -72,12 +76,14 @@ def open_nemo(path: str | Path, tokens: int | None = None, changes: Mapping[str,
     Args:
         tokens: how many of the embedding's rows are tokens, where the archive does not say it; None: all of them.
         changes: values of the ``model`` section that win over the archive's, where the weights do not change by them.
+            They are its config where they describe a model and it has no ``model_config.yaml``.
 
     Raises:
-        FileNotFoundError: there is no archive, or no ``model_config.yaml`` in it.
+        FileNotFoundError: there is no archive, or nothing that describes the model.
         ValueError: it is not a whole GPT model of a shape that is computed here; the message says what is wrong.
     """
-    with opened(path) as archive:
+    describes = changes is not None and "num_layers" in changes
+    with opened(path, changes if describes else None) as archive:
         where = str(archive.source)
         config = _model_section(archive.config)
         stages = _stages(archive, config)
