@@ -61,7 +61,9 @@ def megatron_preset(name: str | Path) -> DictConfig:
     from omegaconf import OmegaConf
 
     register_resolvers()
-    config = OmegaConf.load(preset_path(str(name) if Path(name).is_file() else str(name).removesuffix(".yaml")))
+    stem = str(name).removesuffix(".yaml")
+    is_preset = stem in _presets() and not Path(name).is_file()
+    config = OmegaConf.load(preset_path(stem if is_preset else str(name)))
     # a preset is a part of a TRLConfig, a file of NeMo's is not
     inner = OmegaConf.select(config, "train.trainer_kwargs.megatron_cfg")
     return config if inner is None else OmegaConf.create(OmegaConf.to_container(inner))
@@ -69,9 +71,14 @@ def megatron_preset(name: str | Path) -> DictConfig:
 
 def preset_path(name: str) -> Path:
     """The YAML file of a preset; a path to an existing file stands for itself."""
-    if Path(name).is_file():
-        return Path(name)
-    presets = {path.stem: path for path in _folder().glob("*.yaml")}
+    file, presets = Path(name), _presets()
+    if file.is_file():
+        return file
+    if file.suffix in (".yaml", ".yml") or file.name != name:
+        folder = file.absolute().parent
+        raise ValueError(
+            f"There is no file {file.name} in {folder}" + ("" if folder.is_dir() else ", which is no folder")
+        )
     if name not in presets:
         raise ValueError(f"Unknown preset {name!r}.{suggestion(name, presets)} Known: {', '.join(sorted(presets))}")
     return presets[name]
@@ -95,6 +102,10 @@ def default_sft_config() -> TRLConfig:
 def default_rft_config() -> TRLConfig:
     """The default configuration of rejection fine-tuning."""
     return load_preset("rft")
+
+
+def _presets() -> dict[str, Path]:
+    return {path.stem: path for path in _folder().glob("*.yaml")}
 
 
 def _folder() -> Path:

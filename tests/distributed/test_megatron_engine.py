@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,17 @@ def test_another_version_of_the_engine_is_refused_with_a_sentence(monkeypatch):
 
     monkeypatch.setattr(cpu, "version", lambda name: "0.17.2")
     with pytest.raises(ImportError, match=r"megatron-core 0.17.2 is installed.*0.16 only: pip install"):
+        cpu.prepare_engine()
+
+
+def test_an_engine_that_is_only_a_folder_on_the_path_is_refused_with_a_sentence(monkeypatch):
+    from trlx.backends.megatron import cpu
+
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(cpu, "version", version)
+    with pytest.raises(ImportError, match="is not installed .a checkout of Megatron-LM.* pip install the checkout"):
         cpu.prepare_engine()
 
 

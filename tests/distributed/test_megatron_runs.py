@@ -106,12 +106,12 @@ def test_training_goes_on_with_the_other_backend(tmp_path, first, second):
 def heads_of(folder, first: str, second: str) -> None:
     """The heads that one backend trained, and what the other starts from."""
     layout = {"Accelerate": {}, "NeMo": {"pipeline_model_parallel_size": 2}}
-    for name, trainer, model in (("one", first, None), ("two", second, str(folder / "one" / "export"))):
-        model = {} if model is None else {"model": {"model_path": model}}
-        train = {"trainer": f"{trainer}ILQLTrainer", "trainer_kwargs": layout[trainer], "total_steps": 3}
-        if name == "two":
-            train["total_steps"] = 0
-        run("ILQL", folder / name, train=train, **model).save_pretrained(folder / name / "export")
+    exported = {"model": {"model_path": str(folder / "one" / "export")}}
+    for name, trainer, algorithm in (("one", first, "ILQL"), ("two", second, "ILQL"), ("ppo", second, "PPO")):
+        train = {"trainer": f"{trainer}{algorithm}Trainer", "trainer_kwargs": layout[trainer]}
+        train["total_steps"] = 3 if name == "one" else 0
+        model = {} if name == "one" else exported
+        run(algorithm, folder / name, train=train, **model).save_pretrained(folder / name / "export")
 
 
 @pytest.mark.parametrize(("first", "second"), [("Accelerate", "NeMo"), ("NeMo", "Accelerate")])
@@ -119,8 +119,10 @@ def test_heads_cross_too(tmp_path, first, second):
     from safetensors.torch import load_file
 
     together(2, heads_of, tmp_path, first, second)
-    one, two = (load_file(tmp_path / name / "export" / "trlx_heads.safetensors") for name in ("one", "two"))
+    one, two, ppo = (load_file(tmp_path / name / "export" / "trlx_heads.safetensors") for name in ("one", "two", "ppo"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert ppo.keys() == {name for name in one if name.startswith("value.")} != one.keys()
+    assert all(torch.equal(one[name], ppo[name]) for name in ppo)
 
 
 def scored_on_each_rank(folder) -> None:

@@ -1,6 +1,7 @@
 """What a NeMo-shaped configuration becomes, and what of it is refused."""
 
 import itertools
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,23 @@ def test_a_section_that_says_something_replaces_the_files_whole():
     found = read(model(optim=written), optimizer={"kwargs": {"lr": 0.25}}).optim
     assert (found.lr, found.betas, found.weight_decay, found.schedule.warmup_steps) == (0.25, (0.9, 0.999), 0.01, 2)
     assert read(model(optim=written), scheduler={"kwargs": {"warmup_steps": 5}}).optim.schedule == Constant(5)
+
+
+def test_a_file_whose_optimizer_or_schedule_is_not_read_is_named(caplog):
+    config = load_preset("ppo").evolve(train={"trainer_kwargs": {"megatron_cfg": "megatron_20b"}})
+    with caplog.at_level(logging.WARNING):
+        assert not settings_of(config).optim.distributed
+        ours, schedules = caplog.messages
+        assert (
+            "optimizer section (adamw) wins over megatron_cfg.model.optim, whose name distributed_fused_adam, " in ours
+        )
+        assert "lr 6e-05" in ours and "betas" not in ours
+        assert "scheduler section (cosine_annealing) wins over megatron_cfg.model.optim.sched, whose " in schedules
+        caplog.clear()
+        # the presets say in the sections what the file says
+        settings_of(load_preset("ppo", "megatron_20b"))
+        read(model(optim={"name": "fused_adam", "lr": 0.5, "sched": {"warmup_steps": 2}}))
+    assert caplog.messages == []
 
 
 def test_a_files_microbatch_is_taken_where_train_does_not_say_it_and_never_exceeds_the_batch():
@@ -171,7 +189,8 @@ def test_a_mapping_an_omegaconf_config_and_a_presets_name_are_read_alike():
     ("source", "words"),
     [
         ("megatron_20", "Unknown preset 'megatron_20'. Did you mean 'megatron_20b'"),
-        ("no/such/megatron_20b.yaml", "Unknown preset 'no/such/megatron_20b'"),
+        ("no/such/megatron_20b.yaml", "There is no file megatron_20b.yaml in .*/no/such, which is no folder"),
+        ("megatron_7b.yaml", f"There is no file megatron_7b.yaml in {Path.cwd()}$"),
         ({"model": {"num_layers": "${.layers}"}}, "train.trainer_kwargs.megatron_cfg: Interpolation key '.?layers'"),
         ({"modl": {}}, "Unknown key 'megatron_cfg.modl'. Did you mean 'model'\\?"),
         ({"optim": {}}, "Unknown key 'megatron_cfg.optim'. Did you mean 'model.optim'"),

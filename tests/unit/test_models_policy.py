@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
@@ -163,10 +164,30 @@ def test_heads_in_a_folder_are_ignored_by_a_model_without_heads(tmp_path):
     load_heads(build_policy(tiny_model()), tmp_path)
 
 
-def test_heads_of_another_kind_are_refused(tmp_path):
-    save_hf(build_policy(tiny_model(), value_head=True), None, tmp_path)
-    with pytest.raises(ValueError, match="not those this method needs"):
-        load_heads(build_policy(tiny_model(), q_heads=1), tmp_path)
+def test_the_heads_that_fit_are_taken_and_the_others_named(tmp_path, caplog):
+    ilql = build_policy(tiny_model(), value_head=True, q_heads=2)
+    randomize(ilql.heads)
+    save_hf(ilql, None, tmp_path / "ilql")
+    ppo = build_policy(tiny_model(), value_head=True)
+    with caplog.at_level(logging.INFO):
+        load_heads(ppo, tmp_path / "ilql")
+        save_hf(ppo, None, tmp_path / "ppo")
+        again = build_policy(tiny_model(), value_head=True, q_heads=2)
+        new = copy.deepcopy(again.q_heads.state_dict())
+        load_heads(again, tmp_path / "ppo")
+    for policy in (ppo, again):
+        for name, weight in ilql.value_head.state_dict().items():
+            assert torch.equal(policy.value_head.state_dict()[name], weight), name
+    assert all(torch.equal(again.q_heads.state_dict()[name], weight) for name, weight in new.items())
+    first, second = (message.partition("this method ")[2] for message in caplog.messages)
+    assert (first, second) == ("takes value, leaves out q", "takes value, makes new q")
+
+
+def test_heads_of_another_size_are_refused(tmp_path):
+    save_hf(build_policy(tiny_model(), q_heads=2), None, tmp_path)
+    for needs in ({"q_heads": 1}, {"q_heads": 1, "value_head": True}):
+        with pytest.raises(ValueError, match="have other sizes than those this method needs"):
+            load_heads(build_policy(tiny_model(), **needs), tmp_path)
 
 
 def test_weights_load_in_float32_unless_a_dtype_is_named(tmp_path):

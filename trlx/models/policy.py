@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from trlx import logging
 from trlx.batch import TokenScores
 from trlx.models.architecture import Causal, EncoderDecoder
 from trlx.models.decoder import disable_dropout, freeze, hidden_size, output_head
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
 from trlx.models.logprobs import chosen_logprobs, logits_of, spread
 from trlx.models.quantization import quantized
+
+logger = logging.get_logger(__name__)
 
 HEADS_FILE = "trlx_heads.safetensors"
 """Where an exported folder keeps the heads, which plain ``transformers`` does not know."""
@@ -182,20 +185,40 @@ def save_hf(policy: Policy, tokenizer: PreTrainedTokenizerBase | None, folder: P
 
 
 def load_heads(policy: Policy, folder: Path | str) -> None:
-    """Restores the heads that `save_hf` wrote; leaves new ones as they are where `folder` holds none.
-
-    Raises:
-        ValueError: the folder holds heads of another kind or size.
-    """
+    """Restores those heads that `save_hf` wrote which this policy has, too; leaves new ones as they are (see
+    `fitting_heads`)."""
     file = Path(folder) / HEADS_FILE
     if policy.heads is None or not file.is_file():
         return
-    try:
-        policy.heads.load_state_dict(load_file(file))
-    except RuntimeError as error:
+    shapes = {name: weight.shape for name, weight in policy.heads.state_dict().items()}
+    policy.heads.load_state_dict(fitting_heads(load_file(file), shapes, str(file)), strict=False)
+
+
+def fitting_heads(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: str) -> dict[str, Tensor]:
+    """What a method begins with of the heads that another one trained: those of a kind (value, q) that both have.
+
+    Args:
+        found: the weights that were saved; `where` is what messages call their place.
+        shapes: of the method's own heads, by the same names.
+
+    Raises:
+        ValueError: both have heads of a kind, but of other sizes.
+    """
+    saved, own = ({name.partition(".")[0] for name in names} for names in (found, shapes))
+    taken, needed = (
+        {name: value for name, value in each.items() if name.partition(".")[0] in saved & own}
+        for each in (found, shapes)
+    )
+    if {name: weight.shape for name, weight in taken.items()} != needed:
         raise ValueError(
-            f"The heads in {file} are not those this method needs; move the file away to start with new ones. {error}"
-        ) from error
+            f"The heads in {where} have other sizes than those this method needs; move the file away to start with new "
+            "ones"
+        )
+    if own and saved != own:
+        said = {"takes": saved & own, "leaves out": saved - own, "makes new": own - saved}
+        listed = ", ".join(f"{verb} {' and '.join(sorted(kinds))}" for verb, kinds in said.items() if kinds)
+        logger.info(f"Of the heads in {where}, this method {listed}")
+    return taken
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -73,7 +73,13 @@ def cuda_type_names() -> Iterator[None]:
 
 
 def _check_version() -> None:
-    found = version("megatron-core")
+    try:
+        found = version("megatron-core")
+    except PackageNotFoundError as error:
+        raise ImportError(
+            "megatron.core can be imported, but is not installed (a checkout of Megatron-LM on the path?), so its "
+            f'version is unknown: pip install "megatron-core~={VERSION}.1", or pip install the checkout'
+        ) from error
     if found.rpartition(".")[0] != VERSION:
         raise ImportError(
             f"megatron-core {found} is installed, but this trlx was tried with {VERSION} only: "

@@ -33,7 +33,8 @@ from trlx.backends.megatron.weights import (
     write_index,
 )
 from trlx.config import ModelConfig, TrainConfig
-from trlx.models.policy import HEADS_FILE, load_model, make_heads
+from trlx.models.heads import QHeads, ValueHead
+from trlx.models.policy import HEADS_FILE, fitting_heads, load_model, make_heads
 from trlx.models.positions import check_length
 from trlx.models.vocabulary import check_vocabulary_size
 
@@ -55,8 +56,8 @@ class Origin:
     architecture of this shape, and `.nemo` archives are written."""
     source: Source | None
     """None: the engine's own random weights."""
-    heads: Source | None = None
-    """None: new heads."""
+    heads: InMemory | None = None
+    """Those that do not begin anew."""
 
     @property
     def family(self) -> str:
@@ -74,7 +75,8 @@ class Origin:
             named = [(weight.name, weight.value) for weight in weights.of_model()]
             load_weights(named, weights.entries, self.source, place.tensor_rank, place.layout.tensor)
         if self.heads is not None:
-            weights.load(self.heads.read, _fitting(weights, self.heads))
+            fitting = [weight for weight in weights.of_heads() if weight.entry.hf_names[0] in self.heads.tensors]
+            weights.load(self.heads.read, fitting)
         self.source = self.heads = None  # what was made in memory is not needed again
 
     def export(self, weights: StageWeights, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -133,6 +135,9 @@ def find_origin(
         shape = dataclasses.replace(settings.shape, vocab_size=len(tokenizer))
         origin = Origin(shape, _hf_config(shape), None)
     origin.shape = _with_dropout(origin.shape, settings)
+    if origin.heads is not None:
+        taken = fitting_heads(origin.heads.tensors, _head_shapes(origin.shape, needs), origin.heads.where)
+        origin.heads = InMemory(taken, origin.heads.where)
     origin.config = _for_export(origin.config, settings.dtype)
     check_vocabulary_size(origin.shape.vocab_size, tokenizer)
     _check_length(origin.shape, train.seq_length)
@@ -179,16 +184,15 @@ def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> Origin:
     return Origin(shape, made.config, open_source(made), InMemory(tensors, "new heads"))
 
 
-def _fitting(weights: StageWeights, heads: Source) -> list:
-    """The heads' weights, where all of them are there: a folder may come from another method."""
-    wanted, names = weights.of_heads(), set(heads.names())
-    missing = [name for weight in wanted for name in weight.entry.hf_names if name not in names]
-    if missing and len(missing) < len(wanted):
-        raise ValueError(
-            f"The heads in {heads.where} are not those this method needs ({missing[0]} is missing); move the file away "
-            "to start with new ones"
-        )
-    return [] if missing else wanted
+def _head_shapes(shape: Shape, needs: ModelNeeds) -> dict[str, torch.Size]:
+    """Of the whole heads a method needs, on every stage, so that all of them come to one result."""
+    with torch.device("meta"):
+        heads = {"value": ValueHead(shape.hidden_size)} if needs.value_head else {}
+        if needs.q_heads:
+            heads["q"] = QHeads(shape.hidden_size, shape.vocab_size, needs.q_heads)
+    return {
+        f"{kind}.{name}": weight.shape for kind, head in heads.items() for name, weight in head.state_dict().items()
+    }
 
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")

@@ -202,10 +202,12 @@ def _recompute(gpt: Lookup, train: TrainConfig) -> Recompute:
 
 def _optim(gpt: Lookup, optimizer: OptimizerConfig, scheduler: SchedulerConfig, total_steps: int | None) -> Optim:
     section, written = Lookup(optimizer.kwargs, "optimizer.kwargs"), gpt.below("optim")
-    name = optimizer.name
+    name, in_file = optimizer.name, {key: value for key, value in written.values.items() if key != "sched"}
     if optimizer == OptimizerConfig() and written.values:
-        section = Lookup({key: value for key, value in written.values.items() if key != "sched"}, written.where)
+        section = Lookup(in_file, written.where)
         name = section.get("name", name)
+    else:
+        _warn_of_dropped("optimizer", optimizer, in_file, written.where)
     kind = _OPTIMIZERS.get(str(name).lower())
     if kind is None:
         near = suggestion(name, _OPTIMIZERS)
@@ -243,8 +245,36 @@ def _sgd(section: Lookup) -> dict[str, Any]:
     return {"momentum": section.number("momentum", Optim.momentum, least=0, below=1)}
 
 
+_SYNONYMS = {"max_steps": "T_max", "min_lr": "eta_min"}
+
+
+def _warn_of_dropped(
+    name: str, section: OptimizerConfig | SchedulerConfig, in_file: Mapping[str, Any], where: str
+) -> None:
+    """Says where a section of the config wins over the same in a file that says something else."""
+
+    def plain(key: str, value: Any) -> Any:
+        return str(value).lower() if key == "name" else list(value) if isinstance(value, (list, tuple)) else value
+
+    says = {
+        _SYNONYMS.get(key, key): plain(key, value) for key, value in {"name": section.name, **section.kwargs}.items()
+    }
+    others = {
+        key: value
+        for key, value in in_file.items()
+        if value is not None and says.get(_SYNONYMS.get(key, key)) != plain(key, value)
+    }
+    if others:
+        said = ", ".join(f"{key} {value}" for key, value in others.items())
+        logger.warning(
+            f"The config's {name} section ({section.name}) wins over {where}, whose {said} is not read: write it in "
+            f"the section, or an empty section ({name}: {{}}) to take the file's"
+        )
+
+
 def _schedule(written: Lookup, scheduler: SchedulerConfig, total_steps: int | None, lr: float) -> Schedule:
     if scheduler != SchedulerConfig() or not written.values:
+        _warn_of_dropped("scheduler", scheduler, written.values, written.where)
         kwargs, where = scheduler.kwargs, "scheduler.kwargs"
         return read_schedule(scheduler.name, kwargs, where=where, total_steps=total_steps, peak_lr=lr)
     kwargs = {key: value for key, value in written.values.items() if key != "name"}
