@@ -30,14 +30,6 @@ STATE_FILE = "trainer_state.json"
 ROLLOUTS_FILE = "rollouts.safetensors"
 HISTORY_FILE = "history.jsonl"
 
-IRRELEVANT_TO_NUMBERS = {
-    f"train.{name}"
-    for name in """total_steps epochs checkpoint_interval eval_interval checkpoint_dir resume_from_checkpoint tracker
-        logging_dir project_name run_name entity_name group_name tags rollout_logging_dir save_best save_optimizer
-        reward_timeout""".split()
-}
-"""Settings that a resumed run may change without any number coming out differently."""
-
 
 @dataclass
 class TrainerState:
@@ -49,8 +41,10 @@ class TrainerState:
     """Collections (online) or passes over the data (offline) completed."""
     inner_epoch: int = 0
     """Passes over the present collection completed."""
-    position: int = 0
-    """Batches of the present pass that are done."""
+    passes: int = 0
+    """Passes begun and ended in all; each has an order of rows of its own."""
+    rows_done: int = 0
+    """Rows of the present pass that are done, over all processes."""
     best_reward: float | None = None
     best_step: int | None = None
     evaluation_due: bool = False
@@ -171,23 +165,6 @@ def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
     """What `write_state` wrote."""
     saved = json.loads((folder / STATE_FILE).read_text())
     return TrainerState(**saved["state"]), saved["run"]
-
-
-def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """One line for each thing that would make a resumed run's numbers differ from an undisturbed run's."""
-    before, now = flatten(saved), flatten(current)
-    keys = [
-        key for key in sorted(before.keys() | now.keys()) if key.removeprefix("config.") not in IRRELEVANT_TO_NUMBERS
-    ]
-    return [f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys if before.get(key) != now.get(key)]
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def write_rollouts(folder: Path, batch: TokenBatch) -> None:

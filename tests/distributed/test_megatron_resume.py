@@ -1,6 +1,7 @@
 """Runs on the Megatron backend that stop and go on: as if they had not, in the same layout and in others."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -19,6 +20,8 @@ from trlx import checkpoint
 from trlx.checkpoint import newest
 
 pytestmark = pytest.mark.distributed
+
+logger = logging.getLogger("trlx")
 
 TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 SEQUENCE, CHUNKS = {"sequence_parallel": True}, {"virtual_pipeline_model_parallel_size": 2}
@@ -237,3 +240,39 @@ def test_a_run_killed_again_and_again_ends_like_one_left_in_peace(tmp_path):
     assert metrics(killed) == metrics(whole)
     expected, found = saved(whole), saved(killed)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def rates(folder):
+    return [line["learning_rate_group_0"] for line in metrics(folder) if "learning_rate_group_0" in line]
+
+
+def go_on_otherwise(folder, said_file):
+    """Runs that go on without running averages, with a schedule of another length, and with another optimizer; and one
+    of another backend."""
+    # a linear fall over total_steps, 1e-2 (1 - n / total_steps) with n steps done
+    falling = {
+        "optimizer": {"kwargs": {"lr": 1e-2, "weight_decay": 0.0}},
+        "scheduler": {"name": "WarmupAnnealing", "kwargs": {"T_max": None, "eta_min": None, "min_lr": 0.0}},
+    }
+    said = []
+    logger.addHandler(handler := logging.Handler())
+    handler.emit = lambda record: said.append(record.getMessage())
+    nemo("SFT", folder / "length", {}, {"total_steps": 2}, **falling)
+    nemo("SFT", folder / "length", {}, {"total_steps": 4, **AUTO}, **falling)
+    nemo("SFT", folder / "without", {}, {"total_steps": 3, "save_optimizer": False})
+    nemo("SFT", folder / "without", {}, {"total_steps": 4, **AUTO})
+    nemo("SFT", folder / "without", {}, {"total_steps": 5, **AUTO}, optimizer={"name": "sgd"})
+    run("SFT", folder / "other", train={"total_steps": 1})
+    with pytest.raises(ValueError, match="train.trainer is of another backend"):
+        nemo("SFT", folder / "other", {}, AUTO)
+    said_file.write_text("\n".join(said))
+
+
+def test_a_run_goes_on_with_other_settings(tmp_path):
+    together(1, go_on_otherwise, tmp_path, tmp_path / "said")
+    assert rates(tmp_path / "length") == pytest.approx([1e-2, 5e-3, 5e-3, 2.5e-3], abs=1e-9)
+    # cosine of the tiny runs: 1e-4 + 2.9e-3 (1 + cos(pi n / 50)) / 2 at n = 3 and 4
+    assert rates(tmp_path / "without")[3:] == pytest.approx([2.974317e-3, 2.954448e-3], abs=1e-8)
+    said = (tmp_path / "said").read_text()
+    for line in ("schedule: ", "train.save_optimizer was false then", "the optimizer's running averages start anew"):
+        assert line in said

@@ -2,7 +2,8 @@ import torch
 
 from trlx.batch import Rollout
 from trlx.data.collate import collate
-from trlx.data.store import RolloutStore, batch_order, shard
+from trlx.data.order import permutation
+from trlx.data.store import RolloutStore, pass_order, shard
 
 ROLLOUTS = [Rollout([7], [10 + i] * (i + 1), score=float(i)) for i in range(5)]
 
@@ -35,29 +36,22 @@ def test_the_digest_tells_other_tokens_and_scores_apart():
     assert RolloutStore(ROLLOUTS, 0).digest() == RolloutStore(list(ROLLOUTS), 0).digest()
 
 
-def test_a_pass_holds_every_row_once_and_its_last_batch_may_be_short():
-    order = batch_order(7, 3, seed=1, epoch=0)
-    assert [len(batch) for batch in order] == [3, 3, 1]
-    assert sorted(row for batch in order for row in batch) == list(range(7))
-
-
-def test_the_order_follows_from_seed_and_epoch_alone():
+def test_the_order_follows_from_seed_and_number_alone():
     torch.manual_seed(0)
-    before = batch_order(20, 5, seed=1, epoch=2)
+    before = pass_order(20, seed=1, number=2)
+    assert sorted(before) == list(range(20)) and before != tuple(range(20))
+    permutation.cache_clear()
     torch.manual_seed(1)
-    assert batch_order(20, 5, seed=1, epoch=2) == before
-    assert batch_order(20, 5, seed=1, epoch=3) != before
-    assert batch_order(20, 5, seed=2, epoch=2) != before
+    assert pass_order(20, seed=1, number=2) == before
+    assert pass_order(20, seed=1, number=3) != before
+    assert pass_order(20, seed=2, number=2) != before
 
 
 def test_drawing_an_order_leaves_the_global_generator_alone():
+    permutation.cache_clear()
     state = torch.get_rng_state()
-    batch_order(20, 5, seed=1, epoch=2)
+    pass_order(20, seed=1, number=2)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_without_shuffling_rows_come_in_order():
-    assert batch_order(5, 2, seed=1, epoch=0, shuffle=False) == [[0, 1], [2, 3], [4]]
 
 
 def test_two_processes_together_see_the_batch_that_one_sees():

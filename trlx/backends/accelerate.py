@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trlx import logging
-from trlx.backends.base import PATIENCE, Backend, LossFn, ModelNeeds
+from trlx.backends.base import PATIENCE, UPDATES_FILE, Backend, LossFn, ModelNeeds
 from trlx.backends.deepspeed import unseen_by_accelerate, wants_deepspeed, zero_for
 from trlx.backends.generation import generate, generation_config
 from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
@@ -46,6 +46,7 @@ from trlx.rollout.sampling import SamplingConfig
 
 logger = logging.get_logger(__name__)
 
+OPTIMIZER_FILE = "optimizer.safetensors"
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """By ``mixed_precision``."""
 
@@ -98,7 +99,8 @@ class AccelerateBackend(Backend):
             self.reference = _make_reference(self.policy, self.sharding.exchange) if needs.reference else None
         with self.sharding.unsharded():
             self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
-        self.scheduler = make_scheduler(scheduler, prepared)
+        self.schedule_at = partial(make_scheduler, scheduler, prepared)
+        self.scheduler = self.schedule_at(0)
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
         sampling.check_shaping(self.policy.q_heads is not None, self.vocabulary)
@@ -195,10 +197,12 @@ class AccelerateBackend(Backend):
             return
         save_file(trained, folder / "policy.safetensors")
         if optimizer:
-            write_optimizer(folder / "optimizer.safetensors", state)
-            (folder / "scheduler.json").write_text(json.dumps(self.scheduler.state_dict()))
+            write_optimizer(folder / OPTIMIZER_FILE, state)
+        scaler = self.accelerator.scaler
+        updates = {"step_count": self.scheduler.last_epoch, "scaler": scaler and scaler.state_dict()}
+        (folder / UPDATES_FILE).write_text(json.dumps(updates))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, optimizer: bool = True) -> None:
         saved = load_file(folder / "policy.safetensors")
         trained = self._trained()
         if saved.keys() != trained.keys():
@@ -207,10 +211,15 @@ class AccelerateBackend(Backend):
         for name, weight in trained.items():
             with torch.no_grad(), self.sharding.writing([weight]):
                 weight.copy_(self.sharding.part(saved[name], weight))
-        if not (folder / "optimizer.safetensors").is_file():
-            return
-        self.sharding.load_optimizer_state(read_optimizer(folder / "optimizer.safetensors"))
-        self.scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text()))
+        if optimizer and (folder / OPTIMIZER_FILE).is_file():
+            self.sharding.load_optimizer_state(read_optimizer(folder / OPTIMIZER_FILE))
+        else:
+            self.sharding.optimizer.state.clear()
+        updates = json.loads((folder / UPDATES_FILE).read_text())
+        self.scheduler = self.schedule_at(updates["step_count"])
+        # a run that goes on in another precision has another scale, or none
+        if self.accelerator.scaler is not None and updates["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(updates["scaler"])
 
     def export_hf(self, folder: Path) -> None:
         self._export(folder)

@@ -27,6 +27,9 @@ from trlx.rollout.sampling import SamplingConfig
 PATIENCE = timedelta(hours=6)
 """How long processes wait while the main one scores rollouts; torch's own ten minutes end runs with slow rewards."""
 
+UPDATES_FILE = "updates.json"
+"""In a checkpoint: optimizer steps done, on which the learning rate depends, and the loss scale of fp16."""
+
 LossFn = Callable[[TokenScores, TokenBatch], tuple[Tensor, Metrics]]
 """Takes one microbatch; returns the loss **summed** over its response tokens, and its metrics."""
 
@@ -70,6 +73,8 @@ class Backend(ABC):
     """Which part of the model this process holds, as an ending of file names; "" for the one that leads."""
     layout: Layout = OneRow()
     """How rollouts become rows of this model."""
+    schedule: str = ""
+    """The learning rate's schedule, where it is not the config's section alone that says it."""
     starts_at_reference: bool = True
     """Whether policy and reference are one before the first update; an adapter may make them differ from the start."""
     precision: torch.dtype = torch.float32
@@ -134,11 +139,13 @@ class Backend(ABC):
 
     @abstractmethod
     def save(self, folder: Path, optimizer: bool = True) -> None:
-        """Writes what trains, with optimizer and scheduler, into an existing folder. Called on every process."""
+        """Writes what trains and where its schedule is, with `optimizer` also the optimizer's running averages, into an
+        existing folder. Called on every process."""
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, bit for bit. The reference stays what it was at construction."""
+    def load(self, folder: Path, optimizer: bool = True) -> None:
+        """Restores what `save` wrote, bit for bit; running averages only with `optimizer` and where they were written.
+        Settings of optimizer and schedule are those of this backend, and so is the reference."""
 
     @abstractmethod
     def export_hf(self, folder: Path) -> None:

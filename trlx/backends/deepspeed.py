@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from trlx.backends.sharding import MakeOptimizer, Replicated, trainable, whole_on_main
+from trlx.backends.sharding import MakeOptimizer, Replicated, trainable, whole_on_main, with_own_settings
 from trlx.batch import TokenScores
 from trlx.models.policy import Policy
 from trlx.optional import require
@@ -157,7 +157,7 @@ class Zero2(Replicated):
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         (group,), (saved,) = self.optimizer.optimizer.param_groups, state["param_groups"]
-        group.update({name: value for name, value in saved.items() if name != "params"})
+        group.update({**with_own_settings(saved, group), "params": group["params"]})
         for entries in list(state["state"].values())[:1]:
             self._make_room(entries, on_device=bool(group.get("fused")))
         for index, entries in state["state"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -105,15 +106,22 @@ def _are_sharded(parameters: list[Parameter]) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
-def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """The schedule, stepped once per optimizer step whatever the number of processes.
+def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer, steps: int = 0) -> LRScheduler:
+    """The schedule, stepped once per optimizer step whatever the number of processes, as it is after `steps` of them.
 
     Raises:
         ValueError: the schedule does not take one of ``scheduler.kwargs``.
     """
-    if config.name == "constant":
-        return ConstantLR(optimizer, factor=1.0)
+    for group in optimizer.param_groups:  # an earlier schedule may have moved it
+        group["lr"] = group.pop("initial_lr", group["lr"])
+    kind, kwargs = SCHEDULES.get(config.name), _written(config.kwargs)
     try:
-        return SCHEDULES[config.name](optimizer, **_written(config.kwargs))
+        scheduler = kind(optimizer, **kwargs) if kind else ConstantLR(optimizer, factor=1.0)
     except TypeError as error:
         raise ValueError(f"scheduler.kwargs do not fit scheduler.name '{config.name}': {error}") from error
+    with warnings.catch_warnings():
+        # torch misses the steps of the optimizer, which were made by the run that goes on
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(steps):
+            scheduler.step()
+    return scheduler

@@ -107,7 +107,8 @@ class Replicated:
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Restores what `optimizer_state` gave, of one or of many processes."""
         parts = _with_tensors(state, lambda index, value: self.part(value, self.parameters[index]))
-        self.optimizer.load_state_dict(parts)
+        groups = zip(state["param_groups"], self.optimizer.param_groups, strict=True)
+        self.optimizer.load_state_dict({**parts, "param_groups": [with_own_settings(*pair) for pair in groups]})
 
 
 class Sharded(Replicated):
@@ -249,6 +250,12 @@ def _with_tensors(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]
         for index, entries in state["state"].items()
     }
     return {**state, "state": changed}
+
+
+def with_own_settings(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A saved group of parameters with the settings of this optimizer, and what only the saved one has: apex counts its
+    steps there."""
+    return {**saved, **{name: value for name, value in own.items() if name != "params"}}
 
 
 def _check_dtypes(policy: Policy) -> None:

@@ -139,7 +139,6 @@ class PromptStream:
         self.pipeline = pipeline
         self.seed = seed
         self.position = 0
-        self._order: tuple[int, list[int]] | None = None
 
     def take(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""
@@ -149,9 +148,7 @@ class PromptStream:
 
     def _at(self, position: int) -> Prompt:
         number, offset = divmod(position, len(self.pipeline))
-        if self._order is None or self._order[0] != number:
-            self._order = number, permutation(len(self.pipeline), self.seed, "prompts", number)
-        return self.pipeline[self._order[1][offset]]
+        return self.pipeline[permutation(len(self.pipeline), self.seed, "prompts", number)[offset]]
 
 
 def _separate(prompts: Iterable[Any]) -> tuple[list[Any], list[dict[str, Any]]]:

@@ -53,13 +53,10 @@ class RolloutStore:
         return digest.hexdigest()[:16]
 
 
-def batch_order(num_rows: int, batch_size: int, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
-    """The row numbers of every global batch of a pass: a function of its arguments, so a resume needs none of it saved.
-
-    `batch_size` counts rows over all processes. The last batch may be short.
-    """
-    order = permutation(num_rows, seed, "batches", epoch) if shuffle else list(range(num_rows))
-    return [order[start : start + batch_size] for start in range(0, num_rows, batch_size)]
+def pass_order(num_rows: int, seed: int, number: int) -> tuple[int, ...]:
+    """The row numbers of the `number`-th pass over a store: a function of its arguments, so a resume needs none of it
+    saved. Global batches are consecutive pieces of it; the last one may be short."""
+    return permutation(num_rows, seed, "rows", number)
 
 
 def own_rows(count: int, rank: int, size: int) -> slice:

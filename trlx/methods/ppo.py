@@ -95,8 +95,7 @@ class FixedKL:
         return {"coef": self.coef}
 
     def load(self, state: dict[str, float]) -> None:
-        """Restores what `state` returned."""
-        self.coef = state["coef"]
+        """Restores what `state` returned; a fixed coefficient stays what it was made with."""
 
 
 @dataclass
@@ -112,6 +111,9 @@ class AdaptiveKL(FixedKL):
     def update(self, kl: float, n: int) -> None:
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * n / self.horizon
+
+    def load(self, state: dict[str, float]) -> None:
+        self.coef = state["coef"]
 
 
 def ppo_loss(

@@ -21,7 +21,7 @@ from trlx.checkpoint import RandomState, TrainerState, own_randomness, seed_ever
 from trlx.compat_hooks import check_hooks
 from trlx.config import TRLConfig
 from trlx.data.prompts import PromptPipeline
-from trlx.data.store import Store, batch_order, shard
+from trlx.data.store import Store, pass_order, shard
 from trlx.methods.masked import Metrics
 from trlx.models.source import tokenizer_for
 from trlx.rollout.sampling import SamplingConfig, one_setting, sweep_variants
@@ -92,7 +92,6 @@ class Trainer(OldNames, ABC):
         self.pending: dict[str, float] = {}  # what collect() measured, logged with the next step
         self.saved: tuple[Path, int] | None = None  # the last checkpoint to resume from, and its step
         self.at_boundary = True  # between steps, where what is saved can be resumed from
-        self._plan: tuple[int, list[list[int]]] | None = None
         self._skipped = SkippedSteps()
 
     # what a method says
@@ -299,11 +298,15 @@ class Trainer(OldNames, ABC):
         while not self.finished:
             leave_if_asked(self.backend)
             # an online trainer may have rollouts from a checkpoint, an offline one has had its samples from the start
-            begins = not self.online and (self.state.inner_epoch, self.state.position) == (0, 0)
+            begins = not self.online and (self.state.inner_epoch, self.state.rows_done) == (0, 0)
             if self.store is None or begins:
                 self.store = self._collect()
-            plan = self._pass_plan()
-            yield shard(self.store, plan[self.state.position], self.backend.data_rank, self.backend.data_size)
+            yield shard(self.store, self._rows(), self.backend.data_rank, self.backend.data_size)
+
+    def _rows(self) -> list[int]:
+        """The row numbers of the present global batch."""
+        order, done = pass_order(len(self.store), self.config.train.seed, self.state.passes), self.state.rows_done
+        return list(order[done : done + self._global_batch_size])
 
     def _collect(self) -> Store:
         """`collect`; if it ends early, random numbers go back to where they were: a checkpoint can be written."""
@@ -315,18 +318,10 @@ class Trainer(OldNames, ABC):
             self.load_method_state(before[1])
             raise
 
-    def _pass_plan(self) -> list[list[int]]:
-        """Row numbers of every global batch of the present pass."""
-        number = self.state.epoch * self.inner_epochs + self.state.inner_epoch
-        if self._plan is None or self._plan[0] != number:
-            order = batch_order(len(self.store), self._global_batch_size, self.config.train.seed, number)
-            self._plan = (number, order)
-        return self._plan[1]
-
     def _step(self, batch: TokenBatch) -> None:
         """One optimizer step and everything due after it. At its end the run is at a boundary it can resume from."""
         began = time.perf_counter()
-        tokens = self.store.num_tokens(self._pass_plan()[self.state.position])
+        tokens = self.store.num_tokens(self._rows())
         self.at_boundary = False
         metrics = self.backend.train_step(batch, self.loss)
         self._advance()
@@ -345,14 +340,18 @@ class Trainer(OldNames, ABC):
             self.save()
 
     def _advance(self) -> None:
-        """Moves the position past the batch just done, over the ends of passes and epochs."""
+        """Moves the position past the batch just done."""
+        self.state.step += 1
+        self.state.rows_done += self._global_batch_size
+        self.settle()
+
+    def settle(self) -> None:
+        """Moves the position over the ends of a pass and an epoch, if they are reached."""
         state = self.state
-        state.step += 1
-        state.position += 1
-        if state.position == len(self._pass_plan()):
-            state.position, state.inner_epoch = 0, state.inner_epoch + 1
-        if state.inner_epoch == self.inner_epochs:
-            state.inner_epoch, state.epoch = 0, state.epoch + 1
+        if state.rows_done >= len(self.store):
+            state.rows_done, state.inner_epoch, state.passes = 0, state.inner_epoch + 1, state.passes + 1
+        if state.inner_epoch >= self.inner_epochs:
+            state.rows_done, state.inner_epoch, state.epoch = 0, 0, state.epoch + 1
             self.store = None if self.online else self.store
 
     def _keep_best(self, objective: float | None) -> None:

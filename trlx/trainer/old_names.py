@@ -11,7 +11,7 @@ from trlx.compat_hooks import HOOKS
 from trlx.rollout.sampling import sweep_variants
 from trlx.trainer.sequences import sample_sequences
 
-_LOADER = "trainer.store holds the rows, and trlx.data.store.batch_order says in which order they are read"
+_LOADER = "trainer.store holds the rows, and trlx.data.store.pass_order says in which order they are read"
 _EVALUATOR = "trainer.evaluator holds the prompts of evaluations"
 _STREAM = "trainer.stream draws PPO's prompts, and RFT's are trainer.pipeline"
 _MINIBATCH = "trainer.backend.microbatch_size says how batches are split"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,13 +126,19 @@ class PPOTrainer(Trainer):
             "moments": self.moments.state(),
             "ref_std": self.ref_std,
             "prompts_drawn": self.stream.position,
+            "temperature": self.source.sampling.logprob_temperature,
         }
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         self.kl.load(state["kl"])
         self.moments.load(state["moments"])
-        self.ref_std = state["ref_std"]
+        self.ref_std = self.method.ref_std or state["ref_std"]
         self.stream.position = state["prompts_drawn"]
+
+    def read_rollouts(self, folder: Path) -> None:
+        super().read_rollouts(folder)
+        if self.state.method["temperature"] != self.source.sampling.logprob_temperature:
+            self.store = None  # their log-probabilities are those of another policy
 
     def _chunks(self) -> Iterator[list[Prompt]]:
         """The prompts of one collection, in the pieces that all processes generate at once."""

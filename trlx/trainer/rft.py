@@ -103,7 +103,7 @@ class RFTTrainer(Trainer):
     def read_rollouts(self, folder: Path) -> None:
         self.history = checkpoint.read_history(folder)
         # at the end of an epoch the next selection is still to be made
-        self.store = self._selected() if self.state.position else None
+        self.store = self._selected() if self.state.rows_done else None
 
     def _grow(self) -> None:
         """Adds scored samples of the present policy to the history."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trlx import checkpoint, logging
 from trlx.checkpoint import RandomState
+from trlx.trainer.changes import changes, keeps_averages
 from trlx.trainer.together import on_main
 
 if TYPE_CHECKING:
@@ -33,14 +34,25 @@ def write_run(trainer: Trainer, target: Path) -> None:
 
 
 def read_run(trainer: Trainer, directory: Path) -> None:
-    """Makes `trainer` the run that wrote the checkpoint, or warns of each difference that keeps it from being that."""
+    """Makes `trainer` the run that wrote the checkpoint, or says of each difference what becomes of it.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it is of another method or backend, or holds other weights than this config trains.
+    """
     folder = checkpoint.existing(directory)
-    trainer.state, saved = checkpoint.read_state(folder)
-    for difference in checkpoint.differences(saved, identity(trainer)):
-        logger.warning(f"Resuming {folder}, but the numbers will not be the interrupted run's: {difference}")
-    trainer.backend.load(folder)
-    trainer.load_method_state(trainer.state.method)
+    state, saved = checkpoint.read_state(folder)
+    now = identity(trainer)
+    for change in changes(saved, now):
+        logger.warning(f"Resuming {folder} where something has changed. {change}")
+    trainer.state = state
+    trainer.backend.load(folder, optimizer=keeps_averages(saved, now))
+    trainer.load_method_state(state.method)
     trainer.read_rollouts(folder)
+    if trainer.store is not None:
+        trainer.settle()
+    elif trainer.online or saved["data"] != now["data"]:
+        state.rows_done = state.inner_epoch = 0
     own = f"{trainer.backend.data_rank:05d}"
     # in another layout there may be no such part; then what the leading process drew goes on here
     randomness = RandomState.read(folder, own + trainer.backend.part) or RandomState.read(folder, own)
@@ -51,8 +63,10 @@ def read_run(trainer: Trainer, directory: Path) -> None:
 def identity(trainer: Trainer) -> dict[str, Any]:
     """What must be the same for a resumed run to give the same numbers."""
     return {
+        "backend": type(trainer.backend).__name__,
         "config": trainer.config.to_json(),
         "model": trainer.backend.fingerprint(),
+        "schedule": trainer.backend.schedule,
         "data": trainer.data_digest,
         "data_processes": trainer.backend.data_size,
     }

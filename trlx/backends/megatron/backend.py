@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from trlx.backends.base import Backend, LossFn, ModelNeeds
+from trlx.backends.base import UPDATES_FILE, Backend, LossFn, ModelNeeds
 from trlx.backends.megatron.drawing import check_settings
 from trlx.backends.megatron.generation import generate
 from trlx.backends.megatron.layout_checks import check_layout
@@ -35,8 +35,6 @@ from trlx.methods.masked import finish, merge_packed, pack
 from trlx.models.reference import Reference
 from trlx.models.source import exported
 from trlx.rollout.sampling import SamplingConfig
-
-UPDATES_FILE = "updates.json"
 
 
 class MegatronBackend(Backend):
@@ -67,6 +65,7 @@ class MegatronBackend(Backend):
         self.processes = dist.get_world_size()
         self.tokenizer, self.needs, self.precision = tokenizer, needs, settings.dtype
         self.microbatch_size = settings.micro_batch_size
+        self.schedule = repr(settings.optim.schedule)  # its length may be train.total_steps
         self.divisor = settings.parallel.tensor if settings.parallel.sequence else 1
 
         rows = padded_vocab(vocab, settings.make_vocab_size_divisible_by * settings.parallel.tensor)
@@ -157,14 +156,15 @@ class MegatronBackend(Backend):
         self.randomness.save(folder)
         if optimizer:
             self.weights.save_moments(folder, self.updates)
-            if self.is_main:
-                (folder / UPDATES_FILE).write_text(json.dumps(self.updates.state()))
+        if self.is_main:
+            (folder / UPDATES_FILE).write_text(json.dumps(self.updates.state()))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, optimizer: bool = True) -> None:
         self.weights.load_trained(folder, self.updates)
         self.randomness.load(folder)
-        if (folder / UPDATES_FILE).is_file():
-            self.updates.load(json.loads((folder / UPDATES_FILE).read_text()))
+        averages = optimizer and any(folder.glob("optimizer-*"))
+        self.updates.load(json.loads((folder / UPDATES_FILE).read_text()), averages)
+        if averages:
             self.weights.load_moments(folder, self.updates)
 
     def export_hf(self, folder: Path) -> None:

@@ -29,6 +29,8 @@ class Updates:
         self.optim: Optim = settings.optim
         self.max_norm = settings.max_grad_norm
         self.step_count = 0
+        self.averaged_steps = 0
+        """Steps that the running averages are of: fewer where a checkpoint came without them."""
         self.engine = _engine_optimizer(stage, settings)
         if settings.dtype == torch.float16:
             for chunk in stage:
@@ -51,6 +53,7 @@ class Updates:
         if not skipped:
             self.engine.step_with_ready_grads()
             self.step_count += 1
+            self.averaged_steps += 1
             self._set_rate()
         return {"grad_norm": norm, "skipped_steps": float(skipped), "learning_rate_group_0": rate}
 
@@ -60,7 +63,7 @@ class Updates:
 
     def kinds(self, weight: Tensor) -> list[str]:
         """Which running averages are kept of `weight`; none before the first step."""
-        return list(self.optim.moment_names) if self.step_count else []
+        return list(self.optim.moment_names) if self.averaged_steps else []
 
     def main(self, weight: Tensor) -> Tensor:
         """The float32 weight that is trained, of which a half weight is a rounded copy. Called as `kept` is."""
@@ -93,12 +96,12 @@ class Updates:
     def prepare(self) -> None:
         """Makes empty running averages for every weight, to be set from a checkpoint; none before the first step."""
         optimizer = self.engine.optimizer
-        if optimizer is None or not self.step_count:
+        if optimizer is None or not self.averaged_steps:
             return
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 averages = {name: torch.zeros_like(weight) for name in self.optim.moment_names}
-                optimizer.state[weight] = averages | {"step": torch.tensor(float(self.step_count))}
+                optimizer.state[weight] = averages | {"step": torch.tensor(float(self.averaged_steps))}
 
     def _piece(self, weight: Tensor, kind: str) -> tuple[Tensor | None, slice | None]:
         """(what this process keeps, which part of the flat weight that is); the part is None for all of it."""
@@ -117,11 +120,14 @@ class Updates:
         scaler = None if self._scaler is None else self._scaler.state_dict()
         if scaler is not None:
             scaler["scale"] = float(scaler["scale"])
-        return {"step_count": self.step_count, "scaler": scaler}
+        return {"step_count": self.step_count, "averaged_steps": self.averaged_steps, "scaler": scaler}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Restores `state`."""
+    def load(self, state: dict[str, Any], averages: bool) -> None:
+        """Restores `state`; without `averages` the running averages start anew."""
         self.step_count = state["step_count"]
+        self.averaged_steps = state["averaged_steps"] if averages else 0
+        if self.engine.optimizer is not None and not averages:
+            self.engine.optimizer.state.clear()
         self._set_rate()
         # a run that goes on in another precision has another scale, or none
         if self._scaler is not None and state["scaler"] is not None:

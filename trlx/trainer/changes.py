@@ -1,0 +1,106 @@
+"""What becomes of settings, data and processes that are others than when the checkpoint was written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+EXACT = {
+    f"config.{name}"
+    for name in """train.total_steps train.epochs train.checkpoint_interval train.keep_checkpoints train.eval_interval
+        train.checkpoint_dir train.resume_from_checkpoint train.tracker train.logging_dir train.project_name
+        train.run_name train.entity_name train.group_name train.tags train.rollout_logging_dir train.save_best
+        train.save_optimizer train.reward_timeout train.gradient_checkpointing model.model_path""".split()
+}
+"""What changes no number. That a model is another one is seen in its weights, that a learning rate hangs on the number
+of steps in its schedule."""
+
+ADAPTED = {
+    "data": "offline the present pass starts anew on the new data; online the rollouts in hand stay, and prompts are "
+    "drawn from the new ones",
+    "data_processes": "the present pass goes on at its next row, in batches of all processes' rows; random numbers are "
+    "drawn otherwise",
+    "model": "what trained is the checkpoint's; what does not train, and the reference policy, are this model's",
+    "schedule": "the learning rate goes on at the run's step of the new schedule",
+    "config.method": "in use from here on; rollouts in hand keep the advantages that they have",
+    "config.method.chunk_size": "the next collection is drawn so, and differs where its random numbers do",
+    "config.method.gen_kwargs": "in use from here on; PPO drops rollouts in hand of another temperature",
+    "config.method.gen_experience_kwargs": "in use from here on; PPO drops rollouts in hand of another temperature",
+    "config.method.init_kl_coef": "a fixed coefficient has the new value from here on, an adaptive one goes on from "
+    "where it was",
+    "config.method.num_rollouts": "the next collection has so many",
+    "config.method.ppo_epochs": "rollouts in hand are passed over that many times; those that were so already are done",
+    "config.method.ref_std": "in use from the next collection on; null keeps the one that was in use",
+    "config.optimizer": "in use from here on",
+    "config.scheduler": "the learning rate goes on at the run's step of the new schedule",
+    "config.train.batch_size": "the present pass goes on at its next row, in batches of the new size",
+    "config.train.max_grad_norm": "in use from here on",
+    "config.train.minibatch_size": "numbers are the same up to rounding, and masks of dropout are others",
+    "config.train.mixed_precision": "weights stay as they are, what is computed of them is rounded otherwise",
+    "config.train.seed": "rows and prompts come in another order; of the present pass some may come twice, some not at "
+    "all",
+}
+"""What is done about a change, by the name of the setting or by the beginning of it."""
+
+REFUSED = {
+    "backend": "train.trainer is of another backend, which cannot read it",
+    "config.method.name": "the method is another one, which has no use for it",
+}
+"""What a checkpoint cannot do, and why."""
+
+AVERAGES = {
+    **dict.fromkeys(("adam", "adamw", "fused_adam", "distributed_fused_adam"), "adam"),
+    **dict.fromkeys(("adam_8bit_bnb", "adamw_8bit_bnb"), "8bit"),
+}
+"""Optimizers that understand each other's running averages."""
+
+
+def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each thing that makes numbers differ from those of a run that was never stopped: what, and how.
+
+    Args:
+        saved, now: what identifies a run, see `saving.identity`.
+
+    Raises:
+        ValueError: the checkpoint cannot be resumed so.
+    """
+    before, after = _flat(saved), _flat(now)
+    found = []
+    for key in sorted((before.keys() | after.keys()) - EXACT):
+        if before.get(key) == after.get(key):
+            continue
+        change = f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
+        if key in REFUSED and key in before:
+            raise ValueError(
+                f"The checkpoint cannot be resumed, because {REFUSED[key]} ({change}). To start from its weights, "
+                "write its path as model.model_path and leave train.resume_from_checkpoint out"
+            )
+        found.append(f"{change}: {_what_is_done(key)}")
+    if not saved["config"]["train"]["save_optimizer"]:
+        found.append("train.save_optimizer was false then: the optimizer's running averages start anew")
+    elif not keeps_averages(saved, now):
+        found.append("the optimizer's running averages start anew")
+    return found
+
+
+def keeps_averages(saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the optimizer can go on from the running averages of the one that a checkpoint is of."""
+    kinds = [
+        (AVERAGES.get(optimizer["name"], optimizer["name"]), bool(optimizer["kwargs"].get("amsgrad")))
+        for optimizer in (saved["config"]["optimizer"], now["config"]["optimizer"])
+    ]
+    return kinds[0] == kinds[1]
+
+
+def _what_is_done(key: str) -> str:
+    """The text for the longest beginning of `key` that has one."""
+    parts = key.split(".")
+    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((ADAPTED[name] for name in names if name in ADAPTED), "numbers will not be the interrupted run's")
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
