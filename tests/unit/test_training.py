@@ -27,10 +27,10 @@ def test_before_the_first_update_kl_is_0_and_the_ratio_is_1(tmp_path):
 
 def test_ppo_learns_what_the_reward_asks_for(tmp_path):
     method = {"init_kl_coef": 0.0, "target": None, "scale_reward": None, "num_rollouts": 32, "chunk_size": 32}
-    changes = {"train": {"total_steps": 80, "eval_interval": 80}, "optimizer": {"kwargs": {"lr": 1e-2}}}
+    changes = {"train": {"total_steps": 100, "eval_interval": 100}, "optimizer": {"kwargs": {"lr": 1e-2}}}
     run("PPO", tmp_path, method=method, **changes)
     rewards = [line["reward/mean"] for line in metrics(tmp_path) if "reward/mean" in line]
-    assert rewards[-1] > rewards[0] + 0.25
+    assert rewards[-1] > rewards[0] + 0.3
 
 
 def test_sft_learns_its_samples(tmp_path):
