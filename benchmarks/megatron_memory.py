@@ -23,7 +23,7 @@ from trlx.batch import Rollout, TokenBatch
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.data.collate import collate
 from trlx.launch.scale import Run, parameters
-from trlx.launch.scale_memory import chunk_activations, computed_again, in_flight, memory, score_activations
+from trlx.launch.scale_memory import activations, computed_again, memory, score_activations
 from trlx.launch.scale_traffic import messages
 
 NEEDS = {
@@ -111,7 +111,7 @@ def measure(case: Case) -> dict[str, Any]:
     with counted_messages() as sent, kept_activations(weights) as kept:
         backend.train_step(batch(case), scored)
     count, paper = parameters(run, stage), memory(run, stage)
-    on_paper = in_flight(run, stage) * chunk_activations(run, stage)
+    on_paper = activations(run, stage)
     on_paper += max(score_activations(run, stage), computed_again(run, stage))
     optimizer = backend.updates.engine.optimizer
     state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.dim()]

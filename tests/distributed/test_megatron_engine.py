@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
 
 
-def built(algorithm="SFT", parallel=None, gpt=None, dropout=False, train=None, optimizer=None):
+def built(algorithm="SFT", parallel=None, gpt=None, dropout=False, train=None, optimizer=None, unfrozen=-1):
     """A Megatron backend on a tiny GPT-2, with `gpt` as the ``model`` section of a NeMo-shaped file."""
     from trlx.backends.megatron.backend import MegatronBackend
 
@@ -30,6 +30,7 @@ def built(algorithm="SFT", parallel=None, gpt=None, dropout=False, train=None, o
     options = settings(
         tiny_gpt2_config(layers=4, initializer_range=0.15, **(DROPOUT if dropout else {})),
         data_size=world() // size,
+        unfrozen=unfrozen,
         megatron_cfg={"model": gpt or {}},
         **parallel,
     )
@@ -74,6 +75,19 @@ def recompute(parallel) -> None:
 
 def test_recomputed_activations_change_nothing_with_and_without_dropout():
     together(4, recompute, layout(2, 2, sequence=True))
+
+
+def recompute_partly_frozen() -> None:
+    pairs = {**RECOMPUTE[1], "activations_checkpoint_num_layers": 2}
+    for unfrozen in (1, 2):
+        expected = trained(built(unfrozen=unfrozen))
+        assert expected[0][0]["grad_norm"] > 0
+        for gpt in (*RECOMPUTE, pairs):
+            same(trained(built(unfrozen=unfrozen, gpt=gpt)), expected)
+
+
+def test_recomputed_layers_above_frozen_ones_train():
+    together(1, recompute_partly_frozen)
 
 
 def dropout_is_one_on_tensor_ranks(parallel) -> None:

@@ -38,6 +38,9 @@ ON_ONE = [
     Case(GPT2, algorithm="ILQL"),
     Case(GPT2, algorithm="PPO", precision="bf16"),
     Case(GPT2, algorithm="PPO", unfrozen=2),
+    Case(GPT2, algorithm="PPO", unfrozen=2, recompute=FULL),
+    Case(GPT2, algorithm="PPO", unfrozen=2, recompute={**FULL, "num_layers": 2}),
+    Case(GPT2, algorithm="PPO", unfrozen=3, recompute={**FULL, "method": "block", "num_layers": 2}),
     Case(GPT2, recompute={"granularity": "selective"}),
     Case(GPT2, recompute=FULL),
     Case(GPT2, recompute={**FULL, "num_layers": 2}),
@@ -46,13 +49,23 @@ ON_ONE = [
     Case(LLAMA),
     Case(QWEN3, algorithm="PPO"),
 ]
+FROZEN = [
+    Case(GPT2, PIPELINE, "PPO", unfrozen=2),
+    Case(GPT2, TENSOR | PIPELINE, "PPO", unfrozen=1),
+    Case(GPT2, {"pipeline_model_parallel_size": 4}, "PPO", unfrozen=1),
+    Case(GPT2, TENSOR | PIPELINE | SEQUENCE, "PPO", unfrozen=3),
+    Case(GPT2, PIPELINE | CHUNKS, "PPO", unfrozen=1),
+    Case(GPT2, PIPELINE | CHUNKS, "PPO", unfrozen=3),
+]
 ON_FOUR = [
     Case(GPT2, TENSOR, "ILQL"),
     Case(GPT2, TENSOR | SEQUENCE, "PPO"),
     Case(GPT2, TENSOR | SEQUENCE, recompute=FULL),
     Case(GPT2, PIPELINE | CHUNKS),
     Case(GPT2, TENSOR | PIPELINE, "PPO"),
-    Case(GPT2, PIPELINE, "PPO", unfrozen=2),
+    *FROZEN,
+    Case(GPT2, TENSOR | PIPELINE, "PPO", unfrozen=0),
+    Case(GPT2, TENSOR | PIPELINE, "ILQL", unfrozen=0),
     Case(LLAMA, TENSOR | PIPELINE | SEQUENCE, "ILQL"),
     Case(LLAMA, {"pipeline_model_parallel_size": 4}, "PPO"),
     Case(QWEN3, TENSOR | SEQUENCE),
@@ -98,9 +111,10 @@ def check_layouts() -> None:
 
 
 def check_activations_in_flight() -> None:
-    for layout in (PIPELINE, PIPELINE | CHUNKS, TENSOR | PIPELINE | SEQUENCE, {"pipeline_model_parallel_size": 4}):
-        measured, on_paper = measure(Case(GPT2, layout, "PPO"))["activations"]
-        assert 0 <= measured - on_paper <= 0.01 * on_paper, (layout, measured, on_paper)
+    layouts = (PIPELINE, PIPELINE | CHUNKS, TENSOR | PIPELINE | SEQUENCE, {"pipeline_model_parallel_size": 4})
+    for case in (*(Case(GPT2, layout, "PPO") for layout in layouts), *FROZEN):
+        measured, on_paper = measure(case)["activations"]
+        assert 0 <= measured - on_paper <= 0.01 * on_paper, (case, measured, on_paper)
 
 
 def check_activations() -> None:

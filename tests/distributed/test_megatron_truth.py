@@ -298,4 +298,5 @@ def test_exactly_the_top_blocks_train(tmp_path, unfrozen):
     changed = {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
     assert bool(changed) is bool(unfrozen)
     assert all(name.startswith(("transformer.h.3.", "transformer.ln_f.")) for name in changed)
-    together(2, compare, tmp_path, [("gpt2", "PPO")], [layout(2), layout(1, 2)], unfrozen)
+    together(2, compare, tmp_path, [("gpt2", "PPO")], [layout(2), layout(1, 2), layout(1, 2, virtual=2)], unfrozen)
+    together(4, compare, tmp_path, [("gpt2", "PPO")], [layout(1, 4), layout(2, 2, sequence=True)], unfrozen)

@@ -14,7 +14,7 @@ from trlx.backends.megatron.settings import Parallel, Recompute
 from trlx.backends.megatron.shape import Shape
 from trlx.launch.plan import fit, fullest, launch_line, needs, read_config, read_run
 from trlx.launch.scale import Run, bubble, parameters, total_parameters
-from trlx.launch.scale_memory import cache, chunk_activations, in_flight, layer_activations, memory
+from trlx.launch.scale_memory import activations, cache, chunk_activations, in_flight, layer_activations, memory
 from trlx.launch.scale_traffic import RING, Message, messages, traffic
 from trlx.strict import ConfigError
 
@@ -97,11 +97,27 @@ def test_a_layer_keeps_34_bytes_a_token_and_width_as_in_the_paper(parallel, insi
 
 def test_a_layer_that_is_computed_again_keeps_its_input_only():
     full = changed(recompute=Recompute("full", "uniform", 1))
-    assert chunk_activations(full, 0) == 4 * (2 * 16 * 8 * 2)
+    assert chunk_activations(full, 0) == [4 * (2 * 16 * 8 * 2)]
     pairs = changed(recompute=Recompute("full", "uniform", 2))
-    assert chunk_activations(pairs, 0) == 2 * (2 * 16 * 8 * 2)
+    assert chunk_activations(pairs, 0) == [2 * (2 * 16 * 8 * 2)]
     one = changed(recompute=Recompute("full", "block", 1))
-    assert chunk_activations(one, 0) == 3 * layer_activations(RUN) + 2 * 16 * 8 * 2
+    assert chunk_activations(one, 0) == [3 * layer_activations(RUN) + 2 * 16 * 8 * 2]
+
+
+def test_stages_below_all_that_trains_keep_no_activations_and_get_no_gradients():
+    four, layer = changed(parallel=Parallel(pipeline=4), unfrozen=1), layer_activations(RUN)
+    assert [activations(four, stage) for stage in range(4)] == [0, 0, 0, layer]
+    sent = [sum(each.times for each in messages(four, stage) if each.kind == "send") for stage in range(4)]
+    assert sent == [4, 4, 4, 0]
+    two = changed(parallel=Parallel(pipeline=2), unfrozen=3)
+    assert [activations(two, stage) for stage in range(2)] == [2 * layer, 2 * layer]
+
+
+def test_of_an_interleaved_stage_the_chunks_that_train_keep_activations():
+    # its second chunk goes forward for two microbatches before it goes back for the first one
+    run = changed(parallel=Parallel(pipeline=2, virtual=2), unfrozen=3)
+    assert run.trained_layers(0) == [0, 1] and run.trained_layers(1) == [1, 1]
+    assert activations(run, 0) == 2 * layer_activations(RUN) and activations(run, 1) == 3 * layer_activations(RUN)
 
 
 def test_the_first_of_four_stages_holds_four_microbatches_the_last_one():

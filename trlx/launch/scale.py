@@ -84,6 +84,12 @@ class Run:
         firsts = [(chunk * pipeline + stage) * size for chunk in range(chunks)]
         return [first + i for first in firsts for i in range(size)]
 
+    def trained_layers(self, stage: int) -> list[int]:
+        """How many layers train in each chunk of a stage. Gradients go through them alone, those on top."""
+        layers, chunks = self.layers(stage), self.parallel.virtual or 1
+        size = len(layers) // chunks
+        return [sum(map(self.is_trained, layers[size * chunk : size * (chunk + 1)])) for chunk in range(chunks)]
+
     def is_trained(self, layer: int) -> bool:
         return self.unfrozen == -1 or layer >= self.shape.num_layers - self.unfrozen
 

@@ -51,7 +51,7 @@ def memory(run: Run, stage: int) -> Memory:
         main_weights=FLOAT * count.trained / share if run.element < FLOAT else 0,
         moments=FLOAT * run.moments * trained / share,
         reference=run.element * count.trained if run.reference else 0,
-        activations=held * (chunk_activations(run, stage) + _sent(run, stage)),
+        activations=activations(run, stage) + held * (_sent(run, stage) + _received(run, stage)),
         temporary=max(score_activations(run, stage) + _logits_at_once(run, stage), computed_again(run, stage)),
     )
 
@@ -67,6 +67,17 @@ def in_flight(run: Run, stage: int) -> int:
     if chunks is None:
         return min(run.microbatches, pipeline - stage)
     return min(run.microbatches * chunks, 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline + 1)
+
+
+def activations(run: Run, stage: int) -> float:
+    """Bytes that the layers of a stage keep of all microbatches in flight, at their peak."""
+    kept, held = chunk_activations(run, stage), in_flight(run, stage)
+    if len(set(kept)) == 1:
+        return held * kept[0]
+    # chunks take turns, each for as many microbatches as there are stages: the first goes forward first, the last back
+    turns = [kept[number // run.parallel.pipeline % len(kept)] for number in range(run.microbatches * len(kept))]
+    backs = [kept[-1 - number // run.parallel.pipeline % len(kept)] for number in range(len(turns))]
+    return max(sum(turns[: done + held]) - sum(backs[:done]) for done in range(len(turns)))
 
 
 def layer_activations(run: Run) -> float:
@@ -85,19 +96,19 @@ def layer_activations(run: Run) -> float:
     return run.tokens * (inside / run.parallel.tensor + (norms + inputs + masks) / run.sequence_split)
 
 
-def chunk_activations(run: Run, stage: int) -> float:
-    """Bytes that the layers of a stage, or of one chunk of it, keep of one microbatch.
+def chunk_activations(run: Run, stage: int) -> list[float]:
+    """Bytes that the layers of each chunk of a stage keep of one microbatch.
 
-    Recomputed in full, pieces of layers keep their input only (arXiv:2205.05198, 5). On the first stage layers below
-    all that trains keep nothing; frozen ones of other stages are counted as if they trained, which is a bit too much.
+    Recomputed in full, pieces of layers keep their input only (arXiv:2205.05198, 5). Layers below all that trains keep
+    nothing.
     """
-    layers = run.layers(stage)
-    size = len(layers) // (run.parallel.virtual or 1)
-    if stage == 0 and run.parallel.virtual is None:
-        size = sum(map(run.is_trained, layers))
-    everything, inputs = _divided(run, size)
-    mask = run.tokens * run.shape.hidden_size / run.sequence_split if stage == 0 and run.dropout else 0
-    return everything * layer_activations(run) + inputs * _state(run) + mask
+    found = []
+    for trained in run.trained_layers(stage):
+        everything, inputs = _divided(run, trained)
+        found.append(everything * layer_activations(run) + inputs * _state(run))
+    if stage == 0 and run.dropout and run.unfrozen == -1:
+        found[0] += run.tokens * run.shape.hidden_size / run.sequence_split  # the mask of the embedding's
+    return found
 
 
 def score_activations(run: Run, stage: int) -> float:
@@ -105,13 +116,13 @@ def score_activations(run: Run, stage: int) -> float:
     three of Q, in float32, unless these are computed again in pieces."""
     if not run.is_last(stage):
         return 0
-    hidden, held = run.shape.hidden_size, 0
+    hidden, held, trains = run.shape.hidden_size, 0, run.unfrozen != 0
     if run.scored * run.vocab_part <= CHUNK_ELEMENTS:
-        held += FLOAT * (run.vocab_part * (2 + 3 * run.q_heads) + 2 * hidden * run.q_heads)
+        held += FLOAT * (run.vocab_part * (2 * trains + 3 * run.q_heads) + 2 * hidden * run.q_heads)
     as_float = FLOAT * hidden if run.element < FLOAT else 0
     held += run.value_head * (as_float + FLOAT * 2 * hidden) + (as_float if run.q_heads else 0)
     final_norm = run.tokens * (_norm_input(run) + _statistics(run)) / run.sequence_split
-    return final_norm + run.scored * (run.element * hidden + held)
+    return trains * final_norm + run.scored * (run.element * hidden + held)
 
 
 def computed_again(run: Run, stage: int) -> float:
@@ -119,8 +130,8 @@ def computed_again(run: Run, stage: int) -> float:
 
     0 where the first layers of a stage are recomputed: by then the others have given back what they had kept.
     """
-    size = len(run.layers(stage)) // (run.parallel.virtual or 1)
-    if run.recompute.granularity != "full" or _divided(run, size)[0]:
+    size = max(run.trained_layers(stage))
+    if run.recompute.granularity != "full" or not size or _divided(run, size)[0]:
         return 0
     return layer_activations(run) * (run.recompute.num_layers if run.recompute.method == "uniform" else 1) - _state(run)
 
@@ -150,6 +161,12 @@ def _state(run: Run) -> float:
 def _sent(run: Run, stage: int) -> float:
     """Bytes of the hidden states that the schedule holds after it has sent them on."""
     return 0 if run.is_last(stage) else _state(run)
+
+
+def _received(run: Run, stage: int) -> float:
+    """Bytes of the hidden states that the schedule holds and no trained layer has kept as its input."""
+    is_kept = run.is_trained(run.layers(stage)[0])
+    return 0 if stage == 0 or is_kept else _state(run)
 
 
 def _attention(run: Run) -> float:

@@ -66,9 +66,8 @@ def _per_layer(run: Run, stage: int) -> dict[str, int]:
     gathered once more for the gradients of weights (arXiv:2205.05198, 4.2.2). Layers recomputed in full go forward
     twice.
     """
-    layers = run.layers(stage)
-    backward = len(layers) if stage else sum(map(run.is_trained, layers))
-    forward = len(layers) + _twice_forward(run, backward)
+    backward = sum(run.trained_layers(stage))
+    forward = len(run.layers(stage)) + _twice_forward(run, backward)
     if not run.parallel.sequence:
         return {"all_reduce": 2 * (forward + backward)}
     return {"all_gather": 2 * forward + 4 * backward, "reduce_scatter": 2 * (forward + backward)}
@@ -98,15 +97,20 @@ def _scores(run: Run, state: int) -> Iterator[Message]:
     reductions = 3 + 5 * run.q_heads
     number = FLOAT * run.scored
     yield Message("tensor", "all_reduce", number, reductions * (2 if is_chunked else 1) * run.microbatches)
-    yield Message("tensor", "all_reduce", run.scored * run.element * run.shape.hidden_size, run.microbatches)
+    if run.unfrozen:
+        yield Message("tensor", "all_reduce", run.scored * run.element * run.shape.hidden_size, run.microbatches)
     if run.q_heads:
         yield Message("tensor", "all_reduce", number * 2 * run.shape.hidden_size, run.q_heads * run.microbatches)
 
 
 def _pipeline(run: Run, stage: int) -> Iterator[Message]:
-    """Hidden states to the next stage, their gradients to the one before; each tensor rank its part of a sequence."""
+    """Hidden states to the next stage, their gradients to the one before if anything trains below; each tensor rank its
+    part of a sequence."""
     chunks = run.parallel.virtual or 1
     sends = 2 * chunks - (1 if stage == 0 else 0) - (1 if run.is_last(stage) else 0)
+    # interleaved stages send gradients that nobody wants as well
+    if stage and run.parallel.virtual is None and not run.is_trained(run.layers(stage)[0] - 1):
+        sends -= 1
     state = run.tokens * run.element * run.shape.hidden_size // run.sequence_split
     yield Message("pipeline", "send", state, sends * run.microbatches)
     if run.shape.tied and run.unfrozen == -1 and (stage == 0 or run.is_last(stage)):

@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -30,6 +30,34 @@ def block_spec(shape: Shape, config: TransformerConfig, num_layers: int) -> Tran
     if shape.qk_norm:
         parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
+
+
+class Decoder(TransformerBlock):
+    """The engine's layers, whose lowest may be frozen, with nothing that trains below them.
+
+    Where the input asks for no gradient, autograd notes nothing of frozen layers. But the engine's recomputation gives
+    weights no gradient either, unless the input of the recomputed piece asks for one: those layers go without it.
+    """
+
+    _plain = 0
+
+    def leave_out(self, frozen: int) -> None:
+        """From now on the lowest `frozen` layers are not computed again, but for those in one piece with others."""
+        config = self.config
+        piece = config.recompute_num_layers if config.recompute_method == "uniform" else 1
+        self._plain = frozen - frozen % piece
+        self.num_layers_per_pipeline_rank = len(self.layers) - self._plain
+
+    def _get_layer(self, layer_number: int) -> nn.Module:
+        return self.layers[self._plain + layer_number]
+
+    def _checkpointed_forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        inputs = {name: kwargs[name] for name in ("attention_mask", "rotary_pos_emb")}
+        for layer in self.layers[: self._plain]:
+            hidden_states, _ = layer(hidden_states=hidden_states, **inputs)
+        if self._plain < len(self.layers) and torch.is_grad_enabled() and not hidden_states.requires_grad:
+            hidden_states = hidden_states.detach().requires_grad_()
+        return super()._checkpointed_forward(hidden_states, **kwargs)
 
 
 class Norm:

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from trlx.backends.base import ModelNeeds
-from trlx.backends.megatron.blocks import block_spec
+from trlx.backends.megatron.blocks import Decoder, block_spec
 from trlx.backends.megatron.heads import make_heads
 from trlx.backends.megatron.parallel import tensor_group
 from trlx.backends.megatron.settings import MegatronSettings
@@ -64,6 +64,9 @@ class ScoringModel(GPTModel):
             rope_scaling_factor=shape.rotary_scaling or 1.0,
             vp_stage=chunk,
         )
+        self.decoder.__class__ = Decoder  # the engine lets no other class be named
+        self.trains_below = self.wants_gradients = True
+        """Whether gradients have somewhere to go: before this stage or chunk, and there or in it."""
         self.to(config.params_dtype)  # norms and position embeddings are torch's own, made in float32
         self.shape = shape
         self.temperature = needs.temperature
@@ -89,6 +92,15 @@ class ScoringModel(GPTModel):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         mask = kwargs.pop("attention_mask", None)
         return super().forward(tokens, positions, mask, loss_mask=response_mask, **kwargs)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Takes the hidden states of the stage before, whose gradients end here where nothing trains below."""
+        hidden = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if hidden is not None and not self.trains_below:
+            if self.config.virtual_pipeline_model_parallel_size and torch.is_grad_enabled():
+                hidden.grad = torch.zeros_like(hidden)  # the interleaved schedule sends one back in any case
+            hidden = hidden.detach()
+        super().set_input_tensor(hidden)
 
     def _postprocess(
         self,
@@ -215,11 +227,15 @@ def freeze(chunks: list[ScoringModel], num_layers_unfrozen: int) -> None:
         )
     if num_layers_unfrozen == -1:
         return
+    first = num_layers - num_layers_unfrozen
     for chunk in chunks:
         language_model(chunk).requires_grad_(False)
         if num_layers_unfrozen:
-            for module in _top(chunk, num_layers - num_layers_unfrozen):
+            for module in _top(chunk, first):
                 module.requires_grad_(True)
+        below, here = chunk.first_layer, len(chunk.decoder.layers)
+        chunk.trains_below, chunk.wants_gradients = first < below, first < below + here
+        chunk.decoder.leave_out(min(max(first - below, 0), here))
 
 
 def language_model(chunk: ScoringModel) -> nn.ModuleDict:

@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from trlx.backends.megatron.model import ScoringModel
+from trlx.backends.megatron.parallel import pipeline_group
 from trlx.batch import TokenBatch, TokenScores
 
 Result = Any
@@ -35,13 +39,38 @@ def run_forward_backward(
     shared. Returns what `on_scores` kept of each microbatch (on the last stage), and the seconds spent going forward.
     """
     clock = _Clock()
-    kept = _run(stage, pieces, lambda piece: partial(_undivided, on_scores, piece, len(pieces)), clock=clock)
-    return kept, clock.seconds
+
+    def on_last(piece: TokenBatch) -> Callable:
+        return partial(_undivided, on_scores, piece, len(pieces))
+
+    return _run(stage, pieces, on_last, clock=clock, **_neighbours(stage)), clock.seconds
 
 
 def _undivided(on_scores: OnScores, piece: TokenBatch, num_pieces: int, scores: TokenScores) -> tuple[Tensor, Result]:
     loss, kept = on_scores(scores, piece)
     return loss * num_pieces, kept  # the engine divides by the number of microbatches, in place
+
+
+def _neighbours(stage: list[nn.Module]) -> dict[str, Any]:
+    """How the engine's schedule gets at the other stages; as it sees fit where there are none, or stages take turns."""
+    if len(stage) > 1 or pipeline_group().size() == 1:
+        return {}
+    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "dp_cp", "embd", "pos_embd"])
+    return {"p2p_communicator": _Neighbours(stage[0].module), "pg_collection": groups}
+
+
+class _Neighbours(P2PCommunicator):
+    """Passes hidden states to the next stage, and their gradients back unless nothing below trains."""
+
+    def __init__(self, model: ScoringModel):
+        super().__init__(pipeline_group(), model.config)
+        self.model = model
+
+    def _communicate(self, *, tensor_send_prev: Tensor | None, recv_next: bool, **kwargs: Any) -> Any:
+        given = tensor_send_prev if self.model.trains_below else None
+        return super()._communicate(
+            tensor_send_prev=given, recv_next=recv_next and self.model.wants_gradients, **kwargs
+        )
 
 
 class _Clock:
