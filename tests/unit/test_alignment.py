@@ -60,8 +60,17 @@ def test_numbers_stand_where_the_text_of_their_token_is_complete():
     assert placed(other, [[4, 5, 6, 6]], [1, 2, 3]) == [[1.0, 0.0, 2.0, 3.0]]
 
 
+def test_lists_that_all_leave_out_bos_count_the_tokens_of_the_text_however_short_they_are():
+    tokenizer = char_tokenizer(adds_bos=True)
+    tokenizer.add_tokens(["ab"])  # read as two tokens behind bos, sampled as three
+    assert tokenizer("abc")["input_ids"] == [1, 38, 6]
+    assert placed(tokenizer, [[4, 5, 6]], [1, 2]) == [[0.0, 1.0, 2.0]]
+
+
 def test_lists_of_other_lengths_stay_as_they_are():
     tokenizer = char_tokenizer(adds_bos=True)
+    # the first is as long as bos and text, and as the response: only where all count so is it a reading of the text
+    assert placed(tokenizer, [[4, 5, EOS], [4, 5, 6]], [1, 2, 3], [1, 2]) == [[1.0, 2.0, 3.0], [1.0, 2.0, 0.0]]
     assert placed(tokenizer, [[4, 5, 6], [4, 5, 6]], [1, 2], [1, 2, 3]) == [[1.0, 2.0, 0.0], [1.0, 2.0, 3.0]]
     pairs = tokenizer_that_knows_pairs()  # "abc" is two tokens of its, but "cdc" is three
     assert placed(pairs, [[4, 5, 6], [6, 7, 6]], [1, 2], [3, 4]) == [[1.0, 2.0, 0.0], [3.0, 4.0, 0.0]]

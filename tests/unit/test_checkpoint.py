@@ -164,6 +164,15 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name_and_before_the_old_
     assert names == ["checkpoint_1", ".checkpoint_1.writing", tmp_path.name, ".checkpoint_1.replaced"]
 
 
+def test_every_process_has_its_machine_write_what_it_wrote(tmp_path, monkeypatch):
+    target, flushed = tmp_path / "checkpoint_1", []
+    (tmp_path / ".checkpoint_1.writing").mkdir()  # by the main process
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(os.readlink(f"/proc/self/fd/{number}")))
+    with checkpoint.replacing(target, False, nothing) as folder:
+        (folder / "policy-001").write_text("x")
+    assert set(flushed) == {str(folder), str(folder / "policy-001")} and not target.exists()
+
+
 @pytest.mark.parametrize("kind", ["other files", "a file", "a run"])
 def test_only_a_checkpoint_is_replaced(tmp_path, kind):
     target = tmp_path / "target"

@@ -99,6 +99,11 @@ def test_an_override_without_a_value_is_refused():
         load_preset("ppo", overrides=["method.gamma"])
 
 
+def test_an_override_of_a_section_that_means_nothing_is_refused_where_one_in_a_file_is_ignored():
+    with pytest.raises(ConfigError, match="Unknown section 'launcher'"):
+        load_preset("ppo", overrides=["launcher.nodes=2"])
+
+
 def test_to_dict_shares_nothing_with_the_config():
     config = minimal(method={"gen_kwargs": {"eos_token_id": [1, 2]}})
     config.to_dict()["method"]["gen_kwargs"]["eos_token_id"].append(3)

@@ -10,7 +10,11 @@ import sys
 import pytest
 
 import trlx
+from tests.builders import tiny_gpt2_config
 from tests.runs import PROMPTS, length, run, tiny_config
+from tests.unit.test_start import T5
+from trlx.backends.accelerate import AccelerateBackend
+from trlx.data.store import batch_order
 from trlx.logging import get_logger
 from trlx.trainer import display
 from trlx.trainer.display import Display, print_samples
@@ -88,6 +92,22 @@ def test_a_run_begins_with_what_runs_where_and_ends_with_what_came_of_it(caplog,
     assert messages[-1].startswith("Done: step 4, after 0:0") and messages[-1].endswith(f"\n{end}")
 
 
+def test_the_last_line_comes_before_the_error_that_ends_a_run(caplog, monkeypatch, tmp_path):
+    step, calls = AccelerateBackend.train_step, []
+
+    def failing(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("no memory left")
+        return step(self, *args)
+
+    monkeypatch.setattr(AccelerateBackend, "train_step", failing)
+    with pytest.raises(MemoryError):
+        run("SFT", tmp_path)
+    found = [re.match(r"step (\d/8): loss", record.getMessage()) for record in caplog.records]
+    assert [match[1] for match in found if match] == ["1/8", "2/8"]
+
+
 @pytest.mark.parametrize(("seconds", "steps"), [(1000.0, ["1/8", "8/8"]), (0.0, [f"{i}/8" for i in range(1, 9)])])
 def test_without_a_terminal_there_are_lines_now_and_then(caplog, capsys, monkeypatch, tmp_path, seconds, steps):
     monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", seconds)
@@ -110,6 +130,27 @@ def test_tokens_per_second_count_all_the_time_since_the_step_before(monkeypatch)
     assert [shown.tokens_per_second(tokens) for tokens in (40, 80)] == [10.0, 40.0]
     shown._take({"losses/loss": 0.5, "loss/else": 1.0, "policy/kl": 0.25})
     assert shown._beside() == "KL 0.25, loss 0.5, 20 tokens/s"  # 120 tokens in 6 seconds
+
+
+def test_the_seconds_before_a_run_begins_are_none_of_its_own(monkeypatch):
+    clock = iter([100.0, 200.0, 204.0])  # the trainer is built, learns, has done a step
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(display, "_introduction", lambda trainer: "")
+    shown = Display(is_main=False)
+    shown.begin(None)
+    assert shown.tokens_per_second(40) == 10.0 and shown._beside() == "10 tokens/s"
+
+
+@pytest.mark.parametrize("model_path", [tiny_gpt2_config(), T5], ids=["causal", "seq2seq"])
+def test_a_steps_tokens_are_those_of_its_own_rows(monkeypatch, tmp_path, model_path):
+    counted = []
+    monkeypatch.setattr(Display, "tokens_per_second", lambda self, tokens: counted.append(tokens) or 1.0)
+    dialogues = [["a", "b" * length] for length in (1, 2, 4, 8)]
+    config = tiny_config(tmp_path, "SFT", model={"model_path": model_path}, train={"batch_size": 1, "total_steps": 4})
+    trlx.train(config=config, samples=dialogues, eval_prompts=["a"])
+    order = [row for batch in batch_order(4, 1, config.train.seed, 0) for row in batch]
+    # a prompt of one token, and an eos behind each output
+    assert counted == [1 + (1, 2, 4, 8)[row] + 1 for row in order]
 
 
 def test_a_table_in_a_file_has_a_line_for_each_row_however_long(capsys, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ import torch
 import trlx
 from tests.runs import DATA, PROMPTS, length, metrics, run, share_of_a, tiny_config, weights
 from trlx import checkpoint
+from trlx.backends import distress
 from trlx.backends.accelerate import AccelerateBackend
+from trlx.checkpoint import TrainerState
 from trlx.rollout.scoring import RewardError
-from trlx.trainer import together
+from trlx.trainer import failures, together
 from trlx.trainer.guards import Interrupted, Interrupts, interruptible
 
 TOLD = "The last checkpoint is {}, of step {}; to go on from there: train.resume_from_checkpoint=auto"
@@ -31,7 +34,7 @@ def same(first, second):
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def run_and_signal(folder, number, call):
+def run_and_signal(folder, number, call, **train):
     """PPO whose reward function hangs from its `call`th call on, while a signal comes: calls 1 and 4 are evaluations,
     2 and 3, 5 and 6 the collections before steps 1 and 5."""
     calls, asleep = [], threading.Event()
@@ -43,7 +46,7 @@ def run_and_signal(folder, number, call):
             asleep.wait(60)
         return share_of_a(samples, prompts, outputs)
 
-    config = tiny_config(folder, "PPO", train={"checkpoint_interval": 100})
+    config = tiny_config(folder, "PPO", train={"checkpoint_interval": 100, **train})
     try:
         trlx.train(config=config, metric_fn=length, reward_fn=reward, prompts=PROMPTS)
     finally:
@@ -74,6 +77,41 @@ def test_a_signal_before_anything_is_trained_saves_nothing(tmp_path, caplog):
         run_and_signal(tmp_path, signal.SIGTERM, call=1)
     assert checkpoint.newest(tmp_path) is None
     assert "Stopped at step 0 by SIGTERM. There is no checkpoint yet" in caplog.text
+
+
+def test_a_signal_ends_a_reward_that_hangs_where_each_process_scores_its_own(tmp_path):
+    with pytest.raises(SystemExit):
+        run_and_signal(tmp_path, signal.SIGTERM, call=5, reward_on="each_rank")
+    assert saved_step(tmp_path) == 4
+
+
+def signal_at(call, where, monkeypatch):
+    """SIGTERM comes at the `call`th call of the backend's method `where`. Returns a list as long as it was called."""
+    method, calls = getattr(AccelerateBackend, where), []
+
+    def signalled(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(AccelerateBackend, where, signalled)
+    return calls
+
+
+@pytest.mark.parametrize("call", [1, 3], ids=["evaluation", "collection"])
+def test_a_signal_while_samples_are_drawn_leaves_with_the_batch_in_hand(tmp_path, monkeypatch, call):
+    calls = signal_at(call, "generate", monkeypatch)  # two batches of an evaluation, two of a collection
+    with pytest.raises(SystemExit):
+        trlx.train(config=tiny_config(tmp_path, "PPO"), eval_prompts=PROMPTS, **DATA["PPO"])
+    assert len(calls) == call
+
+
+def test_a_signal_in_the_middle_of_an_update_leaves_after_it(tmp_path, monkeypatch):
+    signal_at(3, "train_step", monkeypatch)
+    with pytest.raises(SystemExit):
+        run("SFT", tmp_path, train={"checkpoint_interval": 100, "eval_interval": 100})
+    assert saved_step(tmp_path) == 3
 
 
 def test_a_signal_while_a_metric_hangs_saves_too(tmp_path):
@@ -169,6 +207,28 @@ def test_where_saving_fails_both_errors_are_shown(tmp_path, monkeypatch):
     assert stopped.value.__notes__[0] == "Step 4 is not saved. There is no checkpoint yet"
 
 
+def test_what_lies_in_another_folder_is_named_by_its_path(tmp_path, monkeypatch):
+    run("SFT", tmp_path / "old", train={"total_steps": 1})
+    old = tmp_path / "old" / "checkpoint_1"
+    fail_from(1, "train_step", monkeypatch, MemoryError("no memory left"))
+    with pytest.raises(MemoryError) as stopped:
+        run("SFT", tmp_path / "new", train={"resume_from_checkpoint": str(old)})
+    told = f"The last checkpoint is {old}, of step 1; to go on from there: train.resume_from_checkpoint={old}"
+    assert stopped.value.__notes__ == [told]
+
+
+def test_an_error_on_one_of_several_processes_saves_nothing(monkeypatch):
+    monkeypatch.setattr(distress, "_is_multiprocess", lambda: True)
+    saves = []
+    trainer = SimpleNamespace(
+        state=TrainerState(step=4), saved=None, at_boundary=True, save=lambda: saves.append(1), config=None
+    )
+    told = "Step 4 is not saved: the error is not on all processes, which save together. There is no checkpoint yet"
+    assert failures._save(trainer, MemoryError(), first_step=0) == told and not saves
+    failures._save(trainer, distress.shared(MemoryError()), first_step=0)
+    assert len(saves) == 1
+
+
 class TwoProcesses:
     """What two processes send each other, one after the other: the first is the main one."""
 
@@ -189,18 +249,39 @@ class TwoProcesses:
         (SystemExit(3), together.ErrorElsewhere, "SystemExit: 3 (on process 0)"),
     ],
 )
-def test_whatever_a_function_raises_on_the_main_process_is_raised_on_all(error, kind, message):
+def test_whatever_a_function_raises_on_the_main_process_is_raised_on_all(monkeypatch, error, kind, message):
+    monkeypatch.setattr(distress, "_is_multiprocess", lambda: True)
+
     def fn():
         raise error
 
     backend = TwoProcesses()
     with pytest.raises(type(error)) as raised:
         together.on_main(backend, fn)
-    assert raised.value is error
+    assert raised.value is error and distress.is_shared(error)
     backend.is_main = False
     with pytest.raises(kind) as elsewhere:
         together.on_main(backend, fn)
-    assert str(elsewhere.value) == message
+    assert str(elsewhere.value) == message and distress.is_shared(elsewhere.value)
+
+
+class TwoRanks:
+    """The second of two processes that each score their own; `told` is what the first one has sent."""
+
+    leads, told = True, None
+
+    def gather_objects(self, objects):
+        return [self.told, *objects]
+
+
+def test_what_a_function_raises_on_one_rank_is_raised_on_the_others():
+    backend = TwoRanks()
+    backend.told = ("RewardError", "no number", 0)
+    with pytest.raises(RewardError, match="no number") as elsewhere:
+        together.on_each_rank(backend, lambda: [1.0])
+    assert elsewhere.value.__notes__ == ["It was raised on process 0"]
+    backend.told = None
+    assert together.on_each_rank(backend, lambda: [1.0]) == [None, 1.0]
 
 
 def my_reward(outputs, **kwargs):

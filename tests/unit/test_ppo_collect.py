@@ -8,8 +8,10 @@ Three rollouts; k1 is log pi - log pi_ref of a token, k3 is r - 1 - log r with l
     12      8 eos      100     -1, -1         -3/2, -1       0.5, 0        0.1065307, 0           0.25, 0.25
 """
 
+import json
 import math
 import re
+import time
 
 import pytest
 import torch
@@ -174,6 +176,20 @@ def test_the_std_of_the_first_collection_is_kept_whatever_comes_later(tmp_path):
     assert sorted(trainer.collect().scores.sum(dim=1).tolist()) == near([0, 0.5, 1.5])
 
 
+@pytest.mark.parametrize(
+    ("scale_reward", "wanted"),
+    [("ref", [0, 0.5, 1.5]), ("running", [score / (14 / 3) ** 0.5 for score in (0, 1, 3)])],
+)
+def test_a_resumed_run_divides_scores_by_what_the_first_one_would(tmp_path, scale_reward, wanted):
+    first = trainer_of(tmp_path, missing_eos_penalty=None, scale_reward=scale_reward)
+    first.collect()
+    # 2, 4, 6 have a std of 2; with 0, 1, 3 the mean is 16 / 6, and (66 - 6 * (16 / 6) ** 2) / 5 is 14 / 3
+    scores = {10: 0.0, 11: 1.0, 12: 3.0}
+    again = trainer_of(tmp_path, scores, missing_eos_penalty=None, scale_reward=scale_reward)
+    again.load_method_state(json.loads(json.dumps(first.method_state())))
+    assert sorted(again.collect().scores.sum(dim=1).tolist()) == near(wanted)
+
+
 def test_the_loss_has_every_setting_of_the_config_in_its_place(tmp_path):
     settings = {"cliprange": 0.1, "cliprange_value": 0.25, "vf_coef": 0.5, "dual_clip": 2.0}
     trainer = trainer_of(tmp_path, **settings)
@@ -193,6 +209,36 @@ def test_the_reference_the_value_head_and_no_dropout_are_asked_for_and_the_tempe
     needs = trainer_of(tmp_path, **method).backend.needs
     assert (needs.value_head, needs.reference, needs.dropout, needs.temperature) == (True, True, False, 0.5)
     assert needs.value_layers == 1
+
+
+def test_the_seconds_of_generation_are_not_those_of_scoring(tmp_path):
+    trainer = trainer_of(tmp_path)
+    generate = trainer.backend.generate
+
+    def slow(prompts, sampling):
+        time.sleep(0.05)
+        return generate(prompts, sampling)
+
+    trainer.backend.generate = slow
+    trainer.collect()
+    assert trainer.pending["time/rollout_generate"] > 0.1 > trainer.pending["time/rollout_score"]  # two chunks
+
+
+def test_each_data_rank_draws_random_numbers_of_its_own(tmp_path, monkeypatch):
+    seeds = []
+    for rank in range(2):
+        monkeypatch.setattr(FakeBackend, "data_rank", rank)
+        trainer_of(tmp_path)
+        seeds.append(torch.initial_seed())
+    assert seeds == [1000, 1001]
+
+
+def test_evaluations_generate_for_as_many_prompts_at_once_as_rollouts_do(tmp_path):
+    trainer, sizes = trainer_of(tmp_path), []
+    trainer.add_eval_pipeline(PromptPipeline([[10], [11], [12]], 8, trainer.tokenizer))
+    trainer.backend.generate = lambda prompts, sampling: sizes.append(len(prompts)) or [[4]] * len(prompts)
+    trainer.evaluate()
+    assert sizes == [2, 1]  # method.chunk_size is 2, train.batch_size 4
 
 
 @pytest.mark.parametrize(
@@ -231,6 +277,16 @@ def test_the_first_kl_is_0_up_to_rounding_in_the_precision_used(
         assert not caplog.records
     else:
         assert re.search(f"KL between policy and reference is {outcome}", caplog.text)
+
+
+def test_the_ratio_is_looked_at_on_the_first_minibatch_alone(tmp_path, caplog):
+    trainer = trainer_of(tmp_path)
+    warned = []
+    for trainer.state.step, deviation in ((1, 1e-4), (1, 0.01), (2, 0.01)):
+        caplog.clear()
+        trainer.after_step({"policy/ratio_deviation/max": deviation})
+        warned.append("up to 0.01 away from 1" in caplog.text)
+    assert warned == [False, True, False]
 
 
 def test_later_on_or_with_an_adapter_that_starts_elsewhere_any_kl_will_do(tmp_path, monkeypatch, caplog):

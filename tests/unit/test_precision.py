@@ -13,8 +13,8 @@ from torch.nn import Parameter
 from tests.builders import tiny_gpt2_config
 from tests.runs import metrics, run
 from trlx.backends import optimizer as optimizers
-from trlx.backends.optimizer import make_optimizer
-from trlx.config import OptimizerConfig
+from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
+from trlx.config import OptimizerConfig, SchedulerConfig
 
 BF16 = {"train": {"mixed_precision": "bf16"}, "model": {"model_path": tiny_gpt2_config()}}
 
@@ -126,3 +126,13 @@ def test_apex_is_not_needed(monkeypatch):
     with monkeypatch.context() as context:
         context.setitem(optimizers.OPTIMIZERS, "adamw", lambda parameters, **kwargs: kwargs)
         assert made("adamw", OnGPU(torch.ones(2)), lr=0.1) == {"lr": 0.1, "fused": True}
+
+
+def test_settings_that_are_null_are_left_out():
+    optimizer = OptimizerConfig("adamw", {"lr": 0.5, "eps": None})
+    linear = {"T_max": None, "eta_min": None, "start_factor": 0.5, "total_iters": None}
+    schedule = SchedulerConfig("linear", linear)
+    check_settings(optimizer, schedule)
+    made = make_optimizer(optimizer, [Parameter(torch.zeros(2))])
+    assert made.defaults["eps"] == 1e-8
+    assert make_scheduler(schedule, made).get_last_lr() == [0.25]

@@ -87,6 +87,12 @@ def test_a_best_checkpoint_is_not_lost_to_a_worse_one_of_steps_that_are_repeated
     assert steps(tmp_path) == [1, 2, 3] and not (tmp_path / "earlier.1").exists()
 
 
+def test_the_best_reward_is_remembered_also_where_no_best_checkpoint_is_kept(tmp_path):
+    sft(tmp_path, [0.0, 3.0, 1.0], total_steps=2, save_best=False)
+    trainer = sft(tmp_path, [2.0], save_best=False, resume_from_checkpoint="auto")
+    assert (trainer.state.best_reward, trainer.state.best_step) == (3.0, 1)
+
+
 def test_a_run_saves_at_every_evaluation_and_keeps_as_many_as_asked(tmp_path):
     train = {"total_steps": 5, "eval_interval": 2, "keep_checkpoints": 2}
     sft(tmp_path, [0.0, 9.0, 1.0, 1.0], **train)
@@ -126,6 +132,12 @@ def test_learning_twice_goes_on(tmp_path):
     trainer.load(tmp_path / "checkpoint_2")
     trainer.learn()
     assert steps(tmp_path) == [1, 2, 3] and names(tmp_path / "earlier.1") == ["best_checkpoint", "checkpoint_3"]
+
+
+def test_what_is_saved_after_training_goes_on_in_the_same_file_of_metrics(tmp_path):
+    sft(tmp_path, [0.0, 1.0], total_steps=1).save(tmp_path / "saved")
+    sft(tmp_path, [2.0, 3.0], resume_from_checkpoint=str(tmp_path / "saved"))
+    assert steps(tmp_path) == [1, 2, 3] and not (tmp_path / "earlier.1").exists()
 
 
 def test_a_learn_that_was_stopped_at_once_and_is_called_again_loses_no_metrics(tmp_path, monkeypatch):

@@ -42,6 +42,14 @@ def test_rollouts_and_evaluations_get_the_same(tmp_path, algorithm):
     assert {(evaluation, ended) for evaluation, *_, ended, _ in notes} >= {(False, True), (False, False), (True, True)}
 
 
+def test_rollouts_are_scored_with_the_step_they_are_drawn_at(tmp_path):
+    notes = []
+    # 8 rollouts are two passes of two steps
+    changes = {"train": {"total_steps": 5, "eval_interval": 100, "checkpoint_interval": 100}}
+    train(tmp_path, "PPO", taking_notes(notes), changes)
+    assert {step for evaluation, *_, step in notes if not evaluation} == {0, 4}
+
+
 @ALGORITHMS
 def test_with_eos_in_outputs_rollouts_carry_it_where_they_ended_and_evaluations_do_not(tmp_path, algorithm):
     notes = []

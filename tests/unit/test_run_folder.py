@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+import trlx
 from tests.runs import tiny_config
 from tests.unit.test_checkpoint import write
 from trlx import checkpoint
@@ -42,6 +43,14 @@ def test_a_folder_that_a_run_writes_into_is_locked_against_a_second_one(tmp_path
     assert not in_a_child(refused, tmp_path) and not refused(tmp_path)
 
 
+def test_a_folder_is_locked_as_long_as_its_run_lasts(tmp_path):
+    found = []
+    metric = {"metric_fn": lambda samples: found.append(refused(tmp_path)) or {}}
+    config = tiny_config(tmp_path, "SFT", train={"total_steps": 1})
+    trlx.train(samples=["ab"], eval_prompts=["a"], config=config, **metric)
+    assert found == [True, True] and not refused(tmp_path)
+
+
 def test_a_child_that_outlives_a_killed_run_does_not_keep_its_lock(tmp_path):
     with locked(tmp_path):
         (file,) = run_folder._held
@@ -76,6 +85,8 @@ def test_what_a_run_is_asked_to_go_on_from(tmp_path, caplog):
     assert to_resume("auto", mine) is None and to_resume(str(mine), mine) is None
     write(mine / "checkpoint_2", 2)
     assert to_resume("auto", mine) == to_resume(str(mine), mine) == mine / "checkpoint_2"
+    write(model / "itself", 3)  # a checkpoint, where "auto" asks for a folder of them
+    assert to_resume(str(model / "itself"), mine) == model / "itself" and to_resume("auto", model / "itself") is None
     for wanted in (model, model / "config.json"):
         with pytest.raises(ValueError, match=rf"{wanted} holds no checkpoint .* write it as model.model_path"):
             to_resume(str(wanted), mine)

@@ -287,6 +287,9 @@ def test_a_sample_is_prompt_separator_output_and_prompts_keep_their_special_toke
     assert trainer.store.encoder_tokens.gather(1, ends[:, None]).unique().tolist() == [2]
     sequences = trainer.generate([[5, 6, 2], [7, 2]], max_new_tokens=3)
     assert sequences[:, 0].tolist() == [0, 0] and sequences.shape[1] <= 4
+    asked = []
+    trainer.backend.generate = lambda prompts, sampling: asked.extend(prompts) or [[2]]
+    assert trainer.generate("ab") == "" and asked == [[4, 5, 2]]
 
 
 def test_dialogues_of_encoder_decoder_models_have_the_tokenizers_special_tokens():

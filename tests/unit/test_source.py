@@ -12,6 +12,8 @@ from tests.runs import PROMPTS, TEXTS, share_of_a, tiny_config
 from trlx.config import TokenizerConfig
 from trlx.models.source import exported, tokenizer_for
 from trlx.presets import _folder
+from trlx.strict import ConfigError
+from trlx.trainer.accelerate import AccelerateSFTTrainer
 from trlx.trainer.nemo import megatron_backend
 
 BACKWARDS = CHARACTERS[::-1]
@@ -90,6 +92,13 @@ def test_a_nemo_trainers_model_is_the_pretrained_one_where_that_is_named(tmp_pat
     assert source(named.model, named.train) == "mine"
 
 
+def test_an_argument_that_a_nemo_trainer_does_not_take_is_refused(tmp_path):
+    kwargs = {"pretrained_modle": "mine"}
+    config = tiny_config(tmp_path, "SFT", train={"trainer": "NeMoSFTTrainer", "trainer_kwargs": kwargs})
+    with pytest.raises(ConfigError, match="Unknown key 'train.trainer_kwargs.pretrained_modle'. Did you mean 'pretra"):
+        trlx.train(config=config, samples=TEXTS)
+
+
 def test_a_missing_tokenizer_is_called_a_tokenizer_and_what_to_write_is_said(tmp_path):
     # transformers makes a GPT-2 tokenizer with a single token of this folder
     folder = saved(tmp_path / "mine", None)
@@ -143,3 +152,14 @@ def test_the_models_own_tokenizer_is_loaded_as_the_model_is(monkeypatch):
     tokenizer_for("mine", TokenizerConfig(tokenizer_extra_configs={"use_fast": True}), loading)
     tokenizer_for("mine", TokenizerConfig("other"), loading)
     assert asked == {"mine": {"revision": "v2", "trust_remote_code": True, "use_fast": True}, "other": {}}
+
+
+def test_a_trainer_loads_the_models_own_tokenizer_as_its_config_says(tmp_path, monkeypatch):
+    mine, asked = saved(tmp_path / "mine"), []
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda path, **how: asked.append((path, how)) or char_tokenizer()
+    )
+    model = {"model_path": mine, "model_extra_configs": {"revision": "v2"}}
+    config = tiny_config(tmp_path, "SFT", model=model, tokenizer={"tokenizer_path": None})
+    AccelerateSFTTrainer(config=config)
+    assert asked == [(mine, {"revision": "v2"})]

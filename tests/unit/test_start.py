@@ -169,3 +169,5 @@ def test_a_text_is_answered_with_a_text(tmp_path):
     assert trainer.generate("ab", **greedy) == texts[0][: texts[0].index(texts[0][2])]
     with pytest.raises(ValueError, match="Unknown key 'gen_kwargs.temprature'"):
         trainer.generate("ab", temprature=1.0)
+    with pytest.raises(ValueError, match="gen_kwargs.beta is 1, but only ILQL has the Q heads"):
+        trainer.generate("ab", beta=1)

@@ -88,6 +88,23 @@ def test_a_new_run_in_an_old_folder_sets_the_old_files_aside(tmp_path):
         assert (tmp_path / folder / "config.json").is_file()
 
 
+def test_what_an_older_run_abandoned_and_what_tensorboard_has_of_it_is_set_aside_too(tmp_path):
+    old = ["metrics.abandoned.jsonl", "tensorboard"]
+    for name in old:
+        (tmp_path / name).mkdir()
+    Tracker(None, tmp_path).close()
+    assert sorted(path.name for path in (tmp_path / "earlier.1").iterdir()) == old
+
+
+def test_a_tracker_that_is_closed_twice_still_says_where_it_was(tmp_path):
+    tracker = Tracker(None, tmp_path)
+    tracker.log({"loss": 0.5}, step=3)
+    state = tracker.state()
+    for _ in range(2):
+        tracker.close()
+        assert tracker.last_state == state and state["step"] == 3
+
+
 def test_the_file_of_another_run_is_not_cut_but_set_aside(tmp_path):
     with Tracker(None, tmp_path) as tracker:
         tracker.log({"other": 1.0}, step=0)

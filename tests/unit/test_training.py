@@ -5,10 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trlx
-from tests.builders import tiny_gpt2_config
+from tests.builders import char_tokenizer, tiny_gpt2_config
 from tests.runs import PROMPTS, TEXTS, length, metrics, run, share_of_a, tiny_config, weights
 from trlx import checkpoint
+from trlx.backends.accelerate import AccelerateBackend
 from trlx.rollout.scoring import RewardError
+from trlx.trainer.evaluate import EvaluationResult
 from trlx.trainer.guards import SkippedSteps
 
 
@@ -198,8 +200,9 @@ def test_one_list_valued_argument_is_swept_at_evaluation(tmp_path):
     assert trainer.state.best_reward is not None and (tmp_path / "best_checkpoint" / "hf_model").is_dir()
 
 
-def test_the_best_checkpoint_is_the_one_with_the_highest_reward(tmp_path):
-    rewards = iter([1.0, 3.0, 2.0])
+@pytest.mark.parametrize("last", [2.0, 3.0], ids=["less", "as much"])
+def test_the_best_checkpoint_is_the_one_with_the_highest_reward(tmp_path, last):
+    rewards = iter([1.0, 3.0, last])
 
     def metric(samples, **kwargs):
         return {"reward": next(rewards)}
@@ -208,6 +211,16 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_reward(tmp_path):
     trlx.train(config=config, samples=TEXTS, metric_fn=metric)
     state, _ = checkpoint.read_state(checkpoint.existing(tmp_path / "best_checkpoint"))
     assert (state.step, state.best_reward) == (1, 3.0)
+
+
+def test_of_a_sweep_the_best_value_is_the_objective_and_reward_fn_goes_before_a_metric():
+    def objective(**means):
+        return EvaluationResult({name.replace("_", "/"): mean for name, mean in means.items()}).objective
+
+    swept = {"reward_mean@beta=0": 1.0, "reward_mean@beta=1": 3.0, "reward_mean@beta=2": 2.0}
+    assert objective(**swept) == 3.0
+    assert objective(metrics_reward=5.0) == 5.0 and objective(metrics_reward=5.0, **swept) == 3.0
+    assert objective(metrics_length=5.0) is None
 
 
 def test_generate_takes_tensors_with_masks_and_returns_prompts_with_responses(tmp_path):
@@ -233,8 +246,12 @@ def test_rollouts_are_written_where_asked(tmp_path):
     run("PPO", tmp_path / "run", train={"total_steps": 1, "rollout_logging_dir": str(tmp_path / "log")})
     (folder,) = (tmp_path / "log").glob("run-*")
     (epoch,) = folder.glob("epoch-*.json")
-    assert len(json.loads(epoch.read_text())) == 8 and (folder / "config.json").is_file()
-    assert len((tmp_path / "run" / "samples" / "rollout_00000000.jsonl").read_text().splitlines()) == 8
+    assert (folder / "config.json").is_file()
+    rollouts, decode = json.loads(epoch.read_text()), char_tokenizer().decode
+    assert sorted(decode(rollout["query_tensor"]) for rollout in rollouts) == sorted(PROMPTS)
+    lines = (tmp_path / "run" / "samples" / "rollout_00000000.jsonl").read_text().splitlines()
+    found = [(line["prompt"], line["response"], line["score"]) for line in map(json.loads, lines)]
+    assert found == [(decode(r["query_tensor"]), decode(r["response_tensor"]), r["score"]) for r in rollouts]
 
 
 def test_microbatches_change_nothing(tmp_path):
@@ -273,6 +290,14 @@ def test_steps_with_gradients_that_are_not_finite_change_nothing_and_are_counted
     # of half a cosine over 50 steps, 1e-4 + (3e-3 - 1e-4) * (1 + cos(pi / 50)) / 2
     rates = [trainer.backend.train_step(rows, trainer.loss)["learning_rate_group_0"] for _ in range(2)]
     assert rates == pytest.approx([3e-3, 2.9971388e-3], abs=1e-9)
+
+
+def test_a_run_ends_where_no_step_changes_anything(tmp_path, monkeypatch):
+    broken = {"loss": 1.0, "grad_norm": float("nan"), "skipped_steps": 1.0}
+    monkeypatch.setattr(AccelerateBackend, "train_step", lambda self, *args: dict(broken))
+    with pytest.raises(FloatingPointError, match="25 steps in a row"):
+        run("SFT", tmp_path, train={"total_steps": 40, "eval_interval": 100, "checkpoint_interval": 100})
+    assert [line["skipped_steps"] for line in metrics(tmp_path) if "grad_norm" in line] == [*range(1, 25)]
 
 
 @pytest.mark.parametrize("method", ["PPO", "SFT", "ILQL"])
