@@ -105,6 +105,15 @@ def test_a_run_saves_at_every_evaluation_and_keeps_as_many_as_asked(tmp_path):
     assert checkpoint.read_state(tmp_path / "best_checkpoint")[0].step == 2
 
 
+def test_what_the_optimizer_keeps_is_saved_unless_that_is_switched_off(tmp_path):
+    for saves in (True, False):
+        sft(tmp_path / str(saves), [0.0, 1.0], total_steps=1, save_optimizer=saves)
+        files = names(tmp_path / str(saves) / "checkpoint_1")
+        assert ("optimizer.safetensors" in files, "scheduler.json" in files) == (saves, saves)
+    sft(tmp_path / "False", [1.0, 1.0], resume_from_checkpoint="auto")
+    assert steps(tmp_path / "False") == [1, 2, 3]
+
+
 @pytest.mark.parametrize("name", ["ppo", "ilql", "sft", "rft", "randomwalks", "randomwalks-ilql", "trlx-2024"])
 def test_a_run_of_any_preset_loses_no_more_than_an_evaluation_interval(name):
     train = load_preset(name).train

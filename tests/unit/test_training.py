@@ -1,11 +1,13 @@
 """Whole runs: what is logged, saved, resumed and refused."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trlx
-from tests.builders import char_tokenizer, tiny_gpt2_config
+from tests.builders import char_tokenizer, tiny_gpt2, tiny_gpt2_config
 from tests.runs import PROMPTS, TEXTS, length, metrics, run, share_of_a, tiny_config, weights
 from trlx import checkpoint
 from trlx.backends.accelerate import AccelerateBackend
@@ -116,6 +118,16 @@ def test_a_resume_that_cannot_give_the_same_numbers_says_what_differs(tmp_path, 
     run("SFT", tmp_path, train={"total_steps": 2})
     run("SFT", tmp_path, train={"total_steps": 3, "resume_from_checkpoint": "auto", "seed": 7})
     assert "config.train.seed: 1000 then, 7 now" in caplog.text
+
+
+def test_a_resume_on_other_samples_or_from_other_first_weights_says_so(tmp_path, caplog):
+    model = {"model_path": str(tmp_path / "model")}
+    for seed, train in enumerate(({"total_steps": 1}, {"total_steps": 2, "resume_from_checkpoint": "auto"})):
+        tiny_gpt2(seed=seed).save_pretrained(tmp_path / "model")
+        config = tiny_config(tmp_path / "run", "SFT", model=model, train=train)
+        trlx.train(config=config, samples=TEXTS[seed:], eval_prompts=PROMPTS[:1])
+    found = re.findall(r"will not be the interrupted run's: (\w+): '\w+' then, '\w+' now", caplog.text)
+    assert found == ["data", "model"]
 
 
 def test_evaluations_leave_the_numbers_alone(tmp_path):
