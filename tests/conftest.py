@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 # Tests depend on no variable of the shell they are started from. What is set here has to be set before the imports.
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -28,6 +29,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # a shell ignores Ctrl-C for what it starts in the background, and tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(config.getoption("--threads"))
 
 

@@ -76,8 +76,8 @@ def programs(line: str) -> Iterator[list[str]]:
     """The programs that a line starts, with their arguments; comments and the shell's own words are left out."""
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line, comments=True)]
     for is_end, part in itertools.groupby(words, lambda word: word == "&&"):
-        part = list(itertools.dropwhile(lambda word: word == "exec" or re.match(r"[A-Z_]+=", word), part))
-        if not is_end and part and part[0] not in ("if", "export", "."):
+        part = list(itertools.dropwhile(lambda word: word in ("exec", "requeued") or re.match(r"[A-Z_]+=", word), part))
+        if not is_end and part and part[0] not in ("if", "export", "trap", "."):
             yield part
 
 
@@ -206,8 +206,12 @@ def check_sbatch(program: list[str]) -> None:
 def check_srun(program: list[str]) -> None:
     script = program[-1]
     assert program[-3:-1] == ["bash", "-c"]
-    for each in programs(script):
+    for each in itertools.chain.from_iterable(map(programs, logical_lines(script))):
         try_out(each)
+
+
+def check_source(program: list[str]) -> None:
+    assert Path(program[1]).is_file(), program[1]
 
 
 def check_sweep(program: list[str]) -> None:
@@ -289,6 +293,7 @@ CHECKED = {
     r"accelerate launch": (check_accelerate, "several processes or GPUs; see tests/distributed/test_fsdp.py"),
     r"sbatch": (check_sbatch, "a cluster; see tests/examples/test_slurm.py"),
     r"srun": (check_srun, "a cluster"),
+    r"source": (check_source, "a cluster; see tests/examples/test_slurm.py"),
     r"pip install": (check_pip, "a package index; .ci/run runs those of the README"),
     r"conda": (check_conda, "conda and a package index"),
     r"python3 -m venv": (lambda program: None, "python's own; .ci/run runs it"),

@@ -176,8 +176,12 @@ def test_beams_may_search_in_evaluations_while_rollouts_are_drawn(tmp_path):
     beams = {"num_beams": 4, "do_sample": False}
     method = {"gen_kwargs": beams, "gen_experience_kwargs": {"max_new_tokens": 6}}
     trainer = train(tmp_path, changes={"method": method, "train": {"total_steps": 1}})
-    (row,) = [row for row in trainer.evaluator.run().rows if row[0] == "cab"]
-    prompt, model = trainer.tokenizer(["cab"], return_tensors="pt"), trainer.backend.policy.model
-    found = model.generate(**prompt, **beams, max_new_tokens=6)[:, 3:]
-    greedy = model.generate(**prompt, do_sample=False, max_new_tokens=6)[:, 3:]
-    assert row[1] == trainer.tokenizer.decode(found[0], skip_special_tokens=True) and found.tolist() != greedy.tolist()
+    model, written, likeliest = trainer.backend.policy.model, [], []
+    for text in PROMPTS:
+        prompt = trainer.tokenizer([text], return_tensors="pt")
+        for found, search in ((written, beams), (likeliest, {"do_sample": False})):
+            ids = model.generate(**prompt, **search, max_new_tokens=6)[0, len(text) :]
+            found.append(trainer.tokenizer.decode(ids, skip_special_tokens=True))
+    rows = trainer.evaluator.run().rows
+    assert rows and all(row[1] == written[PROMPTS.index(row[0])] for row in rows)
+    assert any(written[i] != likeliest[i] for i in range(len(PROMPTS)))
