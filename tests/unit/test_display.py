@@ -14,7 +14,7 @@ from tests.builders import tiny_gpt2_config
 from tests.runs import PROMPTS, length, run, tiny_config
 from tests.unit.test_start import T5
 from trlx.backends.accelerate import AccelerateBackend
-from trlx.data.store import batch_order
+from trlx.data.store import pass_order
 from trlx.logging import get_logger
 from trlx.trainer import display
 from trlx.trainer.display import Display, print_samples
@@ -148,7 +148,7 @@ def test_a_steps_tokens_are_those_of_its_own_rows(monkeypatch, tmp_path, model_p
     dialogues = [["a", "b" * length] for length in (1, 2, 4, 8)]
     config = tiny_config(tmp_path, "SFT", model={"model_path": model_path}, train={"batch_size": 1, "total_steps": 4})
     trlx.train(config=config, samples=dialogues, eval_prompts=["a"])
-    order = [row for batch in batch_order(4, 1, config.train.seed, 0) for row in batch]
+    order = pass_order(4, config.train.seed, 0)
     # a prompt of one token, and an eos behind each output
     assert counted == [1 + (1, 2, 4, 8)[row] + 1 for row in order]
 

@@ -109,7 +109,7 @@ def test_what_the_optimizer_keeps_is_saved_unless_that_is_switched_off(tmp_path)
     for saves in (True, False):
         sft(tmp_path / str(saves), [0.0, 1.0], total_steps=1, save_optimizer=saves)
         files = names(tmp_path / str(saves) / "checkpoint_1")
-        assert ("optimizer.safetensors" in files, "scheduler.json" in files) == (saves, saves)
+        assert ("optimizer.safetensors" in files) == saves
     sft(tmp_path / "False", [1.0, 1.0], resume_from_checkpoint="auto")
     assert steps(tmp_path / "False") == [1, 2, 3]
 

@@ -126,7 +126,7 @@ def test_a_resume_on_other_samples_or_from_other_first_weights_says_so(tmp_path,
         tiny_gpt2(seed=seed).save_pretrained(tmp_path / "model")
         config = tiny_config(tmp_path / "run", "SFT", model=model, train=train)
         trlx.train(config=config, samples=TEXTS[seed:], eval_prompts=PROMPTS[:1])
-    found = re.findall(r"will not be the interrupted run's: (\w+): '\w+' then, '\w+' now", caplog.text)
+    found = re.findall(r"where something has changed\. (\w+): '\w+' then, '\w+' now", caplog.text)
     assert found == ["data", "model"]
 
 
