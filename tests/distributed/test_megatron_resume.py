@@ -261,7 +261,8 @@ def go_on_otherwise(folder, said_file):
     nemo("SFT", folder / "length", {}, {"total_steps": 4, **AUTO}, **falling)
     nemo("SFT", folder / "without", {}, {"total_steps": 3, "save_optimizer": False})
     nemo("SFT", folder / "without", {}, {"total_steps": 4, **AUTO})
-    nemo("SFT", folder / "without", {}, {"total_steps": 5, **AUTO}, optimizer={"name": "sgd"})
+    sgd = {"optimizer": {"name": "sgd", "kwargs": {"momentum": 0.9}}}
+    nemo("SFT", folder / "without", {}, {"total_steps": 5, **AUTO}, **sgd)
     run("SFT", folder / "other", train={"total_steps": 1})
     with pytest.raises(ValueError, match="train.trainer is of another backend"):
         nemo("SFT", folder / "other", {}, AUTO)
@@ -273,6 +274,12 @@ def test_a_run_goes_on_with_other_settings(tmp_path):
     assert rates(tmp_path / "length") == pytest.approx([1e-2, 5e-3, 5e-3, 2.5e-3], abs=1e-9)
     # cosine of the tiny runs: 1e-4 + 2.9e-3 (1 + cos(pi n / 50)) / 2 at n = 3 and 4
     assert rates(tmp_path / "without")[3:] == pytest.approx([2.974317e-3, 2.954448e-3], abs=1e-8)
+    # one step of Adam and one of SGD are all that the averages are of; the first of Adam moves weights by its rate
+    counts = [json.loads((tmp_path / "without" / f"checkpoint_{n}" / "updates.json").read_text()) for n in (3, 4, 5)]
+    assert [(each["step_count"], each["averaged_steps"]) for each in counts] == [(3, 3), (4, 1), (5, 1)]
+    then, now = (load_file(tmp_path / "without" / f"checkpoint_{n}" / "policy-000.safetensors") for n in (3, 4))
+    moved = torch.cat([(now[name] - then[name]).abs().flatten() for name in then])
+    assert float(moved[moved > 0].median()) == pytest.approx(2.974317e-3, abs=1e-5)
     said = (tmp_path / "said").read_text()
     for line in ("schedule: ", "train.save_optimizer was false then", "the optimizer's running averages start anew"):
         assert line in said
