@@ -153,8 +153,8 @@ def _weights(policy) -> dict[str, torch.Tensor]:
 
 def compare(folder: Path, cases: list[tuple[str, str]], layouts: list[dict], unfrozen: int = -1) -> None:
     """In the processes of a job: everything equals what is in the files."""
-    for family, algorithm in cases:
-        for layout in layouts:
+    for layout in layouts:  # its process groups serve all cases
+        for family, algorithm in cases:
             try:
                 compare_one(folder / f"{family}-{algorithm}", algorithm, layout, unfrozen)
             except AssertionError as error:

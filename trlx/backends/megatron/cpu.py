@@ -48,7 +48,7 @@ def prepare_engine() -> None:
     _import_quietly()
     _ignore_its_own_calls()
     if not torch.cuda.is_available():
-        warnings.filterwarnings("ignore", "When using sequence parallelism it is .* CUDA_DEVICE_MAX_CONNECTIONS")
+        warnings.filterwarnings("ignore", "When using .* it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS")
         _stand_in()
 
 
