@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from trlx import logging
 from trlx.method_configs import MethodConfig, get_method
 from trlx.strict import ConfigError, Section, build, called_here, suggestion, unknown_key
+from trlx.tracebacks import short_errors
 
 logger = logging.get_logger(__name__)
 
@@ -237,6 +238,7 @@ class TRLConfig:
                 )
 
     @classmethod
+    @short_errors
     def load_yaml(cls, *files: str | Path, overrides: Sequence[str] = ()) -> TRLConfig:
         """Reads YAML files, the later ones over the earlier, then overrides such as ``"method.gamma=0.99"``.
 
@@ -246,6 +248,7 @@ class TRLConfig:
         return cls.from_dict(read_yaml(*files, overrides=overrides))
 
     @classmethod
+    @short_errors
     def from_dict(cls, config: Mapping[str, Any]) -> TRLConfig:
         """A config from nested mappings; the method's class is found by ``method.name``.
 
@@ -266,12 +269,14 @@ class TRLConfig:
         """Nested plain dicts that share nothing with this config."""
         return {name: copy.deepcopy(_fields_of(getattr(self, name))) for name in SECTIONS}
 
+    @short_errors
     def evolve(self, **changes: Any) -> TRLConfig:
         """A copy with nested changes: ``config.evolve(method={"gamma": 0.9}, train={"seed": 1})``."""
         _check_sections(changes)
         return self.from_dict(merged(self.to_dict(), changes))
 
     @classmethod
+    @short_errors
     def update(cls, base: TRLConfig | Mapping[str, Any], hparams: Mapping[str, Any]) -> TRLConfig:
         """A copy of `base` with changes given as dotted keys, nested mappings or both. `base` stays as it was."""
         _check_sections(key.split(".")[0] for key in hparams)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trlx.config import SECTIONS, TRLConfig, merged, nested, register_resolvers
 from trlx.strict import ConfigError, suggestion
+from trlx.tracebacks import short_errors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -18,6 +19,7 @@ MEGATRON = "megatron_"
 """Presets that begin so describe a model and its layout, and go over a method's preset."""
 
 
+@short_errors
 def load_preset(name: str, *more: str, overrides: tuple[str, ...] | list[str] = ()) -> TRLConfig:
     """The preset `name`, with further presets or YAML files merged over it, then dotted overrides.
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from transformers import GPT2Config
 
+from trlx import config
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig, TRLConfig
 from trlx.foreign_names import HERE
 from trlx.method_configs import MethodConfig, PPOConfig, RFTConfig
@@ -246,3 +248,23 @@ def test_no_limit_of_steps_and_no_tags_may_be_written_as_null():
 def test_a_negative_kl_coefficient_is_refused():
     with pytest.raises(ConfigError, match="method.init_kl_coef must be 0 or more, got -0.1"):
         minimal(method={"init_kl_coef": -0.1})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: minimal().evolve(method={"gama": 1}),
+        lambda: TRLConfig.update(minimal(), {"method.gama": 1}),
+        lambda: load_preset("ppo", overrides=["method.gama=1"]),
+        lambda: TRLConfig.from_dict({}),
+    ],
+    ids=["evolve", "update", "load_preset", "from_dict"],
+)
+def test_a_wrong_setting_shows_the_line_that_wrote_it_and_no_frames_of_the_library(wrong, monkeypatch):
+    with pytest.raises(ConfigError) as refused:
+        wrong()
+    assert {entry.filename for entry in traceback.extract_tb(refused.value.__traceback__)} == {__file__}
+    monkeypatch.setenv("TRLX_TRACEBACKS", "full")
+    with pytest.raises(ConfigError) as refused:
+        wrong()
+    assert config.__file__ in {entry.filename for entry in traceback.extract_tb(refused.value.__traceback__)}

@@ -306,7 +306,7 @@ def test_an_error_of_the_users_function_shows_the_users_frames_alone(tmp_path, m
     monkeypatch.setenv("TRLX_TRACEBACKS", "full")
     with pytest.raises(RewardError) as raised:
         trlx.train(config=config, prompts=PROMPTS, reward_fn=my_reward)
-    assert shown(raised.value)[:3] == [here, "called", "train"]
+    assert shown(raised.value)[:4] == [here, "called", "called", "train"]
 
 
 def test_a_check_of_the_arguments_shows_no_frames_of_the_library_and_a_defect_shows_all(tmp_path, monkeypatch):
@@ -316,4 +316,4 @@ def test_a_check_of_the_arguments_shows_no_frames_of_the_library_and_a_defect_sh
     monkeypatch.setattr("trlx.api.as_list", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError) as raised:
         trlx.train(config=tiny_config(tmp_path, "PPO"), **DATA["PPO"])
-    assert shown(raised.value)[1:3] == ["called", "train"] and shown(raised.value)[-1] == "<lambda>"
+    assert shown(raised.value)[1:4] == ["called", "called", "train"] and shown(raised.value)[-1] == "<lambda>"

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-import linecache
-import os
-import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-import trlx
 from trlx import logging
 from trlx.backends.distress import is_shared, report, shared, watching
+from trlx.tracebacks import short_errors
 from trlx.trainer.guards import Interrupted
 
 if TYPE_CHECKING:
@@ -53,34 +49,15 @@ def rescuing(trainer: Trainer) -> Iterator[None]:
 
 def for_users(fn: F) -> F:
     """A function that users call: its errors reach all processes of the job, and those that are meant for the user come
-    without frames of this package, unless TRLX_TRACEBACKS is "full" or the verbosity "debug"."""
+    without frames of this package, see `trlx.tracebacks`."""
 
+    @short_errors
     @functools.wraps(fn)
     def called(*args, **kwargs):
-        try:
-            with watching():
-                return fn(*args, **kwargs)
-        except BaseException as error:
-            if os.environ.get("TRLX_TRACEBACKS") != "full" and logging.get_verbosity() > logging.DEBUG:
-                shorten(error)
-            raise
+        with watching():
+            return fn(*args, **kwargs)
 
     return called
-
-
-def shorten(error: BaseException) -> None:
-    """Takes the frames of this package and of Python's library out of the traceback of an error that a ``raise`` in
-    this package made. Of its causes the frames of the user's function and all below stay. Other errors stay whole."""
-    if not _is_on_purpose(error.__traceback__):
-        return
-    error.__traceback__ = _without_ours(error.__traceback__)
-    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    while cause is not None:
-        frames = cause.__traceback__
-        while frames is not None and _is_inside(frames):
-            frames = frames.tb_next
-        cause.__traceback__ = frames
-        cause = cause.__cause__ or cause.__context__
 
 
 def _save(trainer: Trainer, error: BaseException, first_step: int) -> str:
@@ -117,30 +94,3 @@ def _how_to_go_on(trainer: Trainer) -> str:
 def _noted(error: BaseException, note: str) -> BaseException:
     error.add_note(note)
     return error
-
-
-_HERE = str(Path(trlx.__file__).parent) + os.sep
-_LIBRARY, _PACKAGES = (sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib"))
-
-
-def _is_inside(frame: TracebackType) -> bool:
-    """Whether it is of this package or of Python's library."""
-    file = frame.tb_frame.f_code.co_filename
-    return file.startswith(_HERE) or (file.startswith(_LIBRARY) and not file.startswith(_PACKAGES))
-
-
-def _is_on_purpose(frames: TracebackType | None) -> bool:
-    """Whether the innermost frame is a ``raise`` of this package."""
-    if frames is None:
-        return False
-    while frames.tb_next is not None:
-        frames = frames.tb_next
-    file = frames.tb_frame.f_code.co_filename
-    return file.startswith(_HERE) and linecache.getline(file, frames.tb_lineno).lstrip().startswith("raise ")
-
-
-def _without_ours(frames: TracebackType | None) -> TracebackType | None:
-    if frames is None:
-        return None
-    rest = _without_ours(frames.tb_next)
-    return rest if _is_inside(frames) else TracebackType(rest, frames.tb_frame, frames.tb_lasti, frames.tb_lineno)
