@@ -124,6 +124,8 @@ def _check_arguments(trainer_class: type[Trainer], online: bool, reward_fn, samp
         raise ValueError("train() needs reward_fn (to learn online) or samples (to learn offline)")
     if online and reward_fn is None:
         raise ValueError(f"{trainer} learns online: pass reward_fn, or set train.trainer to an offline trainer")
+    if online and (samples is not None or rewards is not None):
+        raise ValueError(f"{trainer} learns from what it samples itself: leave out samples and rewards")
     if not online and samples is None:
         raise ValueError(f"{trainer} learns from samples: pass samples, or set train.trainer to an online trainer")
     if rewards is not None and samples is not None and len(samples) != len(rewards):

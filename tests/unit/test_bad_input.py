@@ -54,6 +54,8 @@ def test_a_reward_that_takes_too_long_stops_the_run(tmp_path):
         ("PPO", {"prompts": ["ab", ""]}, "Prompt 1 has no tokens"),
         ("PPO", {"prompts": ["ab", 3]}, "Prompt 1 must be a text"),
         ("PPO", {"prompts": [{"text": "ab"}]}, 'Prompt 0 is a dict without the key "prompt"'),
+        ("PPO", {"samples": TEXTS}, "leave out samples and rewards"),
+        ("PPO", {"rewards": [1.0]}, "leave out samples and rewards"),
         ("PPO", {"reward_fn": None}, "needs reward_fn"),
         ("SFT", {"samples": []}, "at least one of them"),
         ("SFT", {"samples": [["a", "b", "c"]]}, "Sample 0 has 3 messages"),
