@@ -302,7 +302,8 @@ def test_an_error_of_the_users_function_shows_the_users_frames_alone(tmp_path, m
         trlx.train(config=config, prompts=PROMPTS, reward_fn=my_reward)
     here = "test_an_error_of_the_users_function_shows_the_users_frames_alone"
     assert shown(raised.value) == [here]
-    assert shown(raised.value.__cause__) == ["my_reward", "<listcomp>", "my_judge"]
+    frames = [name for name in shown(raised.value.__cause__) if name != "<listcomp>"]  # there is none in Python 3.12
+    assert frames == ["my_reward", "my_judge"]
     monkeypatch.setenv("TRLX_TRACEBACKS", "full")
     with pytest.raises(RewardError) as raised:
         trlx.train(config=config, prompts=PROMPTS, reward_fn=my_reward)
