@@ -35,11 +35,11 @@ def __getattr__(name: str) -> Any:
 
 
 class _OldPaths:
-    """Sends imports under ``trlx.`` that nothing else could find to the table in `trlx.compat`."""
+    """Looks up names under ``trlx.`` that Python cannot find in the tables of `trlx.compat.imports`."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
-        return importlib.import_module("trlx.compat").find_spec(name) if name.startswith("trlx.") else None
+        return importlib.import_module("trlx.compat.imports").find_spec(name) if name.startswith("trlx.") else None
 
 
 sys.meta_path.append(_OldPaths)

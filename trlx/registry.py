@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from trlx.compat_hooks import check_hooks
+from trlx.compat.hooks import check_hooks
 
 
 class Registry:

@@ -14,7 +14,7 @@ from abc import ABCMeta
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union
 
-from trlx.foreign_names import HERE
+from trlx.compat.settings import HERE
 
 
 class ConfigError(ValueError):

@@ -5,7 +5,7 @@ import sys
 from trlx.launch.cli import main
 
 __path__: list[str] = []
-"""Lets ``from trlx.sweep import get_param_space`` ask `trlx.compat` what became of it."""
+"""Makes ``from trlx.sweep import get_param_space`` ask `trlx.compat.imports`, whose error says what to use instead."""
 
 if __name__ == "__main__":
     sys.exit(main(["sweep", *sys.argv[1:]]))

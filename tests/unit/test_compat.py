@@ -1,6 +1,7 @@
 """Scripts and YAML files written for CarperAI's trlx."""
 
 import importlib
+import operator
 import subprocess
 import sys
 import warnings
@@ -9,18 +10,17 @@ import pytest
 import torch
 
 from tests.builders import char_tokenizer
-from trlx.compat import (
-    OLD_PATHS,
+from trlx.compat.functions import (
     DialogMessage,
     DialogStore,
     flatten_dict,
-    get_pipeline,
-    get_trainer,
     logprobs_of_labels,
     make_experience,
+    set_seed,
     tokenize_dialogue,
     whiten,
 )
+from trlx.compat.imports import OLD_PATHS
 from trlx.config import TRLConfig
 from trlx.trainer.accelerate import AcceleratePPOTrainer
 
@@ -38,7 +38,7 @@ def test_every_old_name_is_where_the_table_says(module, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         found = getattr(importlib.import_module(module), name)
-    assert found is getattr(importlib.import_module(new_module), attribute)
+    assert found == operator.attrgetter(attribute)(importlib.import_module(new_module))
 
 
 SCRIPT_LINES = """
@@ -113,7 +113,10 @@ def test_importing_an_old_path_does_not_need_trlx_imported_before():
     assert result.stdout.strip() == "AccelerateSFTTrainer"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_trainers_and_pipelines_are_found_in_any_case():
+    from trlx.utils.loading import get_pipeline, get_trainer
+
     assert get_trainer("AcceleratePPOtrainer") is AcceleratePPOTrainer
     assert get_pipeline("promptpipeline").__name__ == "PromptPipeline"
     with pytest.raises(ValueError, match="Did you mean 'AcceleratePPOTrainer'"):
@@ -121,7 +124,14 @@ def test_trainers_and_pipelines_are_found_in_any_case():
 
 
 def test_the_default_nemo_configs_are_there():
-    assert importlib.import_module("trlx.compat").default_nemo_20b_config().model.hidden_size == 6144
+    assert importlib.import_module("trlx.compat.functions").default_nemo_20b_config().model.hidden_size == 6144
+
+
+def test_seeds_differ_between_processes(monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    set_seed(3)
+    drawn = torch.rand(1)
+    assert drawn == torch.rand(1, generator=torch.Generator().manual_seed(5))
 
 
 def test_a_dialogue_becomes_turns_and_eos_joins_the_last():

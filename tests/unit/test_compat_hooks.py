@@ -10,7 +10,7 @@ import pytest
 import trlx
 from tests.builders import char_tokenizer
 from tests.runs import PROMPTS, TEXTS, share_of_a, tiny_config
-from trlx.compat_hooks import HOOKS
+from trlx.compat.hooks import HOOKS
 from trlx.data.prompts import PromptPipeline
 from trlx.method_configs import MethodConfig, PPOConfig
 from trlx.registry import trainers

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.original_names import ORIGINAL
-from trlx.compat import OLD_PATHS
-from trlx.compat_names import GONE
+from trlx.compat.imports import GONE, OLD_PATHS
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -12,8 +12,8 @@ import pytest
 from transformers import GPT2Config
 
 from trlx import config
+from trlx.compat.settings import HERE
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig, TRLConfig
-from trlx.foreign_names import HERE
 from trlx.method_configs import MethodConfig, PPOConfig, RFTConfig
 from trlx.presets import load_preset
 from trlx.strict import ConfigError

@@ -10,7 +10,7 @@ import pytest
 import trlx
 from docs.config_reference import MARK, page
 from tests.runs import DATA, length, share_of_a, tiny_config
-from trlx.compat import OLD_PATHS
+from trlx.compat.imports import OLD_PATHS
 
 DOCS = Path(__file__).parents[2] / "docs"
 CODE = re.compile(r"`([^`\n]+)`")

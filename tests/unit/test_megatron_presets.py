@@ -6,7 +6,7 @@ import torch
 from tests.unit.megatron_configs import ROOT, read, settings_of
 from trlx.backends.megatron.layout_checks import check_layout
 from trlx.backends.megatron.settings import Parallel
-from trlx.compat import default_nemo_1_3b_config
+from trlx.compat.functions import default_nemo_1_3b_config
 from trlx.config import TRLConfig
 from trlx.presets import load_preset
 from trlx.strict import ConfigError

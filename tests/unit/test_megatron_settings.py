@@ -16,7 +16,7 @@ from trlx.backends.megatron.learning_rate import Annealing, Constant
 from trlx.backends.megatron.nemo.file import Lookup
 from trlx.backends.megatron.nemo.shape import read_shape
 from trlx.backends.megatron.settings import Parallel, Recompute
-from trlx.compat import default_nemo_20b_config
+from trlx.compat.functions import default_nemo_20b_config
 from trlx.presets import load_preset, megatron_preset
 from trlx.strict import ConfigError
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.runs import metrics, run, weights
-from trlx.trainer.old_names import ATTRIBUTES, OldNames
+from trlx.compat.attributes import ATTRIBUTES, OldNames
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from trlx.backends.base import Backend, ModelNeeds
 from trlx.backends.distress import watching
 from trlx.batch import TokenBatch, TokenScores
 from trlx.checkpoint import RandomState, TrainerState, own_randomness, seed_everything
-from trlx.compat_hooks import check_hooks
+from trlx.compat.attributes import OldNames
+from trlx.compat.hooks import check_hooks
 from trlx.config import TRLConfig
 from trlx.data.prompts import PromptPipeline
 from trlx.data.store import Store, pass_order, shard
@@ -33,7 +34,6 @@ from trlx.trainer.display import Display
 from trlx.trainer.evaluate import Evaluator
 from trlx.trainer.failures import rescuing
 from trlx.trainer.guards import Interrupts, SkippedSteps, leave_if_asked
-from trlx.trainer.old_names import OldNames
 from trlx.trainer.saving import read_run, write_run
 from trlx.trainer.sequences import sample
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trlx.compat_hooks import HOOKS
+from trlx.compat.hooks import HOOKS
 from trlx.rollout.sampling import sweep_variants
 from trlx.trainer.sequences import sample_sequences
 

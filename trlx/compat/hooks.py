@@ -43,7 +43,7 @@ HOOKS: dict[str, dict[str, str]] = {
 }
 """By kind of class: method -> what to write instead."""
 
-_BASES = ("trlx.trainer.base", "trlx.trainer.old_names", "trlx.data.prompts")
+_BASES = ("trlx.trainer.base", "trlx.compat.attributes", "trlx.data.prompts")
 """Where functions of these names are meant for callers."""
 
 REQUIRED = {"pipeline": ("__len__", "__getitem__", "digest")}

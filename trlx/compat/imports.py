@@ -1,9 +1,90 @@
-"""Names and modules of CarperAI's trlx that are gone, each with what to use instead. A table: nothing here runs.
+"""Import paths of CarperAI's trlx: names that moved, names that are gone, and the finder that answers for both.
 
-`trlx.compat` makes an entry the text of the error of ``from trlx.utils import Clock``.
+``from trlx.data.configs import TRLConfig`` still works; each old path warns once in a process. The finder in
+``trlx/__init__.py`` calls `find_spec` for names under ``trlx.`` that Python itself cannot find.
 """
 
 from __future__ import annotations
+
+import importlib
+import importlib.util
+import operator
+import warnings
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_SECTIONS = "TRLConfig ModelConfig TokenizerConfig OptimizerConfig SchedulerConfig TrainConfig"
+
+_MOVED: dict[str, dict[str, str]] = {
+    "trlx.trlx": {"trlx.api": "train"},
+    "trlx.data.configs": {"trlx.config": _SECTIONS},
+    "trlx.data.default_configs": {
+        "trlx.config": _SECTIONS,
+        "trlx.method_configs": "PPOConfig ILQLConfig SFTConfig RFTConfig",
+        "trlx.presets": "default_ppo_config default_ilql_config default_sft_config default_rft_config",
+        "trlx.compat.functions": "default_nemo_1_3b_config default_nemo_2b_config default_nemo_20b_config",
+    },
+    "trlx.data.method_configs": {
+        "trlx.method_configs": "MethodConfig get_method",
+        "trlx.registry": "register_method",
+    },
+    "trlx.models.modeling_ppo": {
+        "trlx.method_configs": "PPOConfig",
+        "trlx.methods.ppo": "AdaptiveKLController=AdaptiveKL FixedKLController=FixedKL",
+    },
+    "trlx.models.modeling_ilql": {"trlx.method_configs": "ILQLConfig"},
+    "trlx.trainer.accelerate_base_trainer": {
+        "trlx.trainer.base": "AccelerateRLTrainer=Trainer",
+        "trlx.registry": "register_trainer",
+    },
+    "trlx.trainer.accelerate_ppo_trainer": {"trlx.trainer.accelerate": "AcceleratePPOTrainer"},
+    "trlx.trainer.accelerate_ilql_trainer": {
+        "trlx.trainer.accelerate": "AccelerateILQLTrainer",
+        "trlx.compat.functions": "make_experience",
+    },
+    "trlx.trainer.accelerate_sft_trainer": {
+        "trlx.trainer.accelerate": "AccelerateSFTTrainer",
+        "trlx.method_configs": "SFTConfig",
+    },
+    "trlx.trainer.accelerate_rft_trainer": {
+        "trlx.trainer.accelerate": "AccelerateRFTTrainer",
+        "trlx.method_configs": "RFTConfig",
+    },
+    "trlx.trainer.nemo_ppo_trainer": {"trlx.trainer.nemo": "NeMoPPOTrainer"},
+    "trlx.trainer.nemo_ilql_trainer": {"trlx.trainer.nemo": "NeMoILQLTrainer"},
+    "trlx.trainer.nemo_sft_trainer": {"trlx.trainer.nemo": "NeMoSFTTrainer"},
+    "trlx.pipeline": {"trlx.registry": "register_datapipeline"},
+    "trlx.pipeline.offline_pipeline": {
+        "trlx.data.prompts": "PromptPipeline",
+        "trlx.compat.functions": "DialogMessage DialogStore tokenize_dialogue",
+    },
+    "trlx.utils": {"trlx.compat.functions": "set_seed"},
+    # of trlx.api, because the import of it registers trainers and pipelines
+    "trlx.utils.loading": {"trlx.api": "get_trainer=trainers.get get_pipeline=pipelines.get"},
+    "trlx.utils.logging": {
+        "trlx.logging": "DEBUG INFO WARNING ERROR CRITICAL get_logger set_verbosity get_verbosity "
+        "enable_explicit_format reset_format enable_progress_bar disable_progress_bar is_progress_bar_enabled "
+        "MultiProcessAdapter=RankLogger log_levels=LEVELS"
+    },
+    "trlx.utils.modeling": {
+        "trlx.methods.masked": "RunningMoments",
+        "trlx.compat.functions": "whiten logprobs_of_labels flatten_dict",
+        "trlx.models.decoder": "hf_get_decoder=trunk hf_get_decoder_blocks=blocks "
+        "hf_get_decoder_final_norm=final_norm hf_get_lm_head=output_head",
+    },
+}
+"""Old module -> new module -> names, as ``name`` or as ``old=new``."""
+
+OLD_PATHS: dict[str, dict[str, str]] = {
+    old: {
+        name.partition("=")[0]: f"{new}:{name.rpartition('=')[2]}"
+        for new, names in rows.items()
+        for name in names.split()
+    }
+    for old, rows in _MOVED.items()
+}
+"""Old module -> name -> where it is now, as "module:attribute"."""
 
 _BATCHES = "a sample is a trlx.batch.Rollout, and a padded batch of them a trlx.batch.TokenBatch"
 _OUTPUTS = "what a model says about the tokens of a batch is trlx.batch.TokenScores"
@@ -125,3 +206,46 @@ _GONE = {
 
 GONE: dict[str, str] = {name: f"{name} of CarperAI's trlx is gone: {instead}" for name, instead in _GONE.items()}
 """Old dotted name -> the sentence that says what to use instead."""
+
+
+def find_spec(name: str) -> ModuleSpec | None:
+    """The spec of an old module or of something gone; None for a name that CarperAI's trlx had not either."""
+    if name not in OLD_PATHS and name not in GONE:
+        return None
+    # ``from package import name`` makes Python look for a module package.name, and so reach the sentence about name
+    return importlib.util.spec_from_loader(name, _Loader(), is_package=True)
+
+
+class _Loader:
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        if spec.name in GONE:
+            raise ImportError(GONE[spec.name], name=spec.name)
+        return _OldModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """A table has nothing to run."""
+
+
+class _OldModule(ModuleType):
+    """Looks a name up when it is first asked for, and warns at the first of them."""
+
+    def __getattr__(self, name: str) -> Any:
+        table, full_name = OLD_PATHS[self.__name__], f"{self.__name__}.{name}"
+        if name not in table:
+            raise AttributeError(GONE.get(full_name, f"module {self.__name__!r} has no attribute {name!r}"))
+        if not any(known in self.__dict__ for known in table):
+            warnings.warn(_advice(self.__name__, name), DeprecationWarning, stacklevel=2)
+        module, _, attribute = table[name].partition(":")
+        value = operator.attrgetter(attribute)(importlib.import_module(module))
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *OLD_PATHS[self.__name__]})
+
+
+def _advice(old: str, name: str) -> str:
+    module, _, attribute = OLD_PATHS[old][name].partition(":")
+    others = sorted({place.partition(":")[0] for place in OLD_PATHS[old].values()} - {module})
+    rest = f"; its other names are in {', '.join(others)}" if others else ""
+    return f"{old} is an import path of CarperAI's trlx: {name} is now {module}.{attribute}{rest}"
