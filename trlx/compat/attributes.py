@@ -1,4 +1,4 @@
-"""What scripts written for CarperAI's trlx ask of a trainer: a few names work, the others say what took their place."""
+"""Attributes of CarperAI's trainers: a few still work, the others raise an error that names the successor."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from trlx.compat.hooks import HOOKS
 from trlx.rollout.sampling import sweep_variants
 from trlx.trainer.sequences import sample_sequences
 
-_LOADER = "trainer.store holds the rows, and trlx.data.store.pass_order says in which order they are read"
+_LOADER = "trainer.store holds the rows, and trlx.data.store.pass_order gives the order in which they are read"
 _EVALUATOR = "trainer.evaluator holds the prompts of evaluations"
-_STREAM = "trainer.stream draws PPO's prompts, and RFT's are trainer.pipeline"
-_MINIBATCH = "trainer.backend.microbatch_size says how batches are split"
-_LOG = "trainer.config.train.rollout_logging_dir says where rollouts are written"
+_STREAM = "PPO draws prompts from trainer.stream, RFT from trainer.pipeline"
+_MINIBATCH = "trainer.backend.microbatch_size is the number of rows computed at once"
+_LOG = "trainer.config.train.rollout_logging_dir is the folder of rollouts"
 _METHOD = "trainer.config.method holds the settings of the method"
-_SCHEDULE = "trainer.config.train says how often it evaluates and how long it trains"
+_SCHEDULE = "trainer.config.train has eval_interval, epochs and total_steps"
 
 ATTRIBUTES: dict[str, str] = {
-    "accelerator": "trainer.backend speaks for devices and processes; Accelerate's own object is "
-    "trainer.backend.accelerator",
+    "accelerator": "trainer.backend has device and data_rank; Accelerate's object is trainer.backend.accelerator",
     "opt": "Accelerate's optimizer is trainer.backend.sharding.optimizer",
     "scheduler": "trainer.backend.scheduler",
-    "ref_model": "trainer.backend.score(batch, reference=True) asks the reference policy",
+    "ref_model": "trainer.backend.score(batch, reference=True) runs the reference policy",
     "kl_ctl": "trainer.kl, whose coefficient is trainer.kl.coef",
     "mean_kl": "it is logged as policy/kl",
     "approx_kl": "it is logged as policy/kl",
@@ -41,15 +40,15 @@ ATTRIBUTES: dict[str, str] = {
     "generate_sweep_kwarg": "trainer.eval_variants holds the settings of each evaluation",
     "max_length": "trainer.config.train.seq_length",
     "logit_mask": "ILQL trainers take one, as logit_mask in trainer.config.train.trainer_kwargs",
-    "stop_sequences": "trainer.stopper ends and cuts responses",
+    "stop_sequences": "trainer.stopper holds them",
     "mb_size": _MINIBATCH,
     "num_mb": _MINIBATCH,
     "mb_count": _MINIBATCH,
     "n_inner_epochs": "trainer.inner_epochs",
     "n_updates_per_batch": "trainer.inner_epochs",
     "epoch_count": "trainer.state.epoch",
-    "nth_evaluation": "trainer.state.step says when it is",
-    "train_mode": "trainer.learn() trains, and nothing else does",
+    "nth_evaluation": "trainer.state.step is the step of the evaluation",
+    "train_mode": "models train in trainer.learn() only",
     "log_rollouts": _LOG,
     "rollout_logging_dir": _LOG,
     "run_id": _LOG,
@@ -58,17 +57,17 @@ ATTRIBUTES: dict[str, str] = {
     "ilql_config": _METHOD,
     "sft_config": _METHOD,
     "generations_per_prompt": _METHOD,
-    "megatron_cfg": "trainer.config.train.trainer_kwargs has the layout and the model",
+    "megatron_cfg": "trainer.config.train.trainer_kwargs holds it",
     "limit_val_batches": _SCHEDULE,
     "val_check_interval": _SCHEDULE,
     "train_samples": _SCHEDULE,
 }
-"""What was an attribute of trainers, and what to read instead."""
+"""Gone attribute -> what to read instead."""
 
 
 class OldNames:
-    """Attributes of the original's trainers. Reading one that is gone names its successor, and so does setting it:
-    nothing would look at the value."""
+    """Attributes of the original's trainers. To read one that is gone is an error that names its successor; to set one
+    is an error too, because nothing would read the value."""
 
     def generate_eval(self, input_ids: Any, attention_mask: Any = None, **gen_kwargs: Any) -> Tensor:
         """`Trainer.generate` with the settings of evaluations; of a sweep, those of its first value."""
@@ -81,12 +80,14 @@ class OldNames:
             return _WORKING[name](self)
         if name in ATTRIBUTES:
             raise AttributeError(f"trainer.{name} of CarperAI's trlx is gone: {ATTRIBUTES[name]}")
-        return object.__getattribute__(self, name)  # fails, in Python's own words
+        return object.__getattribute__(self, name)  # raises Python's own AttributeError
 
     def __setattr__(self, name: str, value: Any) -> None:
         instead = ATTRIBUTES.get(name) or HOOKS["trainer"].get(name) or (name in _WORKING and "it can only be read")
         if instead and not hasattr(type(self), name):
-            raise AttributeError(f"Setting trainer.{name} has no effect: {instead}; choose another name for your own")
+            raise AttributeError(
+                f"Setting trainer.{name} has no effect: {instead}; choose another name for your own value"
+            )
         super().__setattr__(name, value)
 
 
@@ -94,12 +95,12 @@ def _model(trainer: Any) -> Any:
     policy = getattr(trainer.backend, "policy", None)
     if policy is None:
         raise AttributeError(
-            "trainer.model is there with Accelerate only: on Megatron each process holds a part of the model, so use "
+            "trainer.model exists with Accelerate only: on Megatron each process holds a part of the model, so use "
             "trainer.generate() and trainer.save_pretrained()"
         )
     if policy.q_heads is not None:
         raise AttributeError(
-            "trainer.model would sample without the Q heads of ILQL: use trainer.generate() and "
+            "trainer.model.generate() would sample without the Q heads of ILQL: use trainer.generate() and "
             "trainer.save_pretrained(), or trainer.backend.policy.model for the language model alone"
         )
     return policy.model

@@ -1,6 +1,6 @@
-"""Methods that CarperAI's trlx called on classes of users and that nothing calls here, each with today's place for it.
+"""Methods of users' classes that CarperAI's trlx called and trlx does not call, each with what to write instead.
 
-A class that overrides one would train something else than it says, so it is refused.
+A class that overrides one is refused, because the override would have no effect.
 """
 
 from __future__ import annotations
@@ -9,57 +9,57 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-_CONFIG = "the sections optimizer and scheduler of the config say it"
-_SAMPLING = "override sampling(gen_kwargs), which rollouts and evaluations ask for their settings"
-_TRAINER_SAYS = "a trainer says it: override loss(scores, batch) or collect() there"
+_CONFIG = "set it in the sections optimizer and scheduler of the config"
+_SAMPLING = "override sampling(gen_kwargs), which returns the settings of rollouts and evaluations"
+_IN_TRAINERS = "override loss(scores, batch) or collect() of a trainer"
 
 HOOKS: dict[str, dict[str, str]] = {
     "trainer": {
-        "loss": "it is called as loss(scores, batch), with a trlx.batch.TokenScores and a trlx.batch.TokenBatch",
+        "loss": "define loss(scores, batch), which gets a trlx.batch.TokenScores and a trlx.batch.TokenBatch",
         "make_experience": "override collect(), which returns what the coming epoch trains on",
         "make_experience_seq2seq": "make_experience(samples, rewards, seq_length) takes every kind of model",
         "push_to_store": "override collect(), which returns what the coming epoch trains on",
-        "prepare_learning": "override collect() and inner_epochs, which say what is trained on and how often",
-        "create_train_dataloader": "override collect(), whose rows are put into batches of train.batch_size",
+        "prepare_learning": "override collect() for the data of an epoch, and inner_epochs for the passes over it",
+        "create_train_dataloader": "override collect(), whose rows trlx puts into batches of train.batch_size",
         "post_backward_callback": "override after_step(metrics), called after every optimizer step",
         "post_epoch_callback": "override collect(), called at the beginning of every epoch",
-        "get_arch": "override needs(), which says what heads and reference the model gets",
-        "setup_model": "override needs(), which says what heads and reference the model gets",
+        "get_arch": "override needs(), which returns the heads and the reference that the model gets",
+        "setup_model": "override needs(), which returns the heads and the reference that the model gets",
         "setup_optimizer": _CONFIG,
         "setup_scheduler": _CONFIG,
-        "setup_rollout_logging": "train.rollout_logging_dir says where rollouts are written",
-        "get_model_inputs": "override collect(): its rows are what the model sees",
+        "setup_rollout_logging": "set train.rollout_logging_dir, the folder for rollouts",
+        "get_model_inputs": "override collect(), whose rows are the inputs of the model",
         "decode": "change texts in reward_fn, or cut them with stop_sequences",
         "generate": _SAMPLING,
         "generate_eval": _SAMPLING,
     },
     "method": {
-        "loss": _TRAINER_SAYS,
-        "get_advantages_and_returns": _TRAINER_SAYS,
-        "heads": "a trainer says it: override needs() there",
-        "from_dict": "fields and check() say what a config may hold",
+        "loss": _IN_TRAINERS,
+        "get_advantages_and_returns": _IN_TRAINERS,
+        "heads": "override needs() of a trainer",
+        "from_dict": "declare fields, and refuse wrong values in check()",
     },
-    "pipeline": {"create_loader": "prompts are read one by one, as pipeline[i], and padded where they are sampled"},
+    "pipeline": {"create_loader": "trlx reads prompts as pipeline[i] and pads them when it samples"},
 }
 """By kind of class: method -> what to write instead."""
 
 _BASES = ("trlx.trainer.base", "trlx.compat.attributes", "trlx.data.prompts")
-"""Where functions of these names are meant for callers."""
+"""Modules of ours with methods of these names, for users to call."""
 
 REQUIRED = {"pipeline": ("__len__", "__getitem__", "digest")}
-"""What a class must have that does not inherit from one of ours."""
+"""Methods that a class needs where it does not inherit from ours."""
 
 
 def check_hooks(kind: str, cls: type) -> None:
-    """Refuses a trainer, method or pipeline of a user that expects to be called where nothing calls it.
+    """Refuses a user's trainer, method or pipeline with an override that would have no effect.
 
     Raises:
-        TypeError: `cls` overrides a hook of CarperAI's trlx, or lacks a method that is called.
+        TypeError: `cls` overrides a method that trlx does not call, or lacks one that it calls.
     """
     dead = [name for name in HOOKS.get(kind, ()) if _is_the_users(cls, name) and not _is_called(kind, cls, name)]
     if dead:
-        advice = "; ".join(f"for {name}: {HOOKS[kind][name]}" for name in dead)
-        raise TypeError(f"{cls.__name__} overrides what nothing here calls ({advice}), see docs/own-method.md")
+        advice = "; ".join(f"instead of {name}: {HOOKS[kind][name]}" for name in dead)
+        raise TypeError(f"{cls.__name__} overrides methods that trlx does not call: {advice}. See docs/own-method.md")
     missing = [name for name in REQUIRED.get(kind, ()) if not hasattr(cls, name)]
     if missing:
         raise TypeError(
@@ -69,7 +69,7 @@ def check_hooks(kind: str, cls: type) -> None:
 
 
 def _is_the_users(cls: type, name: str) -> bool:
-    """Whether `name` is a function that the base class does not have; one put there later counts, a field does not."""
+    """Whether `name` is a function from outside of `_BASES`, also one set on our classes; a dataclass field is none."""
     function = _function(inspect.getattr_static(cls, name, None))
     return function is not None and function.__module__ not in _BASES
 

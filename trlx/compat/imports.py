@@ -90,7 +90,7 @@ _BATCHES = "a sample is a trlx.batch.Rollout, and a padded batch of them a trlx.
 _OUTPUTS = "what a model says about the tokens of a batch is trlx.batch.TokenScores"
 _CAUSAL = (
     "models are plain transformers models: load the folder of trainer.save_pretrained() with AutoModelForCausalLM; "
-    "what trains, heads included, is trlx.models.policy.Policy"
+    "trlx.models.policy.Policy is the model in training with its heads"
 )
 _SEQ2SEQ = _CAUSAL.replace("CausalLM", "Seq2SeqLM")
 _BRANCHES = (
@@ -98,15 +98,15 @@ _BRANCHES = (
     "trlx.models.reference.Reference"
 )
 _STORES = "trlx.data.store.RolloutStore holds the samples, and trlx.data.collate.collate pads them"
-_NEMO = "the NeMo trainers run on Megatron-Core alone, see trlx.backends.megatron and docs/megatron.md"
+_NEMO = "the NeMo trainers need nothing but Megatron-Core, see trlx.backends.megatron and docs/megatron.md"
 _SWEEP = "python -m trlx.sweep is trlx.launch.sweep.run, and trlx.launch.space.read_space reads its file"
 _ORCHESTRATORS = "trainers draw prompts and collect rollouts themselves: call trlx.train"
 _ACROSS = "trainer.backend adds and gathers over processes, see trlx.backends.base.Backend"
-_HANDLERS = "logging.getLogger('trlx') of Python's own logging is the logger of the whole library"
+_HANDLERS = "logging.getLogger('trlx') of Python's own logging is the library's logger"
 _TREES = "trlx.batch.TokenBatch.to moves a batch; torch.utils._pytree.tree_map maps over other trees"
 _DELTAS = "OpenDelta is not supported; model.peft_config trains adapters with peft"
 
-_NAMES: dict[str, dict[str, str]] = {
+_GONE_NAMES: dict[str, dict[str, str]] = {
     "trlx.data": {"GeneralElement RLElement BatchElement SimElement": _BATCHES},
     "trlx.data.configs": {"merge": "trlx.config.TRLConfig.update and trlx.config.TRLConfig.evolve merge settings"},
     "trlx.models.modeling_ppo": {
@@ -148,18 +148,18 @@ _NAMES: dict[str, dict[str, str]] = {
         "SchedulerName get_scheduler_class": "trlx.backends.optimizer.make_scheduler makes what the config names",
         "filter_non_scalars": "trlx.tracking.Tracker takes a dict of numbers",
         "significant": "f'{x:.3g}' shows three digits",
-        "get_distributed_config": "trainer.backend.accelerator.state holds what Accelerate was told",
+        "get_distributed_config": "trainer.backend.accelerator.state holds Accelerate's settings",
         "get_git_tag": "trlx.tracking.default_run_name names runs",
         "infinite_dataloader": "trlx.data.prompts.PromptStream draws prompts without end",
-        "is_peft_available": "trlx.optional.is_available('peft') says it",
-        "print_rank_0": "trlx.logging.get_logger(__name__).info speaks on the main process alone",
+        "is_peft_available": "trlx.optional.is_available('peft') does the same",
+        "print_rank_0": "trlx.logging.get_logger(__name__).info writes on the main process only",
         "to_device tree_map": _TREES,
     },
     "trlx.utils.loading": {"get_orchestrator get_model": _ORCHESTRATORS},
     "trlx.utils.logging": {
         "add_handler remove_handler disable_default_handler enable_default_handler": _HANDLERS,
         "disable_propagation enable_propagation": _HANDLERS,
-        "get_log_levels_dict": "trlx.logging.LEVELS has the levels by name",
+        "get_log_levels_dict": "trlx.logging.LEVELS maps names to levels",
         "warning_advice": "it is a method of loggers, trlx.logging.RankLogger.warning_advice",
         "tqdm EmptyTqdm": "import tqdm itself; trlx.logging.is_progress_bar_enabled says whether to show bars",
     },
@@ -175,9 +175,9 @@ _NAMES: dict[str, dict[str, str]] = {
         "parse_delta_kwargs regex_for_range": _DELTAS,
     },
 }
-"""By module, names and what to use instead of them."""
+"""Module -> gone names -> what to use instead."""
 
-_MODULES: dict[str, str] = {
+_GONE_MODULES: dict[str, str] = {
     "trlx.data.accelerate_base_datatypes": f"a prompt is a trlx.data.prompts.Prompt; {_BATCHES}",
     "trlx.data.ilql_types": _BATCHES,
     "trlx.data.ppo_types": _BATCHES,
@@ -186,19 +186,19 @@ _MODULES: dict[str, str] = {
     "trlx.models.modeling_nemo_ppo": _NEMO,
     "trlx.models.modeling_nemo_sft": _NEMO,
     "trlx.pipeline.ppo_pipeline": _STORES,
-    # the original's own last version had these no longer, but older scripts and articles name them
+    # from versions before the original's last; old scripts and articles still import them
     "trlx.model": "trainers have taken their place: trlx.trainer.accelerate has one for each method",
     "trlx.orchestrator": _ORCHESTRATORS,
     "trlx.ray_tune": _SWEEP,
     "trlx.trainer.nn": _CAUSAL,
 }
-"""Modules of which nothing is left, and what to use instead."""
+"""Gone module -> what to use instead."""
 
 _GONE = {
-    **_MODULES,
+    **_GONE_MODULES,
     **{
         f"{module}.{name}": instead
-        for module, rows in _NAMES.items()
+        for module, rows in _GONE_NAMES.items()
         for names, instead in rows.items()
         for name in names.split()
     },
@@ -209,10 +209,10 @@ GONE: dict[str, str] = {name: f"{name} of CarperAI's trlx is gone: {instead}" fo
 
 
 def find_spec(name: str) -> ModuleSpec | None:
-    """The spec of an old module or of something gone; None for a name that CarperAI's trlx had not either."""
+    """The spec of an old module, or of a name that is gone; None for names that CarperAI's trlx never had."""
     if name not in OLD_PATHS and name not in GONE:
         return None
-    # ``from package import name`` makes Python look for a module package.name, and so reach the sentence about name
+    # Python looks up ``from package import name`` as the module package.name too, and so gets the sentence about name
     return importlib.util.spec_from_loader(name, _Loader(), is_package=True)
 
 
@@ -223,11 +223,11 @@ class _Loader:
         return _OldModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """A table has nothing to run."""
+        """Nothing to run: `_OldModule` reads the table."""
 
 
 class _OldModule(ModuleType):
-    """Looks a name up when it is first asked for, and warns at the first of them."""
+    """Looks up each name on first use, and warns once per module."""
 
     def __getattr__(self, name: str) -> Any:
         table, full_name = OLD_PATHS[self.__name__], f"{self.__name__}.{name}"

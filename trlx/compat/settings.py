@@ -1,4 +1,4 @@
-"""What settings of other libraries (TRL, transformers' TrainingArguments, verl, OpenRLHF) are called here."""
+"""Settings of other libraries (TRL, transformers' TrainingArguments, verl, OpenRLHF), and what to write instead."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _NAMES = {
     "train.epochs": "num_train_epochs num_epochs max_epochs total_epochs",
     "train.total_steps": "max_steps total_training_steps num_training_steps",
     "train.batch_size": "per_device_train_batch_size train_batch_size mini_batch_size ppo_mini_batch_size",
-    "train.minibatch_size (those of the train.batch_size rows of a step that are computed at once)": (
+    "train.minibatch_size (the rows computed at once, of the train.batch_size rows of a step)": (
         "gradient_accumulation_steps micro_batch_size micro_train_batch_size ppo_micro_batch_size_per_gpu"
     ),
     "train.seq_length": "max_length max_seq_length max_seq_len model_max_length max_len",
-    "train.seq_length (less max_new_tokens, what a prompt may have)": "max_prompt_length prompt_max_len",
+    "train.seq_length (the tokens of a prompt and its response)": "max_prompt_length prompt_max_len",
     "train.mixed_precision: bf16": "bf16",
     "train.mixed_precision: fp16": "fp16",
     "train.mixed_precision": "precision",
@@ -51,7 +51,7 @@ _NAMES = {
     "method.vf_coef": "vf_coeff value_loss_coef",
     "method.num_rollouts": "rollout_batch_size",
     "method.chunk_size": "rollout_micro_batch_size local_rollout_forward_batch_size",
-    "method.n_generations_per_prompt (RFT), or each prompt as often (PPO),": (
+    "method.n_generations_per_prompt (RFT; for PPO, repeat each prompt)": (
         "num_generations n_samples_per_prompt num_return_sequences"
     ),
     "method.gen_kwargs": "generation_kwargs generation_config sampling_params",
@@ -75,4 +75,4 @@ _IN_A_DICT = {
 HERE: dict[str, str] = {name: here for here, names in _NAMES.items() for name in names.split()} | {
     name: f"{here}.{name}" for here, names in _IN_A_DICT.items() for name in names.split()
 }
-"""Name there -> what to write here."""
+"""Name in another library -> what to write here."""
