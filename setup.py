@@ -19,6 +19,8 @@ REQUIRES = [
     "tokenizers>=0.22",
     "rich>=13",
     "tqdm>=4.66",
+    "httpx2>=2.0,<3",  # transformers brings it
+    "tenacity>=9,<10",
 ]
 EXTRAS = {
     "wandb": ["wandb>=0.31"],

@@ -159,6 +159,9 @@ def test_a_reward_model_trains_a_policy(tmp_path):
 
 # over HTTP
 
+TO_ITSELF = (307, {}, ("Location", "/reward"))
+"""A redirection that keeps the question."""
+
 
 class Server:
     """A reward server on this machine that answers with the length of each sample, or with what `answers` has next."""
@@ -183,6 +186,8 @@ class Server:
                     return
                 body = answer[1] if isinstance(answer[1], bytes) else json.dumps(answer[1]).encode()
                 self.send_response(answer[0])
+                for header in answer[2:]:
+                    self.send_header(*header)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -234,7 +239,7 @@ def test_the_answer_may_say_scores_and_score_each_token(server):
     assert ask(server, samples=["ab", "c"]) == [[1.0, 2.0], 3]
 
 
-@pytest.mark.parametrize("failure", [(500, {}), (503, {}), (429, {}), "hang up"])
+@pytest.mark.parametrize("failure", [(500, {}), (503, {}), (429, {}), "hang up", TO_ITSELF])
 def test_a_server_that_fails_twice_and_then_works_is_asked_three_times(server, failure):
     server.answers = [failure, failure]
     assert ask(server, retries=2) == [3, 1, 8, 12, 1]
@@ -259,7 +264,7 @@ def test_a_server_that_goes_on_failing_is_given_up(server):
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
 def test_what_the_server_refuses_is_not_asked_again(server, status):
     server.answers = [(status, {"error": "no such key"})]
-    with pytest.raises(RewardError, match=f"answered status {status} .*no such key"):
+    with pytest.raises(RewardError, match=f"answered status {status} .*no such key.*; gave up after 1 attempt$"):
         ask(server)
     assert len(server.questions) == 1
 
@@ -289,12 +294,13 @@ def test_a_server_that_is_not_there_is_an_error_after_all_attempts():
             RemoteReward(url, retries=1, backoff=0.001)(samples=["a"], prompts=["a"], outputs=[""])
 
 
-def test_waiting_grows_by_two_and_is_varied_without_touching_the_global_generator(server, monkeypatch):
+def test_waiting_grows_by_two_at_random_or_is_what_the_server_asks_for(server, monkeypatch):
     waits = []
-    monkeypatch.setattr("trlx.rollout.remote_reward.time.sleep", waits.append)
-    server.answers = [(500, {})] * 4
+    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
+    server.answers = [(500, {})] * 4 + [(429, {}, ("Retry-After", "70"))]
     before = random.getstate()
-    ask(server, retries=4, backoff=1.0)
+    ask(server, retries=5, backoff=1.0)
+    assert waits.pop() == 70
     assert [0.5 * 2**i <= wait <= 1.5 * 2**i for i, wait in enumerate(waits)] == [True] * 4
     assert len({wait / 2**i for i, wait in enumerate(waits)}) == 4 and random.getstate() == before
 

@@ -2,59 +2,51 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import random
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any
+
+import httpx2
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, stop_after_attempt
 
 from trlx.rollout.scoring import RewardError
 
 
+@dataclass(eq=False, repr=False)  # the headers may hold a password
 class RemoteReward:
-    """Asks a server for rewards, as reward_fn.
+    """A reward_fn that asks a server.
 
     Posts JSON ``{"samples": [...], "prompts": [...], "outputs": [...], "metadata": {name: [...]}}`` and expects
     ``{"rewards": [...]}`` (or ``"scores"``) with one entry per sample: a number, or a list of one per response token.
-    Connections that fail, time-outs, status 429 and 5xx are tried again after `backoff` seconds, then 2 and 4 times as
-    many, each varied by half at random; any other status is final.
+    Tries again after a failed connection, a time-out, status 429 or 5xx; any other status is final. Before it tries
+    again it waits as long as Retry-After says, else `backoff` seconds, then 2 and 4 times that, each varied by half.
 
     Args:
         url: http or https.
-        timeout: seconds without a word from the server before an attempt counts as failed. What all of a call may take
-            is train.reward_timeout.
+        timeout: seconds of silence from the server that end an attempt. train.reward_timeout limits the whole call.
         retries: attempts after the first.
         backoff: seconds before the first retry.
         batch_size: samples per request; None: all in one.
         headers: further HTTP headers, e.g. ``{"Authorization": "Bearer ..."}``.
 
     Raises:
-        ValueError: the address is none.
+        ValueError: `url` does not begin with http:// or https://.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        timeout: float = 30.0,
-        retries: int = 3,
-        backoff: float = 0.5,
-        batch_size: int | None = None,
-        headers: Mapping[str, str] | None = None,
-    ):
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"RemoteReward needs an address that begins with http:// or https://, got {url!r}")
-        self.url = url
-        self.timeout = timeout
-        self.retries = retries
-        self.backoff = backoff
-        self.batch_size = batch_size
-        self.headers = {"Content-Type": "application/json", "Accept": "application/json", **(headers or {})}
-        # its own, because the global generator belongs to training and its draws must not depend on the network
-        self._random = random.Random()
+    url: str
+    _: KW_ONLY
+    timeout: float = 30.0
+    retries: int = 3
+    backoff: float = 0.5
+    batch_size: int | None = None
+    headers: Mapping[str, str] | None = None
+
+    def __post_init__(self):
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"RemoteReward needs an address that begins with http:// or https://, got {self.url!r}")
 
     def __call__(
         self,
@@ -79,12 +71,12 @@ class RemoteReward:
 
     def _rewards(self, question: dict[str, Any]) -> list[float | list[float]]:
         try:
-            body = json.dumps(question, default=_plain).encode()
+            body = json.dumps(question, default=_plain)
         except TypeError as error:
             raise RewardError(f"The prompts' metadata cannot be sent as JSON: {error}") from error
         answer = self._post(body)
         try:
-            parsed = json.loads(answer)
+            parsed = answer.json()
         except ValueError:
             raise RewardError(f"{self.url} answered no JSON: {_short(answer)}") from None
         rewards = parsed.get("rewards", parsed.get("scores")) if isinstance(parsed, dict) else None
@@ -95,25 +87,35 @@ class RemoteReward:
             raise RewardError(f"{self.url} answered {len(rewards)} rewards for {count} samples")
         return rewards
 
-    def _post(self, body: bytes) -> bytes:
+    def _post(self, body: str) -> httpx2.Response:
         """The answer to one request, after as many attempts as it takes."""
-        problem = "was not asked"
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1) * self._random.uniform(0.5, 1.5))
-            try:
-                request = urllib.request.Request(self.url, body, self.headers, method="POST")
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return response.read()
-            except urllib.error.HTTPError as error:
-                problem = f"answered status {error.code} ({error.reason}): {_short(error.read())}"
-                if error.code != 429 and error.code < 500:
-                    raise RewardError(f"{self.url} {problem}") from error
-            except TimeoutError:
-                problem = f"was silent for {self.timeout} seconds"
-            except (OSError, http.client.HTTPException) as error:
-                problem = f"could not be reached: {getattr(error, 'reason', error)!r}"
-        raise RewardError(f"{self.url} {problem}; gave up after {self.retries + 1} attempts")
+        is_busy = retry_if_result(lambda answer: answer.status_code == 429 or answer.is_server_error)
+        attempts = Retrying(
+            retry=is_busy | retry_if_exception_type(httpx2.RequestError),
+            wait=self._wait,
+            stop=stop_after_attempt(self.retries + 1),
+            retry_error_callback=lambda state: state.outcome.result(),
+        )
+        headers = {"Content-Type": "application/json", "Accept": "application/json", **(self.headers or {})}
+        post = partial(httpx2.post, headers=headers, timeout=self.timeout, follow_redirects=True)
+        try:
+            answer = attempts(post, self.url, content=body)
+            if answer.is_success:
+                return answer
+            problem = f"answered status {answer.status_code} ({answer.reason_phrase}): {_short(answer)}"
+        except httpx2.TimeoutException:
+            problem = f"was silent for {self.timeout} seconds"
+        except httpx2.RequestError as error:
+            problem = f"could not be reached: {error!r}"
+        count = attempts.statistics["attempt_number"]
+        raise RewardError(f"{self.url} {problem}; gave up after {count} attempt{'s' * (count > 1)}")
+
+    def _wait(self, state: RetryCallState) -> float:
+        """Seconds before the next attempt."""
+        asked = "" if state.outcome.failed else state.outcome.result().headers.get("Retry-After", "")
+        # not the global generator: training draws from it, and the network must not change a run
+        backoff = self.backoff * 2 ** (state.attempt_number - 1) * random.SystemRandom().uniform(0.5, 1.5)
+        return float(asked) if asked.isdigit() else backoff
 
 
 def _plain(value: Any) -> Any:
@@ -123,5 +125,5 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{repr(value)[:80]} is a {type(value).__name__}")
 
 
-def _short(body: bytes) -> str:
-    return repr(body[:300].decode(errors="replace"))
+def _short(answer: httpx2.Response) -> str:
+    return repr(answer.content[:300].decode(errors="replace"))
