@@ -15,6 +15,7 @@ from tests.builders import VOCABULARY, tiny_gpt2_config
 from tests.distributed.test_megatron_truth import LOSSES, NEEDS, ROWS, layout, rows, settings, world
 from tests.processes import together
 from trlx.data.store import shard
+from trlx.trainer.nemo import megatron_backend
 
 pytestmark = pytest.mark.distributed
 
@@ -238,6 +239,7 @@ def test_what_does_not_fit_is_said_before_anything_is_built(size, sentence, para
 
 
 def test_a_value_function_with_blocks_of_its_own_is_refused():
+    megatron_backend()
     from trlx.backends.megatron.backend import _refuse
 
     with pytest.raises(ValueError, match="its values come from a head"):

@@ -15,6 +15,7 @@ from trlx.backends.megatron.families import shape_of
 from trlx.backends.megatron.mapping import ENGINE, Columns, Piece, Rows, Vocabulary, entries, padded_vocab
 from trlx.backends.megatron.shape import Shape
 from trlx.backends.megatron.weights import ShardWriter, load_weights, open_source, write_index
+from trlx.trainer.nemo import megatron_backend
 
 DIVISOR = 32
 
@@ -163,9 +164,7 @@ def engine():
         pytest.skip("compares with numbers of the CPU, but with a GPU the engine runs there")
     import torch.distributed as dist
 
-    from trlx.backends.megatron.cpu import prepare_engine
-
-    prepare_engine()
+    megatron_backend()
     from megatron.core import parallel_state, tensor_parallel
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -182,6 +181,7 @@ def stock_model(shape: Shape, rows: int):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    megatron_backend()  # pytest forgets after each test what is not warned of
     gelu = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "silu": nn.functional.silu, "relu": nn.functional.relu}
     normalization = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[shape.normalization]
     config = TransformerConfig(
@@ -201,6 +201,7 @@ def stock_model(shape: Shape, rows: int):
         hidden_dropout=0.0,
         attention_dropout=0.0,
         use_cpu_initialization=True,
+        cuda_graph_scope=[],
     )
     return GPTModel(
         config,

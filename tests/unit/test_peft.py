@@ -25,6 +25,11 @@ from trlx.rollout.sampling import SamplingConfig
 from trlx.strict import ConfigError
 
 peft = pytest.importorskip("peft")
+# advice about a head that an adapter trains apart from the embeddings, which is what these tests are about
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning"),
+]
 
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 PROMPT = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}

@@ -135,6 +135,8 @@ def build_adapted_policy(
         )
     if not dropout:
         disable_dropout(model, *getattr(adapter, "prompt_encoder", {}).values())
+    # PEFT leaves biases that train (bias: all) as they are; the reference puts them back
+    warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
     with adapter.disable_adapter():
         separable = torch.equal(before, _own_logits(architecture(model)))
     value, q = make_heads(model, value_head, value_layers, q_heads)
