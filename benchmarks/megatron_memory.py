@@ -22,9 +22,10 @@ from trlx.backends.base import ModelNeeds
 from trlx.batch import Rollout, TokenBatch
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.data.collate import collate
-from trlx.launch.scale import Run, parameters
-from trlx.launch.scale_memory import activations, computed_again, memory, score_activations
-from trlx.launch.scale_traffic import messages
+from trlx.launch.plan.memory import activations, computed_again, memory, score_activations
+from trlx.launch.plan.parameters import parameters
+from trlx.launch.plan.run import Run
+from trlx.launch.plan.traffic import messages
 
 NEEDS = {
     "PPO": ModelNeeds(value_head=True, reference=True, dropout=False),
@@ -81,9 +82,9 @@ def build(case: Case):
         "scheduler": SchedulerConfig("constant", {}),
         "train": train,
     }
-    backend = MegatronBackend(**sections, tokenizer=char_tokenizer(), needs=NEEDS[case.algorithm])
-    settings = read_settings(kwargs, **sections)
     needs = NEEDS[case.algorithm]
+    backend = MegatronBackend(**sections, tokenizer=char_tokenizer(), needs=needs)
+    settings = read_settings(kwargs, **sections)
     run = Run(
         shape=backend.origin.shape,
         parallel=settings.parallel,
@@ -95,9 +96,7 @@ def build(case: Case):
         element=settings.dtype.itemsize,
         recompute=settings.recompute,
         distributed=settings.optim.distributed,
-        value_head=needs.value_head,
-        q_heads=needs.q_heads,
-        reference=needs.reference,
+        needs=needs,
         unfrozen=case.unfrozen,
         divisor=settings.make_vocab_size_divisible_by,
     )

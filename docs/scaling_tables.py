@@ -1,4 +1,4 @@
-"""Writes the tables of docs/scaling.md from the formulas in trlx/launch/.
+"""Writes the tables of docs/scaling.md from the formulas in trlx/launch/plan/.
 
 Usage: python -m docs.scaling_tables
 """
@@ -14,10 +14,13 @@ from transformers import LlamaConfig
 from trlx.backends.megatron.families import shape_of
 from trlx.backends.megatron.settings import Parallel, Recompute
 from trlx.backends.megatron.shape import Shape
-from trlx.launch.plan import GIB, GPT2_VOCABULARY, fit, fullest, launch_line, needs, read_config, read_run
-from trlx.launch.scale import Run, bubble, total_parameters
-from trlx.launch.scale_memory import cache
-from trlx.launch.scale_traffic import traffic
+from trlx.launch.plan.layouts import fit, fullest, launch_line
+from trlx.launch.plan.memory import cache
+from trlx.launch.plan.parameters import total_parameters
+from trlx.launch.plan.run import GPT2_VOCABULARY, Run, read_config, read_run, trainer_needs
+from trlx.launch.plan.tables import GIB
+from trlx.launch.plan.traffic import bubble, traffic
+from trlx.presets import load_preset
 
 PAGE = Path(__file__).parent / "scaling.md"
 MARK = "<!-- Below this line everything is written by docs/scaling_tables.py. -->\n"
@@ -92,7 +95,7 @@ def on_paper(shape: Shape) -> Run:
         response=RESPONSE,
         recompute=Recompute(),
         distributed=True,
-        **needs("PPO"),
+        needs=trainer_needs(load_preset("ppo").method),
     )
 
 

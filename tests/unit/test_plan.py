@@ -10,12 +10,15 @@ from benchmarks.pipeline_bubble import predicted, replay
 from docs.scaling_tables import MARK, page
 from tests.unit.megatron_configs import ROOT
 from trlx.__main__ import main
+from trlx.backends.base import ModelNeeds
 from trlx.backends.megatron.settings import Parallel, Recompute
 from trlx.backends.megatron.shape import Shape
-from trlx.launch.plan import fit, fullest, launch_line, needs, read_config, read_run
-from trlx.launch.scale import Run, bubble, parameters, total_parameters
-from trlx.launch.scale_memory import activations, cache, chunk_activations, in_flight, layer_activations, memory
-from trlx.launch.scale_traffic import RING, Message, messages, traffic
+from trlx.launch.plan.layouts import fit, fullest, launch_line
+from trlx.launch.plan.memory import activations, cache, chunk_activations, in_flight, layer_activations, memory
+from trlx.launch.plan.parameters import parameters, total_parameters
+from trlx.launch.plan.run import Run, read_config, read_run
+from trlx.launch.plan.traffic import RING, Message, bubble, messages, traffic
+from trlx.presets import load_preset
 from trlx.strict import ConfigError
 
 SHAPE = Shape(
@@ -60,7 +63,7 @@ def test_both_ends_of_a_pipeline_hold_a_tied_embedding():
 
 
 def test_heads_stand_on_the_last_stage_and_targets_do_not_train():
-    ilql = changed(parallel=Parallel(pipeline=2), value_head=True, q_heads=2)
+    ilql = changed(parallel=Parallel(pipeline=2), needs=ModelNeeds(value_head=True, q_heads=2))
     value, q = 8 * 16 + 16 + 16 + 1, 8 * 16 + 16 + (16 + 1) * 12
     assert parameters(ilql, 0).heads == 0
     assert (parameters(ilql, 1).heads, parameters(ilql, 1).trained_heads) == (value + 4 * q, value + 2 * q)
@@ -72,7 +75,7 @@ def test_only_the_top_layers_and_the_last_norm_train_where_the_rest_is_frozen():
 
 
 def test_adam_in_bfloat16_takes_18_bytes_a_weight_with_the_gradient_and_the_reference_two_more():
-    held = memory(changed(reference=True), 0)
+    held = memory(changed(needs=ModelNeeds(reference=True)), 0)
     sizes = (held.weights, held.gradients, held.main_weights, held.moments, held.reference)
     assert sizes == tuple(n * parameters(RUN, 0).model for n in (2, 4, 4, 8, 2))
     assert held.lasting == (18 + 2) * parameters(RUN, 0).model
@@ -89,7 +92,7 @@ def test_a_distributed_optimizer_divides_main_weights_and_moments():
     [(Parallel(), 24, 10), (Parallel(tensor=2), 12, 10), (Parallel(tensor=2, sequence=True), 12, 5)],
 )
 def test_a_layer_keeps_34_bytes_a_token_and_width_as_in_the_paper(parallel, inside, outside):
-    run = changed(parallel=parallel, dropout=True)
+    run = changed(parallel=parallel, shape=dataclasses.replace(SHAPE, hidden_dropout=0.1))
     # one float per head by the kernel, mean and spread by two norms
     noted = 4 * 2 / parallel.tensor + 16 / run.sequence_split
     assert layer_activations(run) == 2 * 16 * (8 * (inside + outside) + noted)
@@ -197,7 +200,7 @@ def test_data_ranks_reduce_float32_gradients_once_a_step():
 def test_the_20b_preset_is_read_with_its_layout():
     run = read_run(read_config("megatron_20b", "ppo", ["model.num_layers_unfrozen=-1"]))
     assert (run.parallel, run.data, run.gpus) == (Parallel(4, 1, None, True), 8, 32)
-    assert (run.rows, run.microbatches, run.element, run.distributed, run.reference) == (2, 4, 2, True, True)
+    assert (run.rows, run.microbatches, run.element, run.distributed, run.needs.reference) == (2, 4, 2, True, True)
     assert total_parameters(run.shape) == 44 * (12 * 6144**2 + 13 * 6144) + (50257 + 2048 + 2) * 6144
 
 
@@ -206,7 +209,7 @@ def test_a_folder_with_a_model_is_read(tmp_path):
 
     tiny_gpt2_config().save_pretrained(tmp_path)
     run = read_run(read_config(str(tmp_path), "sft", ["train.trainer_kwargs.tensor_model_parallel_size=2"]), gpus=4)
-    assert (run.shape.hidden_size, run.parallel.tensor, run.data, run.value_head) == (32, 2, 2, False)
+    assert (run.shape.hidden_size, run.parallel.tensor, run.data, run.needs.value_head) == (32, 2, 2, False)
 
 
 def test_gpus_that_a_layout_does_not_divide_are_refused():
@@ -216,7 +219,7 @@ def test_gpus_that_a_layout_does_not_divide_are_refused():
 
 def test_a_method_without_a_nemo_trainer_is_refused():
     with pytest.raises(ValueError, match="no NeMo trainer for RFT: write one of PPO, ILQL, SFT"):
-        needs("RFT")
+        read_run(load_preset("rft"))
 
 
 def test_the_smallest_layout_that_fits_is_found():
@@ -233,10 +236,17 @@ def test_one_node_and_several_start_with_their_own_file():
     assert launch_line(64) == "sbatch --nodes=8 --gpus-per-node=8 examples/slurm/megatron_multi_node.sbatch"
 
 
-def test_the_command_prints_every_stage_and_how_to_start(capsys):
+def test_the_plan_reads_what_the_trainer_of_a_method_needs():
+    needs = read_run(read_config("megatron_1.3b", "ilql", ["method.two_qs=false"])).needs
+    assert (needs.value_head, needs.q_heads, needs.reference, needs.dropout) == (True, 1, False, True)
+
+
+def test_the_command_prints_every_stage_and_how_to_start(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")  # narrower than the tables, which a file gets whole
     assert main(["plan", "megatron_65b", "--gpus", "64", "--pp", "2", "--set", "model.num_layers_unfrozen=-1"]) == 0
     printed = capsys.readouterr().out
     assert "64 GPUs = 8 (tensor) x 2 (pipeline) x 4 (data), sequence parallel" in printed
+    assert "stage weights weights dients weights moments rence vations   rary total" in printed
     assert "64.86 billion parameters, all of 80 layers trained" in printed
     assert "sbatch --nodes=8 --gpus-per-node=8 examples/slurm/megatron_multi_node.sbatch" in printed
 

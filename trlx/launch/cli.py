@@ -54,7 +54,7 @@ def _add_plan(commands) -> None:
 
 
 def _run_plan(args: argparse.Namespace) -> int:
-    from trlx.launch.plan import GIB, plan
+    from trlx.launch.plan.tables import GIB, plan
 
     keys = {
         "tensor_model_parallel_size": args.tp,

@@ -1,0 +1,117 @@
+"""The plan that the command prints: the run in words, tables of memory and traffic, and advice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from trlx.config import TRLConfig
+from trlx.launch.plan.layouts import FULL, fit, fullest, launch_line
+from trlx.launch.plan.memory import cache, memory
+from trlx.launch.plan.parameters import parameters, total_parameters
+from trlx.launch.plan.run import Run, read_config, read_run
+from trlx.launch.plan.traffic import bubble, traffic
+
+GIB = 2**30
+COLUMNS = {
+    "weights": "weights",
+    "gra-\ndients": "gradients",
+    "float32\nweights": "main_weights",
+    "moments": "moments",
+    "refe-\nrence": "reference",
+    "acti-\nvations": "activations",
+    "tempo-\nrary": "temporary",
+    "total": "total",
+}
+
+
+def plan(name: str, method: str, overrides: list[str], gpus: int | None, vocabulary: int, limit: float) -> None:
+    """Prints the plan of a preset, a YAML file, or a folder with a Hugging Face model.
+
+    Raises:
+        ConfigError: see `read_run`.
+        ValueError: there is no such preset, file or folder.
+    """
+    config = read_config(name, method, overrides)
+    run = read_run(config, gpus, vocabulary)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a file has room for every column; rich would cut them at 80 characters
+    for line in _headline(name, run):
+        console.print(line, highlight=False, soft_wrap=True)
+    for title, table in (
+        ("GiB on a GPU at most, by stage", _memory_table(run)),
+        ("GB that a GPU sends in a step, by stage", _traffic_table(run)),
+    ):
+        console.print(f"\n[italic]{title}[/italic]")
+        console.print(table)
+    for line in _remarks(config, run, limit):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _headline(name: str, run: Run) -> Iterator[str]:
+    parallel = run.parallel
+    virtual = f", {parallel.virtual} chunks of layers a stage" if parallel.virtual else ""
+    sequence = ", sequence parallel" if parallel.sequence else ""
+    trained = "all" if run.unfrozen == -1 else f"the top {run.unfrozen}"
+    yield (
+        f"[bold]{name}[/bold]: {total_parameters(run.shape) / 1e9:.2f} billion parameters, {trained} of "
+        f"{run.shape.num_layers} layers trained"
+    )
+    yield (
+        f"{run.gpus} GPUs = {parallel.tensor} (tensor) x {parallel.pipeline} (pipeline) x {run.data} (data)"
+        f"{virtual}{sequence}"
+    )
+    yield (
+        f"{run.data * run.rows * run.microbatches} rows of {run.length} tokens per step, {run.response} of them "
+        f"scored; {run.microbatches} microbatches of {run.rows} each on every data rank; pipeline bubble "
+        f"{bubble(run):.1%}"
+    )
+
+
+def _memory_table(run: Run) -> Table:
+    table = _table(["stage", "billion\nweights", *COLUMNS])
+    for stage in run.stages:
+        held, count = memory(run, stage), parameters(run, stage)
+        sizes = [f"{getattr(held, field) / GIB:.2f}" for field in COLUMNS.values()]
+        table.add_row(str(stage), f"{(count.model + count.heads) / 1e9:.3f}", *sizes)
+    return table
+
+
+def _traffic_table(run: Run) -> Table:
+    groups = ["tensor", "pipeline", "embedding", "data"]
+    table = _table(["stage", *groups])
+    for stage in run.stages:
+        sent = traffic(run, stage)
+        table.add_row(str(stage), *[f"{sent[group] / 1e9:.2f}" for group in groups])
+    return table
+
+
+def _table(columns: list[str]) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _remarks(config: TRLConfig, run: Run, limit: float) -> Iterator[str]:
+    rows = int(getattr(config.method, "chunk_size", config.train.batch_size))
+    kept = max(cache(run, stage, rows, run.length) for stage in run.stages) / GIB
+    yield f"Generating {rows} rows of {run.length} tokens on each data rank takes {kept:.2f} GiB for keys and values."
+    if fullest(run).total <= limit:
+        yield f"It fits into {limit / GIB:.0f} GiB."
+    else:
+        smaller = fit(run, run.gpus, limit)
+        yield f"It does not fit into {limit / GIB:.0f} GiB. {_advice(smaller)}"
+    yield f"{launch_line(run.gpus)} YOUR.MODULE"
+    if config.method.name == "PPOConfig" and run.unfrozen != -1:
+        yield "model.num_layers_unfrozen=-1 trains all layers."
+
+
+def _advice(run: Run | None) -> str:
+    if run is None:
+        return "Take more GPUs, fewer rows per microbatch or fewer tokens."
+    again = ", computing layers again (activations_checkpoint_granularity: full)" if run.recompute == FULL else ""
+    return f"{run.parallel.tensor} (tensor) x {run.parallel.pipeline} (pipeline) would{again}."
