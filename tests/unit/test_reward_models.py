@@ -41,7 +41,9 @@ def test_one_label_gives_its_logit_in_the_order_of_the_samples(size, pad):
     model = classifier(pad_token_id=None, attn_pdrop=0.5, embd_pdrop=0.5).train()
     expected = [float(alone(classifier(), sample)) for sample in SAMPLES]
     reward = SequenceClassifierReward(model, char_tokenizer(**pad), batch_size=size)
+    state = torch.get_rng_state()  # which another thread draws rollouts from
     assert reward(samples=SAMPLES, prompts=SAMPLES, outputs=SAMPLES) == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(torch.get_rng_state(), state)
     model.train()
     assert reward(samples=SAMPLES) == pytest.approx(expected, abs=1e-5)
     assert reward(samples=[]) == [] and len(set(expected)) == 5

@@ -1,4 +1,4 @@
-"""Numbers for the tokens of a retokenized text, moved to the tokens that were sampled."""
+"""Moves numbers about the tokens of a retokenized text to the tokens that were sampled."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.get_logger(__name__)
 class Alignment:
     """Aligns dense scores of functions that do not know which tokens were sampled.
 
-    All such a function can count are the tokens of ``tokenizer(output)``. They may be others than those sampled, for
-    the tokenizer may begin with bos, split a text in another way, or know half a character as three tokens. Each number
-    is then added to the sampled token that completes the text of its token; those of special tokens that the tokenizer
-    adds before or behind the text to the first or the last one. So no number is lost.
+    Such a function can count only the tokens of ``tokenizer(output)``, which may differ from the sampled ones: the
+    tokenizer may add bos, split the text in another way, or encode the sign for half a character as three tokens. Each
+    number is added to the sampled token that completes the text of its token. The numbers of special tokens that the
+    tokenizer adds before or behind the text go to the first or the last sampled token. So no number is lost.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -29,13 +29,13 @@ class Alignment:
     def __call__(
         self, name: str, scores: Sequence[float | list[float]], responses: Sequence[list[int]], outputs: Sequence[str]
     ) -> list[float | list[float]]:
-        """The scores with dense ones aligned.
+        """The scores, with dense ones aligned.
 
-        Lists that are as long as ``tokenizer(output)``, with or without special tokens, count its tokens: all of them,
-        or else those that are longer than their response. The rest stays as it is.
+        A list as long as ``tokenizer(output)``, with or without special tokens, is about these tokens if the lists of
+        all samples are that long, or if it is longer than its response. Other lists stay as they are.
 
         Args:
-            name: what a warning calls the function; it comes once.
+            name: the function's name in the warning, which comes once.
         """
         rows = [row for row, score in enumerate(scores) if isinstance(score, list)]
         lengths, aligned = [len(scores[row]) for row in rows], list(scores)
@@ -53,7 +53,7 @@ class Alignment:
         return self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
 
     def _places(self, counted: list[int], bare: list[int], response: list[int]) -> list[int]:
-        """For each token in `counted`, the `bare` ones and special ones around them, its place in the response."""
+        """The response index for each token of `counted`, which are the `bare` tokens with special ones around them."""
         before = next((i for i in range(len(counted)) if counted[i : i + len(bare)] == bare), 0)
         last, places = len(response) - 1, list(range(len(bare)))
         if bare != response[: len(bare)]:
@@ -62,7 +62,7 @@ class Alignment:
         return [0] * before + places + [last] * (len(counted) - before - len(bare))
 
     def _ends(self, ids: list[int]) -> list[int]:
-        """Where in the text each token ends."""
+        """For each token, the number of characters up to its end."""
         texts = self.tokenizer.batch_decode([ids[: i + 1] for i in range(len(ids))], skip_special_tokens=True)
         return list(accumulate(map(len, texts), max))
 
@@ -72,9 +72,9 @@ class Alignment:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                f"{name} returned a number for each token of tokenizer(output). Where these are not those that were "
-                "sampled, numbers are added to the sampled tokens that complete their text. To be exact, let it take "
-                "output_ids, the sampled ids, and return len(output_ids[i]) numbers"
+                f"{name} returned a number for each token of tokenizer(output), and some of these tokens differ from "
+                "the sampled ones. trlx adds each number to the sampled token that completes the same text. For exact "
+                "rewards take the argument output_ids (the sampled ids), and return len(output_ids[i]) numbers"
             )
         tokens = [0.0] * length
         for place, number in zip(places, numbers, strict=True):

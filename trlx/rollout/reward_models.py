@@ -1,4 +1,4 @@
-"""Reward models: a classifier of texts as reward_fn or inside one."""
+"""Reward models: a text classifier as reward_fn, or as a part of one."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from transformers import (
 
 
 class SequenceClassifierReward:
-    """The opinion of a sequence classifier on whole samples, as reward_fn.
+    """A reward_fn that scores whole samples with a sequence classifier.
 
     ``trlx.train(reward_fn=SequenceClassifierReward("lvwerra/distilbert-imdb", label="POSITIVE"), prompts=[...])``
 
-    A model with one label gives its logit; one with several the probability of `label`. The eos text that ends samples
-    under train.eos_in_outputs is cut off first: it is a word of the policy's tokenizer, not of this one.
+    The score is the logit of a model with one label, and the probability of `label` for a model with several. The
+    policy's eos text, which ends samples under train.eos_in_outputs, is removed first: the classifier does not know it.
 
     Args:
-        model: hub name or folder, loaded when first called, so that only the processes that score hold it; or a model,
-            which is then used as it is, in evaluation mode.
+        model: hub name or folder, loaded on the first call, so that only the processes that score hold it; or a model,
+            which is used as it is, in evaluation mode.
         tokenizer: hub name, folder or tokenizer (copied); by default the one beside the model.
-        device: where the model is moved; by default a model given stays, one loaded goes to the first accelerator.
-        batch_size: samples per forward pass; similar lengths go together.
-        max_length: tokens that are read of a sample; by default as many as the model can read.
-        label: index or name of the label asked for; not for models with one label.
-        dtype: of the weights that are loaded, e.g. ``torch.bfloat16``; by default as saved.
-        truncation_side: where longer samples are cut: "left" (the response stays) or "right".
+        device: where the model goes; by default a given model stays where it is, and a loaded one goes to the first
+            accelerator.
+        batch_size: samples per forward pass; samples of similar length go together.
+        max_length: tokens of a sample that the model reads; by default as many as it can.
+        label: index or name of the label whose probability is the score; not for models with one label.
+        dtype: of the weights, for a model that is loaded, e.g. ``torch.bfloat16``; by default as saved.
+        truncation_side: the end where longer samples are cut: "left" (the response stays) or "right".
 
     Raises:
-        ValueError: the label is missing, unknown or of no use, or the tokenizer has nothing to pad with.
+        ValueError: `label` is missing, unknown or given for a model with one; or the tokenizer cannot be found or has
+            neither a pad nor an eos token.
     """
 
     def __init__(
@@ -64,16 +66,18 @@ class SequenceClassifierReward:
         self.max_length = max_length or _longest(self.config, self.tokenizer)
 
     def __call__(self, samples: Sequence[str], tokenizer: Any = None, **kwargs: Any) -> list[float]:
-        """One number per sample. Takes what reward_fn is given; of that, `samples` and the policy's `tokenizer`."""
+        """One number per sample. Takes all arguments of a reward_fn; uses `samples` and the policy's `tokenizer`."""
+        if not samples:
+            return []
         eos = getattr(tokenizer, "eos_token", None) or ""
         encoded = self._encoded([sample.removesuffix(eos) for sample in samples])
-        by_length = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]["input_ids"]))
-        scores = [0.0] * len(encoded)
-        for start in range(0, len(by_length), self.batch_size):
-            rows = by_length[start : start + self.batch_size]
-            for index, score in zip(rows, self._scores([encoded[index] for index in rows]), strict=True):
-                scores[index] = score
-        return scores
+        lengths = torch.tensor([len(row["input_ids"]) for row in encoded])
+        scores = torch.empty(len(encoded))
+        # not transformers' text-classification pipeline: it has a DataLoader, which draws from torch's global generator
+        # while another thread samples rollouts with it, so that a resumed run would sample something else
+        for rows in lengths.argsort(descending=True, stable=True).split(self.batch_size):
+            scores[rows] = self._scores([encoded[row] for row in rows])
+        return scores.tolist()
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -83,29 +87,25 @@ class SequenceClassifierReward:
             how = {} if self._dtype is None else {"dtype": self._dtype}
             model = AutoModelForSequenceClassification.from_pretrained(model, **how)
             device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        # decoders read their answer off the last token that is no padding, which they tell by this id
+        # decoders classify at the last token that is not this one
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         return model.eval() if device is None else model.eval().to(device)
 
     def _encoded(self, samples: list[str]) -> list[dict[str, list[int]]]:
-        """What the model reads of each sample, without padding."""
-        if not samples:
-            return []
+        """The model's inputs for each sample, without padding."""
         limit = {"truncation": self.max_length is not None, "max_length": self.max_length}
         columns = self.tokenizer(samples, verbose=False, **limit)
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        # an empty text has no tokens where the tokenizer adds none, but a model needs one to read
+        # a model needs a token, and an empty text has none unless the tokenizer adds special ones
         nothing = {**{name: [0] for name in columns}, "input_ids": [self.tokenizer.pad_token_id], "attention_mask": [1]}
         return [row if row["input_ids"] else nothing for row in rows]
 
     @torch.inference_mode()
-    def _scores(self, rows: list[dict[str, list[int]]]) -> list[float]:
-        self.model.eval()  # somebody may have trained with the model meanwhile
+    def _scores(self, rows: list[dict[str, list[int]]]) -> Tensor:
+        """[B], on the CPU."""
+        self.model.eval()  # the caller may have called train() on it
         batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.model.device)
-        return self._chosen(self.model(**batch).logits.float()).tolist()
-
-    def _chosen(self, logits: Tensor) -> Tensor:
-        """[B] of [B, labels]."""
+        logits = self.model(**batch).logits.float().cpu()  # [B, labels]
         if self.label is None:
             return logits[:, 0]
         independent = self.config.problem_type == "multi_label_classification"
@@ -116,7 +116,7 @@ def _tokenizer(source: str | PreTrainedTokenizerBase, truncation_side: str) -> P
     if truncation_side not in ("left", "right"):
         raise ValueError(f'truncation_side must be "left" or "right", got {truncation_side!r}')
     if not source:
-        raise ValueError("The reward model was not loaded from anywhere, so its tokenizer is not known: pass tokenizer")
+        raise ValueError("The reward model has no name_or_path to load a tokenizer from: pass tokenizer")
     given = isinstance(source, PreTrainedTokenizerBase)
     tokenizer = copy.deepcopy(source) if given else AutoTokenizer.from_pretrained(source)
     tokenizer.truncation_side, tokenizer.padding_side = truncation_side, "right"
@@ -128,7 +128,7 @@ def _tokenizer(source: str | PreTrainedTokenizerBase, truncation_side: str) -> P
 
 
 def _label_index(config: Any, label: int | str | None) -> int | None:
-    """The column of the logits to read; None where there is but one."""
+    """The index of the logit to read; None for a model with one label."""
     known = ", ".join(f"{index} ({name!r})" for index, name in config.id2label.items())
     if config.num_labels == 1:
         if label is not None:
@@ -142,7 +142,7 @@ def _label_index(config: Any, label: int | str | None) -> int | None:
 
 
 def _longest(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens that the model can read; None where neither its config nor its tokenizer sets a limit."""
+    """The most tokens that the model can read; None where neither its config nor its tokenizer sets a limit."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (positions, tokenizer.model_max_length) if limit and limit < 10**9]
     return min(limits, default=None)
