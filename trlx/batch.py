@@ -86,8 +86,9 @@ class TokenBatch:
 
     def num_tokens(self, index: list[int]) -> int:
         """How many tokens the prompts and responses of some rows have."""
-        masks = (self.attention_mask, self.encoder_mask)
-        return sum(int(mask[index].sum()) for mask in masks if mask is not None)
+        decoder = int(self.attention_mask[index].sum())
+        # with an encoder the decoder's rows begin with a token that is neither of prompt nor of response
+        return decoder if self.encoder_mask is None else decoder - len(index) + int(self.encoder_mask[index].sum())
 
     def trim(self) -> TokenBatch:
         """Drops trailing columns in which no row has a token."""

@@ -27,8 +27,8 @@ def test_a_token_batch_is_a_store_and_gives_the_same_rows():
         assert torch.equal(column, batch.rows([2, 0]).columns()[name])
     # prompts of one token, responses of three and of one
     assert store.num_tokens([2, 0]) == batch.num_tokens([2, 0]) == 6
-    # with an encoder prompts are another row, and each row of the decoder has a start token
-    assert TwoRows(0, "<sep>").collate(ROLLOUTS, pad_id=0).num_tokens([2, 0]) == 2 + 2 + 4
+    # with an encoder prompts are another row; the start token of each of the decoder's does not count
+    assert TwoRows(0, "<sep>").collate(ROLLOUTS, pad_id=0).num_tokens([2, 0]) == 6
 
 
 def test_the_digest_tells_other_tokens_and_scores_apart():
