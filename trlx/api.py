@@ -19,6 +19,7 @@ from trlx.rollout.weighted import WeightedRewards
 from trlx.strict import check_keywords
 from trlx.trainer.base import OURS, Trainer
 from trlx.trainer.failures import for_users
+from trlx.trainer.run_folder import check_folders
 
 logger = logging.get_logger(__name__)
 
@@ -71,6 +72,7 @@ def train(
     if online:
         _check_prompts(prompts, config.train.batch_size)
     check_keywords(trainer_class, config.train.trainer_kwargs, "train.trainer_kwargs", ours=OURS)
+    check_folders(config.train)
     trainer = trainer_class(
         config=config,
         reward_fn=reward_fn,
@@ -164,6 +166,7 @@ def _pipeline(prompts: list[Any], trainer: Trainer) -> PromptPipeline:
     if not isinstance(made[0], Prompt):
         kind = type(made[0]).__name__
         raise TypeError(f"{pipeline_class.__name__}[0] must be a trlx.data.prompts.Prompt and is a {kind}")
+    trainer.backend.check_prompts([made[i].ids for i in range(len(made))], new_tokens)
     return made
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import operator
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,7 +79,15 @@ class TokenizerConfig(Section):
     def check(self) -> None:
         self.require_choice("padding_side", ["left", "right"])
         self.require_choice("truncation_side", ["left", "right"])
-        self.tokenizer_path = str(self.tokenizer_path) if isinstance(self.tokenizer_path, Path) else self.tokenizer_path
+        path = self.tokenizer_path
+        if isinstance(path, (str, Path)):
+            self.tokenizer_path = os.path.expanduser(path)
+        elif path is not None and not hasattr(path, "pad_token_id"):
+            raise ConfigError(
+                "tokenizer.tokenizer_path must be a hub name, a folder or a tokenizer of transformers (a Tokenizer of "
+                "tokenizers becomes one by PreTrainedTokenizerFast(tokenizer_object=...)), got "
+                f"{repr(path)[:80]} ({type(path).__name__})"
+            )
 
 
 @dataclass
@@ -188,6 +197,8 @@ class TrainConfig(Section):
         self.require(divides, "minibatch_size", f"divide train.batch_size ({self.batch_size})")
         self.require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "be positive, or null")
         self.require(self.reward_timeout is None or self.reward_timeout > 0, "reward_timeout", "be positive, or null")
+        for name in ("checkpoint_dir", "logging_dir", "rollout_logging_dir", "resume_from_checkpoint"):
+            setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
         self.require_choice("tracker", ["wandb", "tensorboard", "none", None])
         self.require_choice("reward_on", ["main", "each_rank"])
         self.require_choice("mixed_precision", ["no", "bf16", "fp16", None])

@@ -53,6 +53,8 @@ def test_a_reward_that_takes_too_long_stops_the_run(tmp_path):
         ("PPO", {"prompts": []}, "list of prompts is empty"),
         ("PPO", {"prompts": ["ab", ""]}, "Prompt 1 has no tokens"),
         ("PPO", {"prompts": ["ab", 3]}, "Prompt 1 must be a text"),
+        ("PPO", {"prompts": [[4], [38]]}, "Prompt 1 has the token 38, but the model knows 38 tokens"),
+        ("SFT", {"eval_prompts": [[99]]}, "Prompt 0 has the token 99, but the model knows 38 tokens"),
         ("PPO", {"prompts": [{"text": "ab"}]}, 'Prompt 0 is a dict without the key "prompt"'),
         ("PPO", {"samples": TEXTS}, "leave out samples and rewards"),
         ("PPO", {"rewards": [1.0]}, "leave out samples and rewards"),

@@ -10,6 +10,7 @@ import trlx
 from tests.builders import CHARACTERS, char_tokenizer, tiny_gpt2, tiny_gpt2_config
 from tests.runs import PROMPTS, TEXTS, share_of_a, tiny_config
 from trlx.config import TokenizerConfig
+from trlx.models.policy import load_model
 from trlx.models.source import exported, tokenizer_for
 from trlx.presets import _folder
 from trlx.strict import ConfigError
@@ -111,6 +112,69 @@ def test_a_missing_tokenizer_is_called_a_tokenizer_and_what_to_write_is_said(tmp
         tokenizer_for(tiny_gpt2_config(), TokenizerConfig(folder))
     with pytest.raises(ValueError, match="model_path is a config.*write in tokenizer.tokenizer_path"):
         trlx.train(samples=TEXTS, config=config)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        (
+            "nomodel",
+            "No model at 'nomodel', which is model.model_path: there is no such folder, nor a model of that",
+        ),
+        ("./nope", r"model.model_path is './nope', which does not exist \(seen from /"),
+        ("/nope", "model.model_path is '/nope', which does not exist"),
+        ("nope.nemo", "model.model_path is 'nope.nemo', which does not exist"),
+        ("{}/empty", "No model at '.*/empty', which is model.model_path: the folder has no config.json"),
+        ("{}/adapter", "No model at 'nomodel', which is the model of the adapter in .*/adapter: there is no such fol"),
+    ],
+)
+@pytest.mark.parametrize("trainer", ["AccelerateSFTTrainer", "NeMoSFTTrainer"])
+def test_a_model_that_is_not_there_is_said_so_in_one_sentence_before_its_tokenizer_is(tmp_path, path, words, trainer):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "nomodel"}')
+    config = tiny_config(tmp_path, "SFT", tokenizer={"tokenizer_path": None}, train={"trainer": trainer})
+    with pytest.raises(OSError, match=words) as found:
+        trlx.train(path.format(tmp_path), samples=TEXTS, config=config)
+    assert found.value.__cause__ is None and (found.value.__suppress_context__ or found.value.__context__ is None)
+
+
+def test_a_pretrained_model_of_a_nemo_trainer_is_named_as_such_and_a_described_one_needs_none(tmp_path):
+    backend = megatron_backend()
+    train = {"trainer_kwargs": {"pretrained_model": "nomodel", "megatron_cfg": "megatron_20b.yaml"}}
+    named = tiny_config(tmp_path, "SFT", model={"model_path": "mine"}, train=train)
+    with pytest.raises(OSError, match="No model at 'nomodel', which is train.trainer_kwargs.pretrained_model"):
+        backend.check_source(named.model, named.train)
+    del named.train.trainer_kwargs["pretrained_model"]
+    backend.check_source(named.model, named.train)
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    train = {"total_steps": 1, "checkpoint_dir": "~/run", "logging_dir": "~/logs", "resume_from_checkpoint": "~/run"}
+    trainer = trlx.train("~/mine", samples=TEXTS, config=tiny_config("", "SFT", train=train))
+    trainer.save("~/saved")
+    trainer.load("~/saved")
+    trainer.save_pretrained("~/model")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "run", "logs", "saved", "model"}
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file cannot be made a folder to save into .File exists.: name another"):
+        trainer.save_pretrained("file")
+
+
+def test_a_model_is_loaded_without_a_bar_of_its_own(tmp_path, capsys):
+    folder, _ = saved(tmp_path), capsys.readouterr()
+    load_model(folder, {})
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("tokenizer", [5, char_tokenizer().backend_tokenizer], ids=["number", "tokenizers"])
+def test_what_is_no_tokenizer_is_refused_when_the_configuration_is_made(tokenizer):
+    words = r"tokenizer.tokenizer_path must be .* by PreTrainedTokenizerFast\(tokenizer_object=...\)\), got "
+    with pytest.raises(ConfigError, match=words):
+        TokenizerConfig(tokenizer)
 
 
 def test_a_tokenizer_that_reads_otherwise_than_the_models_own_is_warned_of(tmp_path, caplog):

@@ -84,7 +84,7 @@ def test_rollouts_are_logged_into_a_folder_that_need_not_exist(tmp_path):
     (logged,) = folder.glob("run-*/epoch-*.json")
     assert len(json.loads(logged.read_text())) == 8
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="file"):
+    with pytest.raises(ValueError, match="train.rollout_logging_dir is .*file, but .*file is a file: name another"):
         run("PPO", tmp_path / "run", train={"rollout_logging_dir": str(tmp_path / "file")})
 
 
@@ -171,3 +171,14 @@ def test_a_text_is_answered_with_a_text(tmp_path):
         trainer.generate("ab", temprature=1.0)
     with pytest.raises(ValueError, match="gen_kwargs.beta is 1, but only ILQL has the Q heads"):
         trainer.generate("ab", beta=1)
+    for nothing, problem in (([], "no prompts"), ([[]], "a prompt without tokens")):
+        with pytest.raises(ValueError, match=rf"trainer.generate\(\) got {problem}"):
+            trainer.generate(nothing)
+    for wrong in (None, 5, [4, 5], [[0.5]], trainer.tokenizer(["ab"])):
+        with pytest.raises(TypeError, match=r"trainer.generate\(\) takes a text or a chat, a list of them, token ids"):
+            trainer.generate(wrong)
+    with pytest.raises(ValueError, match="Prompt 0 has 61 tokens, which with max_new_tokens=5 are more than the 64"):
+        trainer.generate("a" * 61, **greedy)
+    assert isinstance(trainer.generate("a" * 59, **greedy), str)
+    with pytest.raises(ValueError, match="Prompt 1 has the token -1, but the model knows 38 tokens"):
+        trainer.generate([[4], [-1]])

@@ -88,7 +88,7 @@ class AccelerateBackend(Backend):
         self.policy = _load_policy(dataclasses.replace(model, model_path=self.source(model, train)), needs)
         check_vocabulary(self.policy.model, tokenizer)
         self.precision = HALVES.get(self.accelerator.mixed_precision, self.policy.model.dtype)
-        check_positions(self.policy.model, train.seq_length)
+        self.positions = check_positions(self.policy.model, train.seq_length) or self.positions
         self.vocabulary = output_head(self.policy.model).weight.shape[0]
         if train.gradient_checkpointing:
             self.policy.architecture.recompute()
@@ -108,6 +108,7 @@ class AccelerateBackend(Backend):
 
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
         self.check_sampling(sampling)
+        self.check_prompts(prompts, sampling.max_new_tokens)
         self.policy.eval()
         # the policy that samples must round as the one that is scored and trained
         with self.accelerator.autocast(), self.sharding.unsharded():

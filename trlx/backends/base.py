@@ -7,6 +7,7 @@ loss function is handed down to it.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from trlx.batch import TokenBatch, TokenScores
 from trlx.config import ModelConfig, TrainConfig
 from trlx.data.layout import Layout, OneRow
 from trlx.methods.masked import Metrics
-from trlx.models.source import exported
+from trlx.models.source import check_model, exported
 from trlx.rollout.sampling import SamplingConfig
 
 PATIENCE = timedelta(hours=6)
@@ -71,6 +72,10 @@ class Backend(ABC):
     """True on one process of each data rank: it speaks for those that hold other parts of the model with it."""
     part: str = ""
     """Which part of the model this process holds, as an ending of file names; "" for the one that leads."""
+    vocabulary: int = sys.maxsize
+    """How many tokens the model knows."""
+    positions: int = sys.maxsize
+    """How long a row can be, at most."""
     layout: Layout = OneRow()
     """How rollouts become rows of this model."""
     schedule: str = ""
@@ -85,12 +90,40 @@ class Backend(ABC):
         """Where the model that these sections ask for comes from: a hub name, folder or archive, or a config."""
         return exported(model.model_path)
 
+    @classmethod
+    def check_source(cls, model: ModelConfig, train: TrainConfig) -> None:
+        """Makes sure, before anything is loaded, that there is a model where these sections say.
+
+        Raises:
+            OSError: there is none; the message names the setting.
+        """
+        check_model(cls.source(model, train), "model.model_path", model.model_extra_configs)
+
     def check_sampling(self, sampling: SamplingConfig) -> None:
         """Makes sure, before anything is sampled, that `generate` can do what `sampling` asks.
 
         Raises:
             ValueError: it cannot; the message names the setting.
         """
+
+    def check_prompts(self, prompts: list[list[int]], new_tokens: int) -> None:
+        """Makes sure that the model can read `prompts` and answer each with `new_tokens`.
+
+        Raises:
+            ValueError: it cannot; the message names the prompt.
+        """
+        for index, ids in enumerate(prompts):
+            unknown = [token for token in ids if not 0 <= token < self.vocabulary]
+            if unknown:
+                raise ValueError(
+                    f"Prompt {index} has the token {unknown[0]}, but the model knows {self.vocabulary} tokens: take "
+                    "ids of the model's own tokenizer"
+                )
+            if self.layout.width(len(ids), new_tokens) > self.positions:
+                raise ValueError(
+                    f"Prompt {index} has {len(ids)} tokens, which with max_new_tokens={new_tokens} are more than the "
+                    f"{self.positions} positions of the model: shorten it, or lower max_new_tokens"
+                )
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:

@@ -25,6 +25,9 @@ class Layout(Protocol):
     def collate(self, rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
         """The rollouts as a batch."""
 
+    def width(self, prompt: int, response: int) -> int:
+        """Tokens of the longest row that a prompt and a response of these lengths make."""
+
     def beginnings(self, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """What stands before each response in a sequence that is returned to the user, int64 [B, T]."""
 
@@ -37,6 +40,9 @@ class OneRow:
 
     def collate(self, rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
         return collate(rollouts, pad_id)
+
+    def width(self, prompt: int, response: int) -> int:
+        return prompt + response
 
     def beginnings(self, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
         padded = tokenizer.pad({"input_ids": prompts}, padding=True, return_attention_mask=False, return_tensors="pt")
@@ -53,6 +59,9 @@ class TwoRows:
 
     def collate(self, rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
         return collate_encoder_decoder(rollouts, pad_id, self.start_id)
+
+    def width(self, prompt: int, response: int) -> int:
+        return max(prompt, 1 + response)
 
     def beginnings(self, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
         return torch.full((len(prompts), 1), self.start_id)

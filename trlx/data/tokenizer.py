@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trlx import logging
+from trlx.data.hub import check_folder, first_line
 
 logger = logging.get_logger(__name__)
 
@@ -56,19 +57,19 @@ def read_tokenizer(path: str, **how: Any) -> PreTrainedTokenizerBase:
     Raises:
         OSError: there is none.
     """
-    cause = None
+    check_folder(str(path), "tokenizer.tokenizer_path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **how)
         # where files are missing transformers may make one up that knows special tokens only
         special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         problem = None if tokenizer.get_vocab().keys() - special - {SPACE} else "it has no words"
     except Exception as error:  # of many kinds, TypeErrors among them
-        problem, cause = f"{type(error).__name__}: {error}".partition("\n")[0], error
+        problem = first_line(error)
     if problem is not None:
         raise OSError(
             f"The tokenizer could not be loaded from {str(path)!r} ({problem}): write in tokenizer.tokenizer_path, "
             "which is model.model_path by default, the hub name or folder of the model's tokenizer, or an object"
-        ) from cause
+        )
     return tokenizer
 
 

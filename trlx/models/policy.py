@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
 
 from trlx import logging
 from trlx.batch import TokenScores
+from trlx.data.hub import first_line, no_bars
 from trlx.models.architecture import Causal, EncoderDecoder
 from trlx.models.decoder import disable_dropout, freeze, hidden_size, output_head
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
@@ -158,12 +158,14 @@ def load_model(
     if isinstance(model_path, PretrainedConfig):
         return _with_trained_pad(architecture.loader.from_config(copy.deepcopy(model_path), **options), is_new=True)
     try:
-        model = architecture.loader.from_pretrained(model_path, **options)
+        with no_bars():
+            model = architecture.loader.from_pretrained(model_path, **options)
     except OSError as error:
         raise OSError(
             f"No model at {str(model_path)!r}: it is neither a folder with a config.json and weights, nor the name of "
-            "a model on the Hugging Face hub that can be reached from here or is in the local cache."
-        ) from error
+            "a model on the Hugging Face hub that can be reached from here or is in the local cache "
+            f"({first_line(error)})"
+        ) from None
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers has looked for one on the hub by itself
         raise ValueError(
             f"{model_path} on the hub is an adapter: download it, and write its folder in model.model_path"
@@ -176,7 +178,7 @@ def save_hf(policy: Policy, tokenizer: PreTrainedTokenizerBase | None, folder: P
 
     Of an adapted policy it is the adapter that is written, or with `merge` a model that has it folded in.
     """
-    with _no_bars():
+    with no_bars():
         policy.save_model(folder, merge)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -233,18 +235,6 @@ def _with_trained_pad(model: PreTrainedModel, is_new: bool) -> PreTrainedModel:
                 table[module.padding_idx].normal_(std=float(table.std()), generator=draws)
             module.padding_idx = None
     return model
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    # a bar for every checkpoint would tear the progress bar of training to pieces
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 def _rows(states: Tensor, at: Tensor) -> Tensor:

@@ -10,11 +10,14 @@ from trlx import logging
 logger = logging.get_logger(__name__)
 
 
-def check_positions(model: PreTrainedModel, seq_length: int) -> None:
-    """`check_length` of a model."""
+def check_positions(model: PreTrainedModel, seq_length: int) -> int | None:
+    """`check_length` of a model. Returns how many positions it has, where they are a table."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None:
-        check_length(seq_length, positions, _has_table(model, positions))
+    if positions is None:
+        return None
+    is_table = _has_table(model, positions)
+    check_length(seq_length, positions, is_table)
+    return positions if is_table else None
 
 
 def check_length(seq_length: int, positions: int, is_table: bool) -> None:

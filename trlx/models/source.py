@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trlx import logging
 from trlx.config import TokenizerConfig
+from trlx.data.hub import check_source
 from trlx.data.tokenizer import load_tokenizer, read_tokenizer
 from trlx.models.adapters import adapted_model
 
@@ -24,13 +26,22 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 def exported(model_path: Any) -> Any:
     """The model that a checkpoint of ours holds (``hf_model``, or ``model.nemo`` in it); anything else stands for
     itself."""
-    if not isinstance(model_path, str) or not Path(model_path).is_dir():
+    if not isinstance(model_path, str):
+        return model_path
+    model_path = os.path.expanduser(model_path)
+    if not Path(model_path).is_dir():
         return model_path
     folder, inside = Path(model_path), Path(model_path) / "hf_model"
     folder = inside if inside.is_dir() and not (folder / "config.json").is_file() else folder
     # that of a model that transformers has no architecture for
     archive = folder / "model.nemo"
     return str(archive) if archive.is_file() else str(folder)
+
+
+def check_model(model_path: Any, where: str, loading: Mapping[str, Any] | None = None) -> None:
+    """`check_source` of a model, or of that which an adapter belongs to."""
+    base = adapted_model(model_path)
+    check_source(base or model_path, f"the model of the adapter in {model_path}" if base else where, loading)
 
 
 def tokenizer_for(

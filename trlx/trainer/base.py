@@ -34,8 +34,9 @@ from trlx.trainer.display import Display
 from trlx.trainer.evaluate import Evaluator
 from trlx.trainer.failures import rescuing
 from trlx.trainer.guards import Interrupts, SkippedSteps, leave_if_asked
-from trlx.trainer.saving import read_run, write_run
+from trlx.trainer.saving import make_folder, read_run, write_run
 from trlx.trainer.sequences import sample
+from trlx.trainer.together import on_main
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +62,7 @@ class Trainer(OldNames, ABC):
         self.config = config
         self.reward_fn = reward_fn
         self.metric_fn = metric_fn
+        self.backend_class.check_source(config.model, config.train)
         source = self.backend_class.source(config.model, config.train)
         self.tokenizer = tokenizer_for(source, config.tokenizer, config.model.model_extra_configs)
         self.stopper = Stopper(self.tokenizer, stop_sequences) if stop_sequences else None
@@ -166,6 +168,9 @@ class Trainer(OldNames, ABC):
             KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; at once after a second one.
             RuntimeError, ValueError: see `run_folder.opened`.
         """
+        if self.run_folder is not None and self.finished and not self.state.evaluation_due:
+            logger.info(f"Nothing is left to learn: train.total_steps or train.epochs end at step {self.state.step}")
+            return
         with ExitStack() as stack:
             stack.enter_context(watching())
             resumed = stack.enter_context(run_folder.opened(self))
@@ -204,14 +209,12 @@ class Trainer(OldNames, ABC):
         Where an adapter trains it is the adapter that is written, or with `merge` the model with the adapter folded in.
 
         Raises:
-            ValueError: without `safe_serialization` weights would be a pickle.
+            ValueError: without `safe_serialization` weights would be a pickle; or `directory` is a file.
         """
         if not safe_serialization:
             raise ValueError("save_pretrained() writes safetensors only, never a pickle: leave out safe_serialization")
-        folder = Path(directory or Path(self.config.train.checkpoint_dir) / "hf_model")
-        if self.backend.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.backend.barrier()
+        folder = Path(directory or Path(self.config.train.checkpoint_dir) / "hf_model").expanduser()
+        on_main(self.backend, lambda: make_folder(folder))
         (self.backend.export_merged if merge else self.backend.export_hf)(folder)
         self.backend.barrier()
 
@@ -229,7 +232,7 @@ class Trainer(OldNames, ABC):
         steps = self.config.train.total_steps
         digits = len(str(self.total_steps or MANY_STEPS if steps is None else steps))
         own = Path(self.config.train.checkpoint_dir) / f"checkpoint_{self.state.step:0{digits}d}"
-        write_run(self, Path(directory or own))
+        write_run(self, Path(directory or own).expanduser())
         if directory is None:
             self.saved = own, self.state.step
             run_folder.rotate(own, self.config.train, self.backend.is_main)
@@ -242,8 +245,9 @@ class Trainer(OldNames, ABC):
             ValueError: it holds other weights than this config trains.
         """
         under = self.config.train.checkpoint_dir
-        folder = Path(directory or checkpoint.newest(under) or under)
+        folder = Path(directory or checkpoint.newest(under) or under).expanduser()
         read_run(self, folder)
+        self.saved = folder, self.state.step
         self.run_folder = folder.resolve().parent
 
     # the loop

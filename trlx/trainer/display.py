@@ -224,7 +224,8 @@ def _conclusion(trainer: Trainer, seconds: float) -> str:
     lines = {}
     if state.best_reward is not None:
         of = "" if state.best_step is None else f" at step {state.best_step}"
-        where = f": {folder / 'best_checkpoint' / 'hf_model'}" if trainer.config.train.save_best else ""
+        best = folder / "best_checkpoint" / "hf_model"  # not there where the run goes on from another folder
+        where = f": {best}" if trainer.config.train.save_best and best.is_dir() else ""
         lines["best"] = f"reward {state.best_reward:.4g}{of}{where}"
     if trainer.saved is not None:
         lines["weights"] = str(trainer.saved[0] / "hf_model")

@@ -41,15 +41,14 @@ def opened(trainer: Trainer) -> Iterator[bool]:
 
     Raises:
         RuntimeError: another process writes into the folder.
-        ValueError: ``train.resume_from_checkpoint`` holds no checkpoint, or the model that the run starts from lies
-            among what would be moved.
+        ValueError: a folder cannot be written into, ``train.resume_from_checkpoint`` holds no checkpoint, or the model
+            that the run starts from lies among what would be moved.
     """
     folder = Path(trainer.config.train.checkpoint_dir)
     with ExitStack() as stack:
-        source = on_main(trainer.backend, lambda: _claim(folder, trainer.config.train.resume_from_checkpoint, stack))
+        source = on_main(trainer.backend, lambda: _claim(trainer.config.train, stack))
         if source is not None:
             trainer.load(source)
-            trainer.saved = source, trainer.state.step
             logger.info(f"Resumed {source} at step {trainer.state.step} of {trainer.total_steps}")
         resumed = trainer.run_folder is not None
         best = on_main(trainer.backend, lambda: _make_room(folder, trainer))
@@ -78,16 +77,37 @@ def rotate(written: Path, train: TrainConfig, is_main: bool = True) -> None:
             logger.warning(f"{path}, which train.keep_checkpoints does not keep, could not be deleted: {error}")
 
 
-def _claim(folder: Path, wanted: str | None, stack: ExitStack) -> Path | None:
+def check_folders(train: TrainConfig) -> None:
+    """Makes sure that a run can write into its folders, and that no other one does.
+
+    Raises:
+        ValueError: one of them is a file, or not writable.
+        RuntimeError: another process writes into ``train.checkpoint_dir``.
+    """
+    for name in ("checkpoint_dir", "logging_dir", "rollout_logging_dir"):
+        folder = Path(getattr(train, name) or train.checkpoint_dir).absolute()
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            problem = "cannot be written into" if there.is_dir() else "is a file"
+            raise ValueError(f"train.{name} is {folder}, but {there} {problem}: name another folder")
+    folder = Path(train.checkpoint_dir)
+    if (folder / LOCK_FILE).exists():
+        with locked(folder, fcntl.LOCK_SH):  # which all processes of a job may have at once
+            pass
+
+
+def _claim(train: TrainConfig, stack: ExitStack) -> Path | None:
     """Locks the folder until `stack` is closed, clears what kills left in it, and finds what to go on from."""
+    check_folders(train)
+    folder = Path(train.checkpoint_dir)
     folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(folder))
     checkpoint.tidy(folder)
-    return to_resume(wanted, folder)
+    return to_resume(train.resume_from_checkpoint, folder)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     """While the block runs no other process enters it for the same folder. The system ends it when this one dies.
 
     Raises:
@@ -95,7 +115,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with open(folder / LOCK_FILE, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise RuntimeError(

@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder that something is saved into, if it is not there.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made a folder to save into ({error.strerror}): name another") from None
+
+
 def write_run(trainer: Trainer, target: Path) -> None:
     """Puts everything `read_run` needs into a folder that takes the place of `target`. Called on every process.
 

@@ -43,13 +43,28 @@ def sample_sequences(
 
     `input_ids` is int64 [B, T] with padding where `attention_mask` is 0, or a list of id lists.
     """
-    prompts = [torch.as_tensor(row).tolist() for row in input_ids]
+    prompts = _ids(input_ids)
     if attention_mask is not None:
         masks = [torch.as_tensor(mask).bool().tolist() for mask in attention_mask]
         pairs = zip(prompts, masks, strict=True)
         prompts = [[i for i, kept in zip(row, mask, strict=True) if kept] for row, mask in pairs]
+    if not prompts or not all(prompts):
+        raise ValueError(f"trainer.generate() got {'a prompt without tokens' if prompts else 'no prompts'}")
     responses = backend.generate(prompts, sampling)
     beginnings = backend.layout.beginnings(prompts, tokenizer)
     width = max(len(response) for response in responses)
     rows = [response + [sampling.pad_token_id] * (width - len(response)) for response in responses]
     return torch.cat([beginnings, torch.tensor(rows, dtype=torch.int64).view(len(rows), width)], dim=1)
+
+
+def _ids(given: Any) -> list[list[int]]:
+    try:
+        rows = [torch.as_tensor(row).tolist() for row in given]
+    except (TypeError, ValueError, RuntimeError):
+        rows = [None]
+    if all(isinstance(row, list) and all(type(token) is int for token in row) for row in rows):
+        return rows
+    raise TypeError(
+        "trainer.generate() takes a text or a chat, a list of them, token ids [B, T] or a list of lists of ids, got "
+        f"{repr(given)[:80]}"
+    )

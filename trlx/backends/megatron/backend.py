@@ -23,6 +23,7 @@ from trlx.backends.megatron.generation import generate
 from trlx.backends.megatron.layout_checks import check_layout
 from trlx.backends.megatron.mapping import entries, padded_vocab
 from trlx.backends.megatron.model import ScoringModel, build_chunks, freeze, language_model
+from trlx.backends.megatron.nemo.weights import is_nemo
 from trlx.backends.megatron.origin import find_origin
 from trlx.backends.megatron.parallel import arrange, join
 from trlx.backends.megatron.schedule import run_forward, run_forward_backward
@@ -33,7 +34,7 @@ from trlx.batch import TokenBatch, TokenScores
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.methods.masked import finish, merge_packed, pack
 from trlx.models.reference import Reference
-from trlx.models.source import exported
+from trlx.models.source import check_model, exported
 from trlx.rollout.sampling import SamplingConfig
 
 
@@ -55,7 +56,9 @@ class MegatronBackend(Backend):
         asked = {key: value for key, value in train.trainer_kwargs.items() if key in OPTIONS}
         settings = read_settings(asked, train=train, model=model, optimizer=optimizer, scheduler=scheduler)
         self.origin = find_origin(model, settings, tokenizer, train, needs)
-        shape, vocab = self.origin.shape, self.origin.shape.vocab_size
+        shape, self.vocabulary = self.origin.shape, self.origin.shape.vocab_size
+        if shape.position == "learned":
+            self.positions = shape.max_position_embeddings
         join()
         check_layout(settings, shape, dist.get_world_size(), train.batch_size)
         self.place = arrange(settings.parallel, train.seed)
@@ -68,7 +71,7 @@ class MegatronBackend(Backend):
         self.schedule = repr(settings.optim.schedule)  # its length may be train.total_steps
         self.divisor = settings.parallel.tensor if settings.parallel.sequence else 1
 
-        rows = padded_vocab(vocab, settings.make_vocab_size_divisible_by * settings.parallel.tensor)
+        rows = padded_vocab(self.vocabulary, settings.make_vocab_size_divisible_by * settings.parallel.tensor)
         self.stage = build_chunks(shape, settings, rows, needs, train.seed, self.device)
         self.weights = StageWeights(self.stage, entries(shape, self.origin.family, rows), self.place)
         self.origin.load(self.weights)
@@ -83,12 +86,23 @@ class MegatronBackend(Backend):
     def source(model: ModelConfig, train: TrainConfig) -> Any:
         return exported(train.trainer_kwargs.get("pretrained_model") or model.model_path)
 
+    @classmethod
+    def check_source(cls, model: ModelConfig, train: TrainConfig) -> None:
+        path, named = cls.source(model, train), train.trainer_kwargs.get("pretrained_model")
+        # where megatron_cfg describes a model, model.model_path says no more than whose tokenizer it has
+        is_described = named is None and "megatron_cfg" in train.trainer_kwargs
+        is_unpacked = isinstance(path, str) and Path(path).is_dir() and is_nemo(path)
+        if not (is_described or is_unpacked):
+            where = "train.trainer_kwargs.pretrained_model" if named else "model.model_path"
+            check_model(path, where, model.model_extra_configs)
+
     def check_sampling(self, sampling: SamplingConfig) -> None:
-        check_settings(sampling, bool(self.needs.q_heads), self.origin.shape.vocab_size)
+        check_settings(sampling, bool(self.needs.q_heads), self.vocabulary)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
         self.check_sampling(sampling)
+        self.check_prompts(prompts, sampling.max_new_tokens)
         seed = self.place.from_leader(int(torch.randint(2**62, ())))
         self._train_mode(False)
         return generate(self.stage, self.place, prompts, sampling, seed)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trlx.backends.megatron.mapping import Entry, Read, Slice
+from trlx.data.hub import first_line
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -265,8 +266,8 @@ def _downloaded(name: str, revision: str | None) -> Path:
     except (OSError, ValueError) as error:
         raise OSError(
             f"No model at {name!r}: it is neither a folder with weights, nor the name of a model on the Hugging Face "
-            "hub that can be reached from here or is in the local cache."
-        ) from error
+            f"hub that can be reached from here or is in the local cache ({first_line(error)})"
+        ) from None
 
 
 def _listed(names: list[str]) -> str:
