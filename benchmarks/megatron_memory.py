@@ -86,8 +86,8 @@ def build(case: Case):
     backend = MegatronBackend(**sections, tokenizer=char_tokenizer(), needs=needs)
     settings = read_settings(kwargs, **sections)
     run = Run(
-        shape=backend.origin.shape,
-        parallel=settings.parallel,
+        shape=backend.model_source.decoder,
+        parallel=settings.sizes,
         data=backend.data_size,
         rows=case.rows,
         microbatches=case.microbatches,
@@ -106,7 +106,7 @@ def build(case: Case):
 def measure(case: Case) -> dict[str, Any]:
     """By name, (measured, on paper) for this process. Called on every process of a job."""
     backend, run = build(case)
-    stage, weights = backend.place.stage, [w for chunk in backend.stage for w in chunk.parameters()]
+    stage, weights = backend.parallel.stage, [w for chunk in backend.stage for w in chunk.parameters()]
     with counted_messages() as sent, kept_activations(weights) as kept:
         backend.train_step(batch(case), scored)
     count, paper = parameters(run, stage), memory(run, stage)
@@ -144,10 +144,10 @@ def batch(case: Case) -> TokenBatch:
     return collate([Rollout(prompt, [6] * case.response)] * (case.rows * case.microbatches), 0)
 
 
-def scored(scores: Any, piece: TokenBatch) -> tuple[Tensor, dict]:
+def scored(outputs: Any, microbatch: TokenBatch) -> tuple[Tensor, dict]:
     """A loss that every output has a part in."""
-    parts = [scores.logprobs, scores.values, scores.q, scores.q_logprobs]
-    return sum(part.sum() for part in parts if part is not None) * 0.01, {}
+    parts = [outputs.logprobs, outputs.values, outputs.q, outputs.q_logprobs]
+    return sum(shard.sum() for shard in parts if shard is not None) * 0.01, {}
 
 
 def size_of(tensors: Any) -> int:

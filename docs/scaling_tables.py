@@ -11,9 +11,9 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from trlx.backends.megatron.families import shape_of
-from trlx.backends.megatron.settings import Parallel, Recompute
-from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.decoder_config import DecoderConfig
+from trlx.backends.megatron.families import decoder_config_of
+from trlx.backends.megatron.settings import ParallelSizes, Recompute
 from trlx.launch.plan.layouts import fit, fullest, launch_line
 from trlx.launch.plan.memory import cache
 from trlx.launch.plan.parameters import total_parameters
@@ -61,7 +61,7 @@ def tables() -> Iterator[str]:
     yield from (_row(preset_cells(name, unfrozen)) for name in PRESETS for unfrozen in (2, -1))
 
 
-def models() -> dict[str, Shape]:
+def models() -> dict[str, DecoderConfig]:
     """The shapes of the tables: presets, and Llama-2 for the sizes that have none."""
     small = dataclasses.replace(_preset_shape("megatron_1.3b"), ffn_hidden_size=4 * 2048)
     llama = {"vocab_size": 32000, "max_position_embeddings": 4096, "tie_word_embeddings": False}
@@ -76,18 +76,18 @@ def models() -> dict[str, Shape]:
     )
     return {
         "GPT-3 XL": small,
-        "Llama-2 7B": shape_of(seven),
+        "Llama-2 7B": decoder_config_of(seven),
         "megatron_20b": _preset_shape("megatron_20b"),
         "megatron_65b": _preset_shape("megatron_65b"),
-        "Llama-2 70B": shape_of(seventy),
+        "Llama-2 70B": decoder_config_of(seventy),
     }
 
 
-def on_paper(shape: Shape) -> Run:
+def on_paper(shape: DecoderConfig) -> Run:
     """PPO that trains every layer, on as many GPUs as there are rows; to be fitted."""
     return Run(
         shape=shape,
-        parallel=Parallel(),
+        parallel=ParallelSizes(),
         data=ROWS,
         rows=1,
         microbatches=1,
@@ -141,7 +141,7 @@ def preset_cells(name: str, unfrozen: int) -> list[str]:
     ]
 
 
-def _preset_shape(name: str) -> Shape:
+def _preset_shape(name: str) -> DecoderConfig:
     return read_run(read_config(name, "ppo", []), vocabulary=GPT2_VOCABULARY).shape
 
 

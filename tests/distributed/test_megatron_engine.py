@@ -96,8 +96,8 @@ def dropout_is_one_on_tensor_ranks(parallel) -> None:
     trained(backend)
     for weight in backend.weights.weights:
         if weight.entry.split_dim is None:
-            parts = backend.place.gather_over_tensor_ranks(weight.value.detach())
-            assert all(torch.equal(part, parts[0]) for part in parts), weight.name
+            parts = backend.parallel.gather_over_tensor_ranks(weight.value.detach())
+            assert all(torch.equal(shard, parts[0]) for shard in parts), weight.name
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -200,15 +200,15 @@ def test_gradients_are_clipped_to_the_norm_over_all_ranks():
 
 
 def never_gathers(parallel) -> None:
-    from trlx.backends.megatron.vocabulary import VocabularyPart
+    from trlx.backends.megatron.vocabulary import VocabularyShard
 
     def refuse(*_):
         raise AssertionError("logits of the whole vocabulary were gathered")
 
     widest = []
-    original = VocabularyPart.logprobs
-    VocabularyPart.gathered = refuse
-    VocabularyPart.logprobs = lambda self, logits, targets: (
+    original = VocabularyShard.logprobs
+    VocabularyShard.gathered = refuse
+    VocabularyShard.logprobs = lambda self, logits, targets: (
         widest.append(logits.shape[1]) or original(self, logits, targets)
     )
     backend = built("ILQL", parallel, gpt={"make_vocab_size_divisible_by": 1})

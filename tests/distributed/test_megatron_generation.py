@@ -138,7 +138,7 @@ def check_drawn(folder, cases):
         backend = backend_of(folder, layout)
         backend._train_mode(False)
         with torch.no_grad():
-            drawn = [generate(backend.stage, backend.place, PROMPTS, *case) for case in cases]
+            drawn = [generate(backend.stage, backend.parallel, PROMPTS, *case) for case in cases]
         first = first or drawn
         assert drawn == first, layout
     assert len({str(rows) for rows in first}) == len(first)
@@ -200,7 +200,7 @@ def check_steps(folder, prompts, sampling, expected, steps):
         passes = []
         backend.stage[0].decoder.register_forward_hook(lambda *_, passes=passes: passes.append(1))
         assert backend.generate(prompts, sampling) == expected
-        assert len(passes) == steps[backend.place.layout.pipeline - 1], layout
+        assert len(passes) == steps[backend.parallel.sizes.pipeline - 1], layout
 
 
 def test_a_stop_sequence_stops_sampling(tmp_path):

@@ -66,8 +66,8 @@ def from_archives(folder: Path) -> None:
     sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
     changed = {"model": {**sizes, "hidden_dropout": 0.5, "layernorm_epsilon": 1e-2}}
     backend = built(folder / "one.nemo", megatron_cfg=changed, **TENSOR)
-    assert (backend.origin.shape.hidden_dropout, backend.origin.shape.norm_epsilon) == (0.5, 1e-2)
-    assert backend.origin.config.layer_norm_epsilon == 1e-2
+    assert (backend.model_source.decoder.hidden_dropout, backend.model_source.decoder.norm_epsilon) == (0.5, 1e-2)
+    assert backend.model_source.config.layer_norm_epsilon == 1e-2
     assert not torch.equal(backend.score(rows()).logprobs, truth)
     with pytest.raises(ConfigError, match=r"does not fit the weights in .*one\.nemo: hidden_size 64 \(it has 32\)"):
         built(folder / "one.nemo", megatron_cfg={"model": sizes | {"hidden_size": 64}})
@@ -99,9 +99,9 @@ def test_a_model_that_transformers_has_not_is_saved_as_an_archive_and_taken_up_a
     assert "model.nemo" in names and "tokenizer.json" in names
     assert not {name for name in names if name.endswith(".safetensors") or name.startswith(".")}
     found = open_nemo(folder / "model.nemo")
-    assert found.config is None and found.shape.norm_offset == 1.0
+    assert found.config is None and found.decoder.norm_offset == 1.0
     policy = {}
     for file in folder.parent.glob("policy-*.safetensors"):
         policy |= load_file(file)
-    assert all(torch.equal(found.source.read(name)[:], policy[name]) for name in found.source.names())
+    assert all(torch.equal(found.tensors.read(name)[:], policy[name]) for name in found.tensors.names())
     assert all(torch.equal(found.heads.read(name)[:], policy[name]) for name in found.heads.names())

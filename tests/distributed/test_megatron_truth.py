@@ -100,10 +100,10 @@ def rows() -> TokenBatch:
     return batch.replace(**columns)
 
 
-def with_old_logprobs(batch: TokenBatch, scores) -> TokenBatch:
+def with_old_logprobs(batch: TokenBatch, outputs) -> TokenBatch:
     """Old log-probabilities near the present ones, so that some ratios are clipped and some are not."""
     draw = torch.Generator().manual_seed(4)
-    moved = scores.logprobs + 0.2 * torch.randn(batch.tokens.shape, generator=draw)
+    moved = outputs.logprobs + 0.2 * torch.randn(batch.tokens.shape, generator=draw)
     return batch.replace(old_logprobs=moved * batch.response_mask)
 
 
@@ -129,8 +129,8 @@ def write_truth(folder: Path, family: str, algorithm: str, unfrozen: int = -1) -
     save_file(_weights(backend.policy), folder / "trained")
 
 
-def _columns(scores) -> dict[str, torch.Tensor]:
-    named = {name: getattr(scores, name) for name in ("logprobs", "values", "q", "target_q", "q_logprobs")}
+def _columns(outputs) -> dict[str, torch.Tensor]:
+    named = {name: getattr(outputs, name) for name in ("logprobs", "values", "q", "target_q", "q_logprobs")}
     return {name: column.detach().contiguous() for name, column in named.items() if column is not None}
 
 
@@ -165,7 +165,7 @@ def compare_one(folder: Path, algorithm: str, layout: dict, unfrozen: int) -> No
     backend = megatron(folder / "model", algorithm, layout, unfrozen)
     batch = TokenBatch(**load_file(folder / "batch.safetensors"))
     mine = shard(batch, list(range(ROWS)), backend.data_rank, backend.data_size)
-    first = compare_scores(folder, backend, mine)
+    first = compare_outputs(folder, backend, mine)
     compare_gradients(folder, backend, mine, algorithm)
     metrics = [backend.train_step(mine, LOSSES[algorithm]) for _ in range(STEPS)]
     for found, expected in zip(metrics, json.loads((folder / "metrics.json").read_text()), strict=True):
@@ -198,7 +198,7 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def compare_scores(folder: Path, backend, mine: TokenBatch) -> torch.Tensor:
+def compare_outputs(folder: Path, backend, mine: TokenBatch) -> torch.Tensor:
     found, truth = backend.score(mine), load_file(folder / "scores")
     at = slice(backend.data_rank * len(mine), (backend.data_rank + 1) * len(mine))
     width = mine.tokens.shape[1]
@@ -214,32 +214,41 @@ def compare_gradients(folder: Path, backend, mine: TokenBatch, algorithm: str) -
     truth, stored = load_file(folder / "gradients"), load_file(folder / "scores")
     units = TokenBatch(**load_file(folder / "batch.safetensors")).response_mask.sum()
     start = backend.data_rank * len(mine)
-    pieces = backend._pieces(mine)
+    microbatches = backend._microbatches(mine)
 
-    def loss(scores, piece):
-        number = next(i for i, each in enumerate(pieces) if each is piece)
+    def loss(outputs, microbatch):
+        number = next(i for i, each in enumerate(microbatches) if each is microbatch)
         at = start + number * backend.microbatch_size
-        for name, column in _columns(scores).items():
-            expected = stored[name][..., at : at + len(piece), :]
+        for name, column in _columns(outputs).items():
+            expected = stored[name][..., at : at + len(microbatch), :]
             width = min(column.shape[-1], expected.shape[-1])
             assert_close(column[..., :width], expected[..., :width], name)
-        return LOSSES[algorithm](scores, piece)[0] * backend.data_size / units, None
+        return LOSSES[algorithm](outputs, microbatch)[0] * backend.data_size / units, None
 
     for chunk in backend.wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
-    run_forward_backward(backend.wrapped, pieces, loss)
+    run_forward_backward(backend.wrapped, microbatches, loss)
     for weight in backend.weights.weights:
-        part = weight.entry.part(lambda name: truth[name], backend.place.tensor_rank, backend.place.layout.tensor)
-        found = weight.value.main_grad if weight.value.requires_grad else torch.zeros_like(part)
-        assert_close(found, part, f"gradient of {weight.name}")
+        shard = weight.entry.shard(
+            lambda name: truth[name], backend.parallel.tensor_rank, backend.parallel.sizes.tensor
+        )
+        found = weight.value.main_grad if weight.value.requires_grad else torch.zeros_like(shard)
+        assert_close(found, shard, f"gradient of {weight.name}")
 
 
 def compare_trained(folder: Path, backend) -> None:
     truth = load_file(folder / "trained")
     for weight in backend.weights.weights:
-        part = weight.entry.part(lambda name: truth[name], backend.place.tensor_rank, backend.place.layout.tensor)
-        assert_close(weight.value.detach(), part, f"trained {weight.name}")
+        shard = weight.entry.shard(
+            lambda name: truth[name], backend.parallel.tensor_rank, backend.parallel.sizes.tensor
+        )
+        assert_close(weight.value.detach(), shard, f"trained {weight.name}")
+
+
+def own_shard(backend, weight, whole: dict[str, torch.Tensor]) -> torch.Tensor:
+    state = backend.parallel
+    return weight.entry.shard(lambda name: whole[name], state.tensor_rank, state.sizes.tensor)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:

@@ -59,7 +59,7 @@ def llama_and_speed(folder: Path) -> None:
     exported = folder / "llama" / "checkpoint_1" / "hf_model"
     convert_llama_to_nemo.main([str(exported), str(folder / "llama.nemo"), "--tensor", "2"])
     with opened(folder / "llama.nemo") as archive:
-        assert archive.layout() == (2, 1)
+        assert archive.parallel_sizes() == (2, 1)
     speed = {**quick, "train.checkpoint_dir": str(folder / "speed"), "train.total_steps": 2, "train.seq_length": 256}
     found = nemo_vs_ds_chat.main(speed, **MADE)
     assert found["answer tokens per second"] > 0 and found["time/step"] > 0

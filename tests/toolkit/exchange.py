@@ -19,11 +19,11 @@ from nemo.package_info import __version__
 from nemo.utils.app_state import AppState
 from omegaconf import OmegaConf
 
+from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.mapping import entries
 from trlx.backends.megatron.nemo.archive import opened, write_archive
 from trlx.backends.megatron.nemo.config import write_config
 from trlx.backends.megatron.nemo.weights import open_nemo, write_nemo
-from trlx.backends.megatron.shape import Shape
 
 CONFIG = {
     "target": "nemo.core.classes.modelPT.ModelPT",
@@ -36,7 +36,7 @@ CONFIG = {
     "tokenizer": {"vocab_file": "nemo:0123_vocab.txt", "merge_file": None},
 }
 VOCABULARY = b"first second third"
-SHAPE = Shape(
+SHAPE = DecoderConfig(
     num_layers=2,
     hidden_size=4,
     ffn_hidden_size=8,
@@ -144,7 +144,7 @@ def the_toolkits_opens_here_packed_and_unpacked(folder: Path) -> None:
         tar.extractall(folder / "theirs", filter="data")
     for source in (folder / "theirs.nemo", folder / "theirs"):
         with opened(source) as archive:
-            assert archive.layout() == (1, 1)
+            assert archive.parallel_sizes() == (1, 1)
             assert_same(archive.weights(), model.state_dict())
             assert settings(archive.config) == settings(CONFIG)
             vocabulary = archive.config["tokenizer"]["vocab_file"]
@@ -182,15 +182,15 @@ def a_decoder_saved_by_the_toolkit_becomes_a_model_here(folder: Path) -> None:
     model = Decoder(OmegaConf.create(config))
     model.save_to(str(folder / "theirs.nemo"))
     found = open_nemo(folder / "theirs.nemo")
-    assert found.shape == SHAPE and found.family == "gpt2"
+    assert found.decoder == SHAPE and found.family == "gpt2"
     theirs = model.state_dict()
     embedding = theirs["model.embedding.word_embeddings.weight"]
-    assert torch.equal(found.source.read("transformer.wte.weight")[:], embedding[: SHAPE.vocab_size])
+    assert torch.equal(found.tensors.read("transformer.wte.weight")[:], embedding[: SHAPE.vocab_size])
     up = theirs["model.decoder.layers.1.mlp.linear_fc1.weight"]
-    assert torch.equal(found.source.read("transformer.h.1.mlp.c_fc.weight")[:], up.T)
+    assert torch.equal(found.tensors.read("transformer.h.1.mlp.c_fc.weight")[:], up.T)
     # queries, keys and values of a head after each other there, of all heads here
     heads = theirs["model.decoder.layers.1.self_attention.linear_qkv.weight"].view(2, 3, 2, 4)
-    qkv = found.source.read("transformer.h.1.attn.c_attn.weight")[:]
+    qkv = found.tensors.read("transformer.h.1.attn.c_attn.weight")[:]
     assert torch.equal(qkv, heads.transpose(0, 1).reshape(12, 4).T)
 
 

@@ -4,10 +4,10 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from tests.unit.test_megatron_families import random_model
-from trlx.backends.megatron.families import shape_of
+from trlx.backends.megatron.families import decoder_config_of
 from trlx.backends.megatron.mapping import entries
 from trlx.backends.megatron.nemo.weights import write_nemo
-from trlx.backends.megatron.weights import checked_reader, open_source
+from trlx.backends.megatron.weights import checked_reader, open_tensors
 
 SIZES = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 4, "ffn_hidden_size": 12}
 LLAMA = {
@@ -37,15 +37,15 @@ def gpt2():
 
 def same_weights(found, model):
     """Whether every weight of a model in transformers is read from an archive to the last bit."""
-    read = checked_reader(found.source, entries(found.shape, found.family))
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in set(found.source.names())}
-    return len(state) == len(list(found.source.names())) and all(torch.equal(read(n)[:], t) for n, t in state.items())
+    read = checked_reader(found.tensors, entries(found.decoder, found.family))
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in set(found.tensors.names())}
+    return len(state) == len(list(found.tensors.names())) and all(torch.equal(read(n)[:], t) for n, t in state.items())
 
 
 def written(path, model, tensor=1, pipeline=1, **kwargs):
-    shape = shape_of(model.config)
-    read = checked_reader(open_source(model), entries(shape, model.config.model_type))
-    write_nemo(path, shape, read, model.config.model_type, tensor=tensor, pipeline=pipeline, **kwargs)
+    decoder = decoder_config_of(model.config)
+    read = checked_reader(open_tensors(model), entries(decoder, model.config.model_type))
+    write_nemo(path, decoder, read, model.config.model_type, tensor=tensor, pipeline=pipeline, **kwargs)
     return path
 
 
@@ -55,10 +55,10 @@ def split(tensor, dim, rank, size):
 
 def heads_first(q, k, v, rank, size, legacy):
     """Rows of a tensor rank by head (query, key, value of each), or, in old archives, by kind."""
-    parts = [split(each, 0, rank, size) for each in (q, k, v)]
+    shards = [split(each, 0, rank, size) for each in (q, k, v)]
     if legacy:
-        return torch.cat(parts)
-    return torch.cat([part.chunk(4 // size)[head] for head in range(4 // size) for part in parts])
+        return torch.cat(shards)
+    return torch.cat([shard.chunk(4 // size)[head] for head in range(4 // size) for shard in shards])
 
 
 def older_llama(model, tensor=2, pipeline=2, legacy=False, prefix="model.", fused=False):

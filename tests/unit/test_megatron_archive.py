@@ -45,7 +45,7 @@ def plain(path, config="hidden_size: 2", weights=None, mode="w:"):
     return tar_of(path, *files, mode=mode)
 
 
-def config_of(path):
+def read_config(path):
     with opened(path) as archive:
         return archive.config
 
@@ -54,7 +54,7 @@ def test_what_is_written_comes_back_also_after_the_archive_is_closed(tmp_path):
     write_archive(tmp_path / "new" / "m.nemo", CONFIG, {(0, 0): {"w": WEIGHT, "h": WEIGHT.bfloat16()}})
     with opened(tmp_path / "new" / "m.nemo") as archive:
         folder, weights = archive.folder, archive.weights()
-        assert archive.config == CONFIG and archive.layout() == (1, 1)
+        assert archive.config == CONFIG and archive.parallel_sizes() == (1, 1)
     assert not folder.exists()
     assert weights["w"].tolist() == [[1.0, 2.0], [3.0, 4.0]] and weights["h"].dtype == torch.bfloat16
 
@@ -78,7 +78,7 @@ def test_every_rank_has_the_file_that_nemo_gives_it(tmp_path, ranks, names):
         tar.extractall(tmp_path / "unpacked", filter="data")
     for source in (tmp_path / "m.nemo", tmp_path / "unpacked"):
         with opened(source) as archive:
-            assert archive.layout() == tuple(size + 1 for size in max(ranks))
+            assert archive.parallel_sizes() == tuple(size + 1 for size in max(ranks))
             assert [archive.weights(*rank)["w"][0, 0].item() for rank in ranks] == [
                 1 + 10 * tp + pp for tp, pp in ranks
             ]
@@ -101,7 +101,7 @@ def test_an_unpacked_folder_is_read_where_it_lies_also_through_a_linked_folder(t
     (tmp_path / "m" / "model_config.yaml").write_text("a: 1")
     (tmp_path / "m" / "mp_rank_00").symlink_to(elsewhere)
     with opened(str(tmp_path / "m")) as archive:
-        assert archive.folder == tmp_path / "m" and archive.layout() == (1, 1)
+        assert archive.folder == tmp_path / "m" and archive.parallel_sizes() == (1, 1)
         assert torch.equal(archive.weights()["w"], WEIGHT)
     assert (elsewhere / "model_weights.ckpt").exists()
 
@@ -139,9 +139,9 @@ def test_a_failure_while_writing_leaves_the_previous_archive_and_nothing_else(tm
     write_archive(tmp_path / "m.nemo", {"step": 1}, {(0, 0): {"w": WEIGHT}})
     with pytest.raises(AttributeError):
         write_archive(tmp_path / "m.nemo", {"step": 2}, {(0, 0): {"w": "no tensor"}})
-    assert config_of(tmp_path / "m.nemo") == {"step": 1} and os.listdir(tmp_path) == ["m.nemo"]
+    assert read_config(tmp_path / "m.nemo") == {"step": 1} and os.listdir(tmp_path) == ["m.nemo"]
     write_archive(tmp_path / "m.nemo", {"step": 3}, {(0, 0): {"w": WEIGHT}})
-    assert config_of(tmp_path / "m.nemo") == {"step": 3}
+    assert read_config(tmp_path / "m.nemo") == {"step": 3}
 
 
 def test_references_are_filled_in_where_they_lead_somewhere(tmp_path):
@@ -154,7 +154,7 @@ def test_references_are_filled_in_where_they_lead_somewhere(tmp_path):
         a: {b: "${c}"}
         c: {d: "${a}"}
     """
-    config = config_of(plain(tmp_path / "m.nemo", config=text))
+    config = read_config(plain(tmp_path / "m.nemo", config=text))
     assert config["lr"] == 0.00001
     assert config["head"] == {"size": 8, "again": 8, "name": "h8"}
     assert config["optim"] == {"betas": [0.9, 0.98], "max_steps": "${trainer.max_steps}"}
@@ -165,7 +165,7 @@ def test_no_function_is_called_by_an_interpolation(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "told")
     call = "${oc.env:SECRET}"
     lines = f"direct: {call}", "by_name: ${direct}", rf"hidden: \{call}", "spliced: $${word}{oc.env:SECRET}", "word: w"
-    config = config_of(plain(tmp_path / "m.nemo", config="\n".join(lines)))
+    config = read_config(plain(tmp_path / "m.nemo", config="\n".join(lines)))
     assert config == dict(line.split(": ", 1) for line in lines)
 
 
@@ -226,7 +226,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, write):
 def test_a_config_that_is_not_plain_yaml_is_refused(tmp_path, config, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"model_config.yaml of .*m.nemo .*{message}"):
-        config_of(plain(tmp_path / "m.nemo", config=config))
+        read_config(plain(tmp_path / "m.nemo", config=config))
     assert os.listdir(tmp_path) == ["m.nemo"]
 
 
@@ -277,7 +277,7 @@ def test_what_is_no_archive_or_not_a_whole_one_is_an_error_that_says_so(tmp_path
 def test_weights_that_are_not_there_are_named(tmp_path, names, message):
     members = [member("model_config.yaml", b"a: 1"), *(member(name, saved({"w": WEIGHT})) for name in names)]
     with opened(tar_of(tmp_path / "m.nemo", *members)) as archive, pytest.raises(ValueError, match=message):
-        archive.layout()
+        archive.parallel_sizes()
 
 
 def test_a_rank_beyond_the_layout_is_an_error_that_says_what_there_is(tmp_path):

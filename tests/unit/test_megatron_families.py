@@ -5,8 +5,8 @@ import torch
 import transformers as hf
 from transformers import AutoModelForCausalLM
 
-from trlx.backends.megatron.families import FAMILIES, config_of, shape_of
-from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.decoder_config import DecoderConfig
+from trlx.backends.megatron.families import FAMILIES, decoder_config_of, hf_config_of
 
 SPECIAL = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 PLAIN = dict(
@@ -63,7 +63,7 @@ def logits_of(model, rows=2, columns=12):
 
 
 def test_the_shape_of_gpt2_small():
-    assert shape_of(hf.GPT2Config(resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.3)) == Shape(
+    assert decoder_config_of(hf.GPT2Config(resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.3)) == DecoderConfig(
         num_layers=12,
         hidden_size=768,
         ffn_hidden_size=3072,
@@ -81,36 +81,36 @@ def test_the_shape_of_gpt2_small():
 
 
 def test_the_shape_of_pythia():
-    shape = shape_of(CONFIGS["gpt_neox"])
-    assert (shape.parallel_residual, shape.rotary_percentage, shape.activation) == (True, 0.25, "gelu")
-    assert (shape.bias, shape.qkv_bias, shape.normalization, shape.gated) == (True, True, "layernorm", False)
+    decoder = decoder_config_of(CONFIGS["gpt_neox"])
+    assert (decoder.parallel_residual, decoder.rotary_percentage, decoder.activation) == (True, 0.25, "gelu")
+    assert (decoder.bias, decoder.qkv_bias, decoder.normalization, decoder.gated) == (True, True, "layernorm", False)
 
 
 def test_the_shape_of_a_stretched_llama_with_biases():
-    shape = shape_of(CONFIGS["llama with biases"])
-    assert (shape.rotary_scaling, shape.rotary_base, shape.num_query_groups) == (8.0, 5e5, 4)
-    assert (shape.bias, shape.qkv_bias, shape.tied, shape.gated) == (True, True, True, True)
-    assert (shape.normalization, shape.norm_epsilon, shape.activation) == ("rmsnorm", 1e-6, "silu")
+    decoder = decoder_config_of(CONFIGS["llama with biases"])
+    assert (decoder.rotary_scaling, decoder.rotary_base, decoder.num_query_groups) == (8.0, 5e5, 4)
+    assert (decoder.bias, decoder.qkv_bias, decoder.tied, decoder.gated) == (True, True, True, True)
+    assert (decoder.normalization, decoder.norm_epsilon, decoder.activation) == ("rmsnorm", 1e-6, "silu")
 
 
 def test_the_shape_of_gemma():
-    shape = shape_of(hf.GemmaConfig(**dict(GROUPED, hidden_size=64), head_dim=16))
-    assert (shape.norm_offset, shape.embedding_scale, shape.kv_channels) == (1.0, 8.0, 16)
-    assert (shape.activation, shape.gated, shape.tied) == ("gelu_tanh", True, True)
+    decoder = decoder_config_of(hf.GemmaConfig(**dict(GROUPED, hidden_size=64), head_dim=16))
+    assert (decoder.norm_offset, decoder.embedding_scale, decoder.kv_channels) == (1.0, 8.0, 16)
+    assert (decoder.activation, decoder.gated, decoder.tied) == ("gelu_tanh", True, True)
 
 
 def test_queries_and_keys_are_normalised_in_qwen3_and_biased_in_qwen2():
-    qwen2, qwen3 = shape_of(CONFIGS["qwen2"]), shape_of(CONFIGS["qwen3"])
+    qwen2, qwen3 = decoder_config_of(CONFIGS["qwen2"]), decoder_config_of(CONFIGS["qwen3"])
     assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.bias) == (False, True, False)
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.bias) == (True, False, False)
 
 
 def test_the_window_of_attention_is_that_of_the_layers_that_have_one():
-    windows = {name: shape_of(config).attention_window for name, config in CONFIGS.items()}
+    windows = {name: decoder_config_of(config).attention_window for name, config in CONFIGS.items()}
     assert windows["mistral"] == 16 and windows["qwen2 windowed"] == 20
     assert windows["qwen2"] is None and windows["llama"] is None
     above = hf.Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=20, max_window_layers=2)
-    assert shape_of(above).attention_window is None
+    assert decoder_config_of(above).attention_window is None
 
 
 def test_every_family_has_a_configuration_here():
@@ -120,7 +120,7 @@ def test_every_family_has_a_configuration_here():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_written_from_a_shape_computes_the_same(name):
     config = CONFIGS[name]
-    written = config_of(shape_of(config))
+    written = hf_config_of(decoder_config_of(config))
     assert written.model_type == config.model_type
     assert written.architectures == [type(random_model(config)).__name__]
     model = random_model(config)
@@ -160,17 +160,17 @@ def test_a_configuration_written_from_a_shape_computes_the_same(name):
 )
 def test_what_the_engine_would_compute_differently_is_refused(config, said):
     with pytest.raises(ValueError, match=f"does not compute a {config.model_type} model with .*{said}"):
-        shape_of(config)
+        decoder_config_of(config)
 
 
 @pytest.mark.parametrize("config", [hf.Gemma2Config(), hf.MixtralConfig(), hf.OPTConfig()], ids=lambda c: c.model_type)
 def test_an_unknown_architecture_is_refused_with_those_that_are_known(config):
     with pytest.raises(ValueError, match=f"'{config.model_type}', but gpt2, gpt_neox, llama, mistral.*Accelerate"):
-        shape_of(config)
+        decoder_config_of(config)
 
 
 def test_a_shape_that_no_family_has_cannot_be_written():
-    shape = Shape(
+    decoder = DecoderConfig(
         num_layers=2,
         hidden_size=32,
         ffn_hidden_size=48,
@@ -185,8 +185,8 @@ def test_a_shape_that_no_family_has_cannot_be_written():
         bias=False,
     )
     with pytest.raises(ValueError, match="gpt2: gated, bias, position would differ; gpt_neox: .*gemma: "):
-        config_of(shape)
+        hf_config_of(decoder)
     with pytest.raises(ValueError, match="mistral: normalization, qkv_bias would differ$"):
-        config_of(shape, "mistral")
+        hf_config_of(decoder, "mistral")
     with pytest.raises(ValueError, match="does not know the architecture 'opt'"):
-        config_of(shape, "opt")
+        hf_config_of(decoder, "opt")

@@ -21,7 +21,7 @@ from tests.unit.nemo_archives import (
     written,
 )
 from tests.unit.test_megatron_families import CONFIGS, random_model
-from trlx.backends.megatron.families import config_of, shape_of
+from trlx.backends.megatron.families import decoder_config_of, hf_config_of
 from trlx.backends.megatron.mapping import entries
 from trlx.backends.megatron.nemo.archive import opened, write_archive
 from trlx.backends.megatron.nemo.config import read_config
@@ -39,7 +39,7 @@ KNOWN = [name for name in CONFIGS if name != "gpt_neox"]  # attention beside the
 def test_a_model_written_for_any_number_of_ranks_comes_back_to_the_bit(tmp_path, name, layout):
     model = random_model(CONFIGS[name])
     found = open_nemo(written(tmp_path / "m.nemo", model, *layout))
-    assert found.shape == shape_of(model.config)
+    assert found.decoder == decoder_config_of(model.config)
     assert found.family == model.config.model_type
     assert same_weights(found, model)
 
@@ -47,8 +47,8 @@ def test_a_model_written_for_any_number_of_ranks_comes_back_to_the_bit(tmp_path,
 def test_names_and_rows_of_an_archive_are_those_of_megatron_core(tmp_path):
     model = llama()
     with opened(written(tmp_path / "m.nemo", model, 2, 2)) as archive:
-        assert archive.layout() == (2, 2)
-        part = archive.weights(1, 1)
+        assert archive.parallel_sizes() == (2, 2)
+        shard = archive.weights(1, 1)
         config = archive.config
     state = model.state_dict()
     layer, hf = "model.decoder.layers.0.", "model.layers.1."
@@ -64,8 +64,8 @@ def test_names_and_rows_of_an_archive_are_those_of_megatron_core(tmp_path):
         "model.decoder.final_layernorm.weight": state["model.norm.weight"],
         "model.output_layer.weight": torch.zeros(128, 8),  # 6 tokens of 256 rows: all on the other rank
     }
-    assert part.keys() == expected.keys()
-    assert all(torch.equal(part[name], tensor) for name, tensor in expected.items())
+    assert shard.keys() == expected.keys()
+    assert all(torch.equal(shard[name], tensor) for name, tensor in expected.items())
     assert (config["padded_vocab_size"], config["vocab_size"], config["mcore_gpt"]) == (256, 6, True)
     assert config["target"] == "nemo.core.classes.modelPT.ModelPT"
 
@@ -73,8 +73,8 @@ def test_names_and_rows_of_an_archive_are_those_of_megatron_core(tmp_path):
 @pytest.mark.parametrize("pipeline, names", [(1, []), (2, ["model.output_layer.weight"])])
 def test_a_tied_head_is_written_only_where_another_stage_needs_a_copy(tmp_path, pipeline, names):
     with opened(written(tmp_path / "m.nemo", gpt2(), 1, pipeline)) as archive:
-        parts = [archive.weights(0, p) for p in range(pipeline)]
-    assert [name for part in parts for name in part if "output_layer" in name] == names
+        shards = [archive.weights(0, p) for p in range(pipeline)]
+    assert [name for shard in shards for name in shard if "output_layer" in name] == names
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.module."])
@@ -84,7 +84,7 @@ def test_a_gated_model_from_before_megatron_core_is_read(tmp_path, prefix, fused
     config = LLAMA | {"activation": "fast-swiglu" if fused else "swiglu"}
     write_archive(tmp_path / "m.nemo", config, older_llama(model, prefix=prefix, fused=fused))
     found = open_nemo(tmp_path / "m.nemo", tokens=6)
-    assert found.family == "llama" and found.shape.vocab_size == 6
+    assert found.family == "llama" and found.decoder.vocab_size == 6
     assert same_weights(found, model)
 
 
@@ -119,7 +119,7 @@ def test_a_tied_gpt_from_before_megatron_core_is_read(tmp_path):
     write_archive(tmp_path / "m.nemo", GPT | {"max_position_embeddings": 99}, older_gpt(model, "model.module."))
     found = open_nemo(tmp_path / "m.nemo")
     # gelu with a fused bias is the tanh form; the table says how many positions there are
-    assert (found.family, found.shape.activation, found.config.n_positions) == ("gpt2", "gelu_tanh", 16)
+    assert (found.family, found.decoder.activation, found.config.n_positions) == ("gpt2", "gelu_tanh", 16)
     assert same_weights(found, model)
 
 
@@ -151,18 +151,18 @@ def test_rows_behind_the_last_token_are_cut_off(tmp_path, said, tokens, kept):
     config = LLAMA | {"vocab_size": said}
     write_archive(tmp_path / "m.nemo", config, older_llama(llama()))
     found = open_nemo(tmp_path / "m.nemo", tokens)
-    assert found.shape.vocab_size == kept
-    assert found.source.read("lm_head.weight")[:].shape == (kept, 8)
+    assert found.decoder.vocab_size == kept
+    assert found.tensors.read("lm_head.weight")[:].shape == (kept, 8)
 
 
 def test_nothing_is_read_before_a_value_is_asked_for(tmp_path, monkeypatch):
     found = open_nemo(written(tmp_path / "m.nemo", llama(), 2, 2))
     reads = []
     monkeypatch.setattr(
-        "trlx.backends.megatron.nemo.names.Part.read", lambda part, name, device="cpu": reads.append((name, device))
+        "trlx.backends.megatron.nemo.names.Part.read", lambda shard, name, device="cpu": reads.append((name, device))
     )
-    for name in found.source.names():
-        assert found.source.read(name).get_shape()
+    for name in found.tensors.names():
+        assert found.tensors.read(name).get_shape()
     assert reads == []
 
 
@@ -227,18 +227,18 @@ def test_keys_that_nothing_reads_are_said_once(tmp_path, caplog):
 def test_a_shape_that_transformers_has_not_is_written_and_read_under_the_engines_names(tmp_path):
     sizes = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "num_attention_heads": 2, "kv_channels": 4}
     preset = read_megatron_cfg("megatron_2b")["model"]
-    shape = dataclasses.replace(read_config(preset | sizes, "the preset"), vocab_size=7)
+    decoder = dataclasses.replace(read_config(preset | sizes, "the preset"), vocab_size=7)
     with pytest.raises(ValueError, match="cannot be written for transformers"):
-        config_of(shape)
+        hf_config_of(decoder)
     tensors = {
         name: torch.randn(size)
-        for entry in entries(shape, "megatron").values()
+        for entry in entries(decoder, "megatron").values()
         for name, size in entry.hf_shapes.items()
     }
-    write_nemo(tmp_path / "m.nemo", shape, tensors.__getitem__, "megatron", tensor=2, pipeline=2)
+    write_nemo(tmp_path / "m.nemo", decoder, tensors.__getitem__, "megatron", tensor=2, pipeline=2)
     found = open_nemo(tmp_path / "m.nemo")
-    assert (found.shape, found.config, found.family) == (shape, None, "megatron")
-    assert all(torch.equal(found.source.read(name)[:], tensor) for name, tensor in tensors.items())
+    assert (found.decoder, found.config, found.family) == (decoder, None, "megatron")
+    assert all(torch.equal(found.tensors.read(name)[:], tensor) for name, tensor in tensors.items())
     with pytest.raises(SystemExit, match="cannot be written for transformers"):
         main(["convert", str(tmp_path / "m.nemo"), str(tmp_path / "hf")])
     assert not (tmp_path / "hf").exists()
@@ -270,10 +270,10 @@ def test_an_archives_own_rows_fill_the_weights_of_a_rank(tmp_path):
     """Rows of padding differ between two layouts; tokens do not."""
     model = llama()
     found = open_nemo(written(tmp_path / "m.nemo", model, 2, 2))
-    part = torch.empty(4, 8)
-    load_weights([("embedding.word_embeddings.weight", part)], entries(found.shape, "llama", 8), found.source, 1, 2)
-    assert torch.equal(part[:2], model.state_dict()["model.embed_tokens.weight"][4:])
-    assert part[2:].tolist() == [[0.0] * 8] * 2
+    shard = torch.empty(4, 8)
+    load_weights([("embedding.word_embeddings.weight", shard)], entries(found.decoder, "llama", 8), found.tensors, 1, 2)
+    assert torch.equal(shard[:2], model.state_dict()["model.embed_tokens.weight"][4:])
+    assert shard[2:].tolist() == [[0.0] * 8] * 2
 
 
 def test_the_written_config_is_plain_yaml(tmp_path):

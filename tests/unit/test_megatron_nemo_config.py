@@ -7,7 +7,7 @@ import torch
 
 from tests.unit.nemo_archives import GPT, LLAMA
 from tests.unit.test_megatron_families import CONFIGS
-from trlx.backends.megatron.families import shape_of
+from trlx.backends.megatron.families import decoder_config_of
 from trlx.backends.megatron.nemo.config import read_config, write_config
 
 
@@ -74,6 +74,6 @@ def test_learned_positions_cannot_be_changed_but_rotary_ones_can():
 
 
 def test_a_shape_that_nemo_has_no_keys_for_is_not_written():
-    shape = shape_of(CONFIGS["gpt_neox"])
+    decoder = decoder_config_of(CONFIGS["gpt_neox"])
     with pytest.raises(ValueError, match="no keys for its parallel_residual"):
-        write_config(shape, tensor=1, pipeline=1, rows=128, divisor=128, dtype=torch.float32)
+        write_config(decoder, tensor=1, pipeline=1, rows=128, divisor=128, dtype=torch.float32)

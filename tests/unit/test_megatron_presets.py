@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.unit.megatron_configs import ROOT, read, settings_of
-from trlx.backends.megatron.layout_checks import check_layout
-from trlx.backends.megatron.settings import Parallel
+from trlx.backends.megatron.settings import ParallelSizes
+from trlx.backends.megatron.size_checks import check_sizes
 from trlx.compat.functions import default_nemo_1_3b_config
 from trlx.config import TRLConfig
 from trlx.presets import load_preset
@@ -24,23 +24,23 @@ SIZES_OF = {
 @pytest.mark.parametrize("size", SIZES)
 def test_a_preset_over_a_methods_preset_is_a_whole_configuration(size):
     config = load_preset("ppo", f"megatron_{size}")
-    settings, shape = settings_of(config), settings_of(config).shape
-    parallel, world = settings.parallel, settings.num_nodes * settings.devices
-    global_batch = config.train.batch_size * world // (parallel.tensor * parallel.pipeline)
+    settings, decoder = settings_of(config), settings_of(config).decoder
+    sizes, world = settings.sizes, settings.num_nodes * settings.devices
+    global_batch = config.train.batch_size * world // (sizes.tensor * sizes.pipeline)
     assert (
-        *(shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads),
-        *(shape.max_position_embeddings, (parallel.tensor, parallel.pipeline), (settings.num_nodes, settings.devices)),
+        *(decoder.num_layers, decoder.hidden_size, decoder.ffn_hidden_size, decoder.num_attention_heads),
+        *(decoder.max_position_embeddings, (sizes.tensor, sizes.pipeline), (settings.num_nodes, settings.devices)),
         *(settings.micro_batch_size, global_batch, settings.recompute.granularity),
         *(settings.optim.lr, settings.optim.schedule.min_lr),
     ) == SIZES_OF[size]
     assert settings.dtype == torch.bfloat16 and settings.optim.distributed
     assert settings.optim.schedule.rate(config.train.total_steps, settings.optim.lr) == settings.optim.schedule.min_lr
-    check_layout(settings, shape, world, config.train.batch_size)
+    check_sizes(settings, decoder, world, config.train.batch_size)
 
 
 def test_only_the_2b_model_turns_and_gates():
-    shapes = {size: read(f"megatron_{size}").shape for size in SIZES}
-    assert {size for size, shape in shapes.items() if shape.position == "rope" and shape.gated} == {"2b"}
+    shapes = {size: read(f"megatron_{size}").decoder for size in SIZES}
+    assert {size for size, decoder in shapes.items() if decoder.position == "rope" and decoder.gated} == {"2b"}
     assert (shapes["2b"].rotary_percentage, shapes["2b"].norm_offset, shapes["2b"].tied) == (0.5, 1.0, False)
 
 
@@ -86,10 +86,10 @@ def test_a_script_for_the_original_that_changes_the_nemo_config_in_place_is_unde
     config = load_preset("ppo").evolve(train=kwargs, optimizer=optimizer, scheduler={"name": "CosineAnnealing"})
     config.scheduler.kwargs = {"warmup_steps": 0, "constant_steps": 1e12, "min_lr": 6.0e-5}
     settings = settings_of(config)
-    assert (settings.shape.num_layers, settings.shape.hidden_size, settings.parallel) == (
+    assert (settings.decoder.num_layers, settings.decoder.hidden_size, settings.sizes) == (
         44,
         6144,
-        Parallel(4, 1, None, True),
+        ParallelSizes(4, 1, None, True),
     )
     assert settings.optim.schedule.rate(9, 6.001e-5) == 6.0e-5
     assert config.to_json()["train"]["trainer_kwargs"]["megatron_cfg"]["model"]["num_layers"] == 44

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from tests.unit.megatron_configs import ROOT, SMALL, bare, model, read, settings_of
 from trlx.backends.megatron import settings
 from trlx.backends.megatron.learning_rate import Annealing, Constant
+from trlx.backends.megatron.nemo.decoder import read_decoder
 from trlx.backends.megatron.nemo.file import Lookup
-from trlx.backends.megatron.nemo.shape import read_shape
-from trlx.backends.megatron.settings import Parallel, Recompute
+from trlx.backends.megatron.settings import ParallelSizes, Recompute
 from trlx.compat.functions import default_nemo_20b_config
 from trlx.presets import load_preset, megatron_preset
 from trlx.strict import ConfigError
@@ -24,9 +24,9 @@ from trlx.strict import ConfigError
 def test_without_a_file_everything_comes_from_the_configs_own_sections():
     config = load_preset("ppo").evolve(train={"minibatch_size": 2, "gradient_checkpointing": True, "seed": 7})
     found = settings_of(config.evolve(train={"mixed_precision": "bf16", "max_grad_norm": 0.5}))
-    assert found.parallel == Parallel(1, 1, None, False) and found.recompute == Recompute("full", "uniform", 1)
+    assert found.parallel == ParallelSizes(1, 1, None, False) and found.recompute == Recompute("full", "uniform", 1)
     assert (found.dtype, found.micro_batch_size, found.max_grad_norm) == (torch.bfloat16, 2, 0.5)
-    assert (found.seed, found.num_layers_unfrozen, found.shape) == (7, 2, None)
+    assert (found.seed, found.num_layers_unfrozen, found.decoder) == (7, 2, None)
     assert found.pretrained_model == "lvwerra/gpt2-imdb"
     optim = found.optim
     assert (optim.name, optim.lr, optim.betas, optim.weight_decay) == ("adam", 3e-5, (0.9, 0.95), 1e-6)
@@ -98,15 +98,15 @@ def test_every_way_to_write_a_precision_is_understood(precision, expected):
 
 def test_shorthands_stand_beside_a_file_or_without_one_and_win():
     shorthand = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "virtual_pipeline_model_parallel_size": 2}
-    assert read(trainer_kwargs=shorthand).parallel == Parallel(2, 1, 2, True)
+    assert read(trainer_kwargs=shorthand).parallel == ParallelSizes(2, 1, 2, True)
     written = model(tensor_model_parallel_size=4, pipeline_model_parallel_size=3)
-    assert read(written, trainer_kwargs=shorthand).parallel == Parallel(2, 3, 2, True)
+    assert read(written, trainer_kwargs=shorthand).parallel == ParallelSizes(2, 3, 2, True)
 
 
 def test_sequence_parallelism_without_tensor_parallelism_is_off_with_a_warning(monkeypatch):
     said = []
     monkeypatch.setattr(settings.logger, "warning", said.append)
-    assert read(model(sequence_parallel=True)).parallel == Parallel()
+    assert read(model(sequence_parallel=True)).parallel == ParallelSizes()
     assert ["sequence_parallel does nothing" in line for line in said] == [True]
 
 
@@ -173,16 +173,16 @@ model:
 def test_a_file_is_read_with_interpolations_and_multiplication(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(FILE)
-    shape = read(str(file)).shape
-    assert (shape.num_attention_heads, shape.ffn_hidden_size, shape.kv_channels) == (2, 24, 3)
-    assert shape.vocab_size is None
+    decoder = read(str(file)).decoder
+    assert (decoder.num_attention_heads, decoder.ffn_hidden_size, decoder.kv_channels) == (2, 24, 3)
+    assert decoder.vocab_size is None
 
 
 def test_a_mapping_an_omegaconf_config_and_a_presets_name_are_read_alike():
     written = OmegaConf.to_container(megatron_preset("megatron_20b"), resolve=True)
     sources = [written, default_nemo_20b_config(), "megatron_20b", "megatron_20b.yaml"]
     first, *others = (read(source) for source in sources)
-    assert all(other == first for other in others) and first.shape.ffn_hidden_size == 24576
+    assert all(other == first for other in others) and first.decoder.ffn_hidden_size == 24576
 
 
 @pytest.mark.parametrize(
@@ -240,31 +240,46 @@ def test_the_settings_do_not_need_the_engine():
 # The model that a file describes
 
 
-def shape_of(**keys):
-    return read_shape(Lookup({**SMALL, **keys}, "megatron_cfg.model"))
+def decoder_of(**keys):
+    return read_decoder(Lookup({**SMALL, **keys}, "megatron_cfg.model"))
 
 
 def test_a_file_without_sizes_describes_no_model_and_one_with_some_is_refused():
-    assert read(model(hidden_dropout=0.2)).shape is None and read(model(hidden_dropout=0.2)).hidden_dropout == 0.2
+    assert read(model(hidden_dropout=0.2)).decoder is None and read(model(hidden_dropout=0.2)).hidden_dropout == 0.2
     with pytest.raises(ConfigError, match="Missing: megatron_cfg.model.hidden_size, .*num_attention_heads"):
         read(model(num_layers=2))
 
 
 def test_what_a_file_leaves_out_is_as_in_nemo():
-    shape = shape_of()
-    assert (shape.ffn_hidden_size, shape.kv_channels, shape.num_query_groups) == (256, 8, 8)
-    assert (shape.normalization, shape.norm_epsilon, shape.norm_offset) == ("layernorm", 1e-5, 0.0)
-    assert (shape.activation, shape.gated, shape.bias, shape.qkv_bias) == ("gelu_tanh", False, True, True)
-    assert (shape.position, shape.tied, shape.hidden_dropout, shape.attention_dropout) == ("learned", True, 0.1, 0.1)
+    decoder = decoder_of()
+    assert (decoder.ffn_hidden_size, decoder.kv_channels, decoder.num_query_groups) == (256, 8, 8)
+    assert (decoder.normalization, decoder.norm_epsilon, decoder.norm_offset) == ("layernorm", 1e-5, 0.0)
+    assert (decoder.activation, decoder.gated, decoder.bias, decoder.qkv_bias) == ("gelu_tanh", False, True, True)
+    assert (decoder.position, decoder.tied, decoder.hidden_dropout, decoder.attention_dropout) == (
+        "learned",
+        True,
+        0.1,
+        0.1,
+    )
 
 
 def test_a_llama_is_described():
     keys = {"normalization": "rmsnorm", "layernorm_epsilon": 1e-6, "bias": False, "activation": "swiglu"}
     rope = {"position_embedding_type": "rope", "rotary_percentage": 1, "share_embeddings_and_output_weights": False}
-    shape = shape_of(**keys, **rope, num_query_groups=2, hidden_dropout=0.0)
-    assert (shape.normalization, shape.norm_epsilon, shape.bias, shape.qkv_bias) == ("rmsnorm", 1e-6, False, False)
-    assert (shape.activation, shape.gated, shape.num_query_groups) == ("silu", True, 2)
-    assert (shape.position, shape.rotary_percentage, shape.tied, shape.hidden_dropout) == ("rope", 1.0, False, 0.0)
+    decoder = decoder_of(**keys, **rope, num_query_groups=2, hidden_dropout=0.0)
+    assert (decoder.normalization, decoder.norm_epsilon, decoder.bias, decoder.qkv_bias) == (
+        "rmsnorm",
+        1e-6,
+        False,
+        False,
+    )
+    assert (decoder.activation, decoder.gated, decoder.num_query_groups) == ("silu", True, 2)
+    assert (decoder.position, decoder.rotary_percentage, decoder.tied, decoder.hidden_dropout) == (
+        "rope",
+        1.0,
+        False,
+        0.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,7 +295,7 @@ def test_a_llama_is_described():
     ],
 )
 def test_activations_by_nemos_names(keys, activation, gated):
-    assert (shape_of(**keys).activation, shape_of(**keys).gated) == (activation, gated)
+    assert (decoder_of(**keys).activation, decoder_of(**keys).gated) == (activation, gated)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +310,7 @@ def test_activations_by_nemos_names(keys, activation, gated):
 )
 def test_a_model_that_cannot_be_built_is_refused(keys, words):
     with pytest.raises(ConfigError, match=words):
-        shape_of(**keys)
+        decoder_of(**keys)
 
 
 def test_where_weights_come_from():

@@ -11,8 +11,8 @@ from docs.scaling_tables import MARK, page
 from tests.unit.megatron_configs import ROOT
 from trlx.__main__ import main
 from trlx.backends.base import ModelNeeds
-from trlx.backends.megatron.settings import Parallel, Recompute
-from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.decoder_config import DecoderConfig
+from trlx.backends.megatron.settings import ParallelSizes, Recompute
 from trlx.launch.plan.layouts import fit, fullest, launch_line
 from trlx.launch.plan.memory import activations, cache, chunk_activations, in_flight, layer_activations, memory
 from trlx.launch.plan.parameters import parameters, total_parameters
@@ -21,7 +21,7 @@ from trlx.launch.plan.traffic import RING, Message, bubble, messages, traffic
 from trlx.presets import load_preset
 from trlx.strict import ConfigError
 
-SHAPE = Shape(
+SHAPE = DecoderConfig(
     num_layers=4,
     hidden_size=8,
     ffn_hidden_size=32,
@@ -32,7 +32,7 @@ SHAPE = Shape(
     vocab_size=10,
     tied=True,
 )
-RUN = Run(shape=SHAPE, parallel=Parallel(), rows=2, microbatches=4, length=16, response=8, divisor=4)
+RUN = Run(shape=SHAPE, parallel=ParallelSizes(), rows=2, microbatches=4, length=16, response=8, divisor=4)
 
 
 def changed(**changes) -> Run:
@@ -49,21 +49,21 @@ def test_padding_of_the_vocabulary_is_held_but_is_no_parameter_of_the_model():
 
 
 def test_tensor_ranks_divide_all_of_a_layer_but_norms_and_late_biases():
-    two = changed(parallel=Parallel(tensor=2))
+    two = changed(parallel=ParallelSizes(tensor=2))
     layer = (12 * 64 + 3 * 8 + 4 * 8) // 2 + 4 * 8 + 2 * 8
     # 10 tokens fill up to 16: 8 rows for each rank
     assert parameters(two, 0).model == 4 * layer + 8 * 8 + 16 * 8 + 2 * 8
 
 
 def test_both_ends_of_a_pipeline_hold_a_tied_embedding():
-    two = changed(parallel=Parallel(pipeline=2))
+    two = changed(parallel=ParallelSizes(pipeline=2))
     layers = 2 * (12 * 64 + 13 * 8)
     assert parameters(two, 0).model == layers + 12 * 8 + 16 * 8
     assert parameters(two, 1).model == layers + 2 * 8 + 12 * 8
 
 
 def test_heads_stand_on_the_last_stage_and_targets_do_not_train():
-    ilql = changed(parallel=Parallel(pipeline=2), needs=ModelNeeds(value_head=True, q_heads=2))
+    ilql = changed(parallel=ParallelSizes(pipeline=2), needs=ModelNeeds(value_head=True, q_heads=2))
     value, q = 8 * 16 + 16 + 16 + 1, 8 * 16 + 16 + (16 + 1) * 12
     assert parameters(ilql, 0).heads == 0
     assert (parameters(ilql, 1).heads, parameters(ilql, 1).trained_heads) == (value + 4 * q, value + 2 * q)
@@ -89,7 +89,7 @@ def test_a_distributed_optimizer_divides_main_weights_and_moments():
 
 @pytest.mark.parametrize(
     "parallel, inside, outside",
-    [(Parallel(), 24, 10), (Parallel(tensor=2), 12, 10), (Parallel(tensor=2, sequence=True), 12, 5)],
+    [(ParallelSizes(), 24, 10), (ParallelSizes(tensor=2), 12, 10), (ParallelSizes(tensor=2, sequence=True), 12, 5)],
 )
 def test_a_layer_keeps_34_bytes_a_token_and_width_as_in_the_paper(parallel, inside, outside):
     run = changed(parallel=parallel, shape=dataclasses.replace(SHAPE, hidden_dropout=0.1))
@@ -108,36 +108,36 @@ def test_a_layer_that_is_computed_again_keeps_its_input_only():
 
 
 def test_stages_below_all_that_trains_keep_no_activations_and_get_no_gradients():
-    four, layer = changed(parallel=Parallel(pipeline=4), unfrozen=1), layer_activations(RUN)
+    four, layer = changed(parallel=ParallelSizes(pipeline=4), unfrozen=1), layer_activations(RUN)
     assert [activations(four, stage) for stage in range(4)] == [0, 0, 0, layer]
     sent = [sum(each.times for each in messages(four, stage) if each.kind == "send") for stage in range(4)]
     assert sent == [4, 4, 4, 0]
-    two = changed(parallel=Parallel(pipeline=2), unfrozen=3)
+    two = changed(parallel=ParallelSizes(pipeline=2), unfrozen=3)
     assert [activations(two, stage) for stage in range(2)] == [2 * layer, 2 * layer]
 
 
 def test_of_an_interleaved_stage_the_chunks_that_train_keep_activations():
     # its second chunk goes forward for two microbatches before it goes back for the first one
-    run = changed(parallel=Parallel(pipeline=2, virtual=2), unfrozen=3)
+    run = changed(parallel=ParallelSizes(pipeline=2, virtual=2), unfrozen=3)
     assert run.trained_layers(0) == [0, 1] and run.trained_layers(1) == [1, 1]
     assert activations(run, 0) == 2 * layer_activations(RUN) and activations(run, 1) == 3 * layer_activations(RUN)
 
 
 def test_the_first_of_four_stages_holds_four_microbatches_the_last_one():
-    four = changed(parallel=Parallel(pipeline=4), microbatches=8)
+    four = changed(parallel=ParallelSizes(pipeline=4), microbatches=8)
     assert [in_flight(four, stage) for stage in range(4)] == [4, 3, 2, 1]
-    assert in_flight(changed(parallel=Parallel(pipeline=4), microbatches=2), 0) == 2
+    assert in_flight(changed(parallel=ParallelSizes(pipeline=4), microbatches=2), 0) == 2
 
 
 def test_an_interleaved_stage_holds_more_by_the_factor_of_the_paper():
     # 1 + (p - 1) / (p v) of all layers' activations: p v + p - 1 chunks of L / (p v) layers
-    run = changed(parallel=Parallel(pipeline=2, virtual=2))
+    run = changed(parallel=ParallelSizes(pipeline=2, virtual=2))
     assert in_flight(run, 0) * len(run.layers(0)) // 2 == 2 * 2 + 2 - 1
     assert run.layers(0) == [0, 2] and run.layers(1) == [1, 3]
 
 
 def test_keys_and_values_of_one_token_are_two_vectors_a_layer():
-    assert cache(changed(parallel=Parallel(tensor=2, pipeline=2)), 0, rows=3, tokens=5) == 2 * 2 * 3 * 5 * 4 * 2
+    assert cache(changed(parallel=ParallelSizes(tensor=2, pipeline=2)), 0, rows=3, tokens=5) == 2 * 2 * 3 * 5 * 4 * 2
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_keys_and_values_of_one_token_are_two_vectors_a_layer():
     [(1, None, 4, 0), (2, None, 1, 1 / 2), (4, None, 5, 3 / 8), (4, 2, 8, 3 / 19)],
 )
 def test_the_bubble_is_what_filling_and_draining_take(pipeline, virtual, microbatches, share):
-    run = changed(parallel=Parallel(pipeline=pipeline, virtual=virtual), microbatches=microbatches)
+    run = changed(parallel=ParallelSizes(pipeline=pipeline, virtual=virtual), microbatches=microbatches)
     assert bubble(run) == pytest.approx(share)
 
 
@@ -161,7 +161,7 @@ def test_a_replay_of_passes_that_wait_for_each_other_is_refused():
 
 
 def test_a_layer_is_reduced_twice_forward_and_twice_backward():
-    run = changed(parallel=Parallel(tensor=2))
+    run = changed(parallel=ParallelSizes(tensor=2))
     state, number = 2 * 16 * 8 * 2, 4 * 2 * 8
     assert list(messages(run, 0)) == [
         Message("tensor", "all_reduce", state, 4 * 4 * 4),
@@ -175,7 +175,7 @@ def test_a_layer_is_reduced_twice_forward_and_twice_backward():
 
 def test_sequence_parallelism_sends_a_quarter_more_for_gathering_inputs_again():
     state, layers = 2 * 16 * 8 * 2, 4 * 4  # the layers of four microbatches
-    of_layers = list(messages(changed(parallel=Parallel(tensor=2, sequence=True)), 0))[:2]
+    of_layers = list(messages(changed(parallel=ParallelSizes(tensor=2, sequence=True)), 0))[:2]
     assert of_layers == [
         Message("tensor", "all_gather", state, layers * 6),
         Message("tensor", "reduce_scatter", state, layers * 4),
@@ -185,7 +185,7 @@ def test_sequence_parallelism_sends_a_quarter_more_for_gathering_inputs_again():
 
 
 def test_stages_send_every_microbatch_on_and_its_gradient_back():
-    run = changed(parallel=Parallel(pipeline=4))
+    run = changed(parallel=ParallelSizes(pipeline=4))
     state = 2 * 16 * 8 * 2
     assert [traffic(run, stage)["pipeline"] for stage in range(4)] == [4 * state, 8 * state, 8 * state, 4 * state]
     assert [traffic(run, stage)["embedding"] for stage in range(4)] == [4 * 12 * 8, 0, 0, 4 * 12 * 8]
@@ -199,7 +199,7 @@ def test_data_ranks_reduce_float32_gradients_once_a_step():
 
 def test_the_20b_preset_is_read_with_its_layout():
     run = read_run(read_config("megatron_20b", "ppo", ["model.num_layers_unfrozen=-1"]))
-    assert (run.parallel, run.data, run.gpus) == (Parallel(4, 1, None, True), 8, 32)
+    assert (run.parallel, run.data, run.gpus) == (ParallelSizes(4, 1, None, True), 8, 32)
     assert (run.rows, run.microbatches, run.element, run.distributed, run.needs.reference) == (2, 4, 2, True, True)
     assert total_parameters(run.shape) == 44 * (12 * 6144**2 + 13 * 6144) + (50257 + 2048 + 2) * 6144
 
@@ -224,9 +224,9 @@ def test_a_method_without_a_nemo_trainer_is_refused():
 
 def test_the_smallest_layout_that_fits_is_found():
     whole = fullest(RUN).total
-    assert fit(RUN, 2, whole).parallel == Parallel()
+    assert fit(RUN, 2, whole).parallel == ParallelSizes()
     smaller = fit(changed(data=2), 4, whole - 1)
-    assert smaller.parallel == Parallel(2, 1, None, True)
+    assert smaller.parallel == ParallelSizes(2, 1, None, True)
     assert smaller.data * smaller.rows * smaller.microbatches == 2 * 2 * 4
     assert fit(RUN, 2, 10) is None
 

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from trlx.backends.megatron.families import config_of, shape_of
+from trlx.backends.megatron.decoder_config import DecoderConfig
+from trlx.backends.megatron.families import decoder_config_of, hf_config_of
 from trlx.backends.megatron.mapping import Read, entries
 from trlx.backends.megatron.nemo.archive import opened
 from trlx.backends.megatron.nemo.weights import family_of, is_companion, is_nemo, open_nemo, write_nemo
-from trlx.backends.megatron.shape import Shape
-from trlx.backends.megatron.weights import ShardWriter, checked_reader, open_source, write_index
+from trlx.backends.megatron.weights import ShardWriter, checked_reader, open_tensors, write_index
 
 NAMED_BY_NEMO = re.compile(r"^[0-9a-f]{32}_")
 """What NeMo puts before the names of files that it takes into an archive."""
@@ -58,7 +58,7 @@ def convert(source: Path, target: Path, *, tensor: int = 1, pipeline: int = 1, v
 
 @dataclass(frozen=True)
 class _Model:
-    shape: Shape
+    shape: DecoderConfig
     config: PretrainedConfig | None
     read: Read
     files: Mapping[str, Path]
@@ -70,15 +70,15 @@ def _opened_model(source: Path, vocab_size: int | None) -> Iterator[_Model]:
         if not (source / "config.json").is_file():
             raise FileNotFoundError(f"There is no model at {source}: neither a .nemo archive, nor a config.json in it")
         config = AutoConfig.from_pretrained(source)
-        shape = shape_of(config)
-        read = checked_reader(open_source(source), entries(shape, config.model_type))
+        shape = decoder_config_of(config)
+        read = checked_reader(open_tensors(source), entries(shape, config.model_type))
         yield _Model(shape, config, read, _companions({file.name: file for file in source.iterdir()}))
         return
     found = open_nemo(source, vocab_size)
-    read = checked_reader(found.source, entries(found.shape, found.family))
+    read = checked_reader(found.tensors, entries(found.decoder, found.family))
     with opened(source) as archive:
         files = {name: archive.file(name) for name in archive.names if is_companion(name)}
-        yield _Model(found.shape, found.config, read, _companions(files))
+        yield _Model(found.decoder, found.config, read, _companions(files))
 
 
 def _companions(files: Mapping[str, Path]) -> dict[str, Path]:
@@ -86,7 +86,7 @@ def _companions(files: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def _write_folder(target: Path, model: _Model) -> None:
-    config = model.config if model.config is not None else config_of(model.shape)
+    config = model.config if model.config is not None else hf_config_of(model.shape)
     temporary = target.parent / f".{target.name}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -101,7 +101,7 @@ def _write_folder(target: Path, model: _Model) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_weights(folder: Path, read: Read, shape: Shape, family: str) -> torch.dtype:
+def _write_weights(folder: Path, read: Read, shape: DecoderConfig, family: str) -> torch.dtype:
     """Writes every tensor once; returns the type of the last."""
     writer = ShardWriter(folder, "000")
     names = dict.fromkeys(name for entry in entries(shape, family).values() for name in entry.hf_names)

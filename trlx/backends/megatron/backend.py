@@ -20,15 +20,15 @@ from transformers import PreTrainedTokenizerBase
 from trlx.backends.base import UPDATES_FILE, Backend, LossFn, ModelNeeds
 from trlx.backends.megatron.drawing import check_settings
 from trlx.backends.megatron.generation import generate
-from trlx.backends.megatron.layout_checks import check_layout
 from trlx.backends.megatron.mapping import entries, padded_vocab
-from trlx.backends.megatron.model import ScoringModel, build_chunks, freeze, language_model
+from trlx.backends.megatron.model import PolicyStage, build_chunks, freeze, language_model
+from trlx.backends.megatron.model_source import find_source
 from trlx.backends.megatron.nemo.weights import is_nemo
-from trlx.backends.megatron.origin import find_origin
-from trlx.backends.megatron.parallel import arrange, join
+from trlx.backends.megatron.parallel import initialize, join
 from trlx.backends.megatron.schedule import run_forward, run_forward_backward
 from trlx.backends.megatron.settings import OPTIONS, read_settings
-from trlx.backends.megatron.stage import Randomness, StageWeights
+from trlx.backends.megatron.size_checks import check_sizes
+from trlx.backends.megatron.stage import DropoutRNG, StageWeights
 from trlx.backends.megatron.updates import Updates
 from trlx.batch import TokenBatch, TokenScores
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
@@ -55,32 +55,32 @@ class MegatronBackend(Backend):
         _refuse(needs)
         asked = {key: value for key, value in train.trainer_kwargs.items() if key in OPTIONS}
         settings = read_settings(asked, train=train, model=model, optimizer=optimizer, scheduler=scheduler)
-        self.origin = find_origin(model, settings, tokenizer, train, needs)
-        shape, self.vocabulary = self.origin.shape, self.origin.shape.vocab_size
-        if shape.position == "learned":
-            self.positions = shape.max_position_embeddings
+        self.model_source = find_source(model, settings, tokenizer, train, needs)
+        decoder, self.vocabulary = self.model_source.decoder, self.model_source.decoder.vocab_size
+        if decoder.position == "learned":
+            self.positions = decoder.max_position_embeddings
         join()
-        check_layout(settings, shape, dist.get_world_size(), train.batch_size)
-        self.place = arrange(settings.parallel, train.seed)
-        self.device, self.is_main, self.leads = self.place.device, self.place.is_main, self.place.leads
-        self.part = "" if self.leads else f"-{self.place.tensor_rank:03d}-{self.place.stage:03d}"
-        self.data_rank, self.data_size = self.place.data_rank, self.place.data_size
+        check_sizes(settings, decoder, dist.get_world_size(), train.batch_size)
+        self.parallel = initialize(settings.sizes, train.seed)
+        self.device, self.is_main, self.leads = self.parallel.device, self.parallel.is_main, self.parallel.leads
+        self.part = "" if self.leads else f"-{self.parallel.tensor_rank:03d}-{self.parallel.stage:03d}"
+        self.data_rank, self.data_size = self.parallel.data_rank, self.parallel.data_size
         self.processes = dist.get_world_size()
         self.tokenizer, self.needs, self.precision = tokenizer, needs, settings.dtype
         self.microbatch_size = settings.micro_batch_size
         self.schedule = repr(settings.optim.schedule)  # its length may be train.total_steps
-        self.divisor = settings.parallel.tensor if settings.parallel.sequence else 1
+        self.divisor = settings.sizes.tensor if settings.sizes.sequence else 1
 
-        rows = padded_vocab(self.vocabulary, settings.make_vocab_size_divisible_by * settings.parallel.tensor)
-        self.stage = build_chunks(shape, settings, rows, needs, train.seed, self.device)
-        self.weights = StageWeights(self.stage, entries(shape, self.origin.family, rows), self.place)
-        self.origin.load(self.weights)
+        rows = padded_vocab(self.vocabulary, settings.make_vocab_size_divisible_by * settings.sizes.tensor)
+        self.stage = build_chunks(decoder, settings, rows, needs, train.seed, self.device)
+        self.weights = StageWeights(self.stage, entries(decoder, self.model_source.family, rows), self.parallel)
+        self.model_source.load(self.weights)
         self.initial_digest = self.weights.digest()
         freeze(self.stage, model.num_layers_unfrozen)
         self.reference = Reference(_language_models(self.stage)) if needs.reference else None
         self.wrapped = [_wrapped(chunk, settings.optim.distributed) for chunk in self.stage]
-        self.updates = Updates(self.wrapped, settings, self.place)
-        self.randomness = Randomness(self.place)
+        self.updates = Updates(self.wrapped, settings, self.parallel)
+        self.randomness = DropoutRNG(self.parallel)
 
     @staticmethod
     def source(model: ModelConfig, train: TrainConfig) -> Any:
@@ -103,20 +103,22 @@ class MegatronBackend(Backend):
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
         self.check_sampling(sampling)
         self.check_prompts(prompts, sampling.max_new_tokens)
-        seed = self.place.from_leader(int(torch.randint(2**62, ())))
+        seed = self.parallel.from_leader(int(torch.randint(2**62, ())))
         self._train_mode(False)
-        return generate(self.stage, self.place, prompts, sampling, seed)
+        return generate(self.stage, self.parallel, prompts, sampling, seed)
 
     def score(self, batch: TokenBatch, reference: bool = False) -> TokenScores:
         if reference and self.reference is None:
             raise ValueError("This method was built without a reference policy")
         self._train_mode(False)
-        pieces = self._pieces(batch)
+        microbatches = self._microbatches(batch)
         with self.reference.active() if reference else nullcontext():
-            found = run_forward(self.stage, pieces)
-        logprobs = self._collected([scores.logprobs for scores in found], pieces, batch)
+            found = run_forward(self.stage, microbatches)
+        logprobs = self._collected([outputs.logprobs for outputs in found], microbatches, batch)
         has_values = self.needs.value_head and not reference
-        return TokenScores(logprobs, self._collected([s.values for s in found], pieces, batch) if has_values else None)
+        return TokenScores(
+            logprobs, self._collected([s.values for s in found], microbatches, batch) if has_values else None
+        )
 
     def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
         self._train_mode(True)
@@ -124,15 +126,15 @@ class MegatronBackend(Backend):
         # the engine averages gradients over data ranks; the loss is a global sum, so undo its mean
         scale = self.data_size / units
 
-        def on_scores(scores: TokenScores, piece: TokenBatch) -> tuple[Tensor, Any]:
-            loss, metrics = loss_fn(scores, piece)
+        def on_outputs(outputs: TokenScores, microbatch: TokenBatch) -> tuple[Tensor, Any]:
+            loss, metrics = loss_fn(outputs, microbatch)
             return loss * scale, pack(metrics)
 
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.updates.clear()
         began = time.perf_counter()
-        found, forward = run_forward_backward(self.wrapped, self._pieces(batch), on_scores)
+        found, forward = run_forward_backward(self.wrapped, self._microbatches(batch), on_outputs)
         backward = time.perf_counter() - began - forward
         return self._means(found) | self.updates.apply() | {"time/forward": forward, "time/backward": backward}
 
@@ -143,7 +145,7 @@ class MegatronBackend(Backend):
                 fn(chunk.heads)
 
     def sum_across(self, tensor: Tensor) -> Tensor:
-        return self.place.sum_over_data(tensor)
+        return self.parallel.sum_over_data(tensor)
 
     def any_process(self, flag: bool) -> bool:
         found = torch.tensor(float(flag), device=self.device)
@@ -154,7 +156,7 @@ class MegatronBackend(Backend):
         found: list[Any] = [None] * self.data_size
         dist.all_gather_object(found, objects, group=parallel_state.get_data_parallel_group())
         # each process has gathered what its own neighbours hold; what the leading ones hold is what counts
-        return self.place.from_leader([each for of_rank in found for each in of_rank])
+        return self.parallel.from_leader([each for of_rank in found for each in of_rank])
 
     def broadcast_object(self, value: Any) -> Any:
         box = [value]
@@ -165,7 +167,7 @@ class MegatronBackend(Backend):
         dist.barrier()
 
     def save(self, folder: Path, optimizer: bool = True) -> None:
-        self.place.require()
+        self.parallel.require_groups()
         self.weights.save_trained(folder, self.updates)
         self.randomness.save(folder)
         if optimizer:
@@ -182,8 +184,8 @@ class MegatronBackend(Backend):
             self.weights.load_moments(folder, self.updates)
 
     def export_hf(self, folder: Path) -> None:
-        self.place.require()
-        self.origin.export(self.weights, folder, self.tokenizer)
+        self.parallel.require_groups()
+        self.model_source.export(self.weights, folder, self.tokenizer)
 
     def parameter_counts(self) -> tuple[int, int]:
         return self.weights.counts()
@@ -191,28 +193,30 @@ class MegatronBackend(Backend):
     def fingerprint(self) -> str:
         return self.initial_digest
 
-    def _pieces(self, batch: TokenBatch) -> list[TokenBatch]:
+    def _microbatches(self, batch: TokenBatch) -> list[TokenBatch]:
         """Microbatches on the device, of widths that tensor ranks can share.
 
         Interleaved stages take turns, which needs a multiple of their number: the last ones may count nothing.
         """
-        pieces = [_widened(piece, self.divisor).to(self.device) for piece in batch.split(self.microbatch_size)]
-        layout = self.place.layout
-        missing = -len(pieces) % layout.pipeline if layout.virtual else 0
+        microbatches = [
+            _widened(microbatch, self.divisor).to(self.device) for microbatch in batch.split(self.microbatch_size)
+        ]
+        sizes = self.parallel.sizes
+        missing = -len(microbatches) % sizes.pipeline if sizes.virtual else 0
         if not missing:
-            return pieces
-        first = pieces[0].rows(slice(0, 1))
+            return microbatches
+        first = microbatches[0].rows(slice(0, 1))
         empty = _widened(first.replace(response_mask=torch.zeros_like(first.response_mask)), self.divisor)
-        return pieces + [empty] * missing
+        return microbatches + [empty] * missing
 
-    def _collected(self, found: list[Tensor], pieces: list[TokenBatch], batch: TokenBatch) -> Tensor:
+    def _collected(self, found: list[Tensor], microbatches: list[TokenBatch], batch: TokenBatch) -> Tensor:
         """Per-token numbers of all microbatches as one [B, T] of the batch's own width, on every stage."""
         whole = torch.zeros(batch.tokens.shape, device=self.device)
         starts = range(0, len(batch), self.microbatch_size)
-        for start, piece, scores in zip(starts, pieces, found, strict=False):
-            width = min(scores.shape[1], whole.shape[1])
-            whole[start : start + len(piece), :width] = scores[:, :width]
-        return self.place.from_last_stage(whole).cpu()
+        for start, microbatch, outputs in zip(starts, microbatches, found, strict=False):
+            width = min(outputs.shape[1], whole.shape[1])
+            whole[start : start + len(microbatch), :width] = outputs[:, :width]
+        return self.parallel.from_last_stage(whole).cpu()
 
     def _means(self, found: list[tuple[list[str], Tensor]]) -> dict[str, float]:
         """The global means of what the last stage measured, on every process."""
@@ -220,12 +224,12 @@ class MegatronBackend(Backend):
         if found:
             packed = merge_packed(torch.stack([rows for _, rows in found]))
             if self.data_size > 1:
-                packed = merge_packed(self.place.gather_over_data(packed))
+                packed = merge_packed(self.parallel.gather_over_data(packed))
             means = finish(found[0][0], packed)
-        return self.place.object_from_last_stage(means)
+        return self.parallel.object_from_last_stage(means)
 
     def _train_mode(self, mode: bool) -> None:
-        self.place.require()
+        self.parallel.require_groups()
         for chunk in self.wrapped:
             chunk.train(mode)
 
@@ -236,20 +240,22 @@ def _refuse(needs: ModelNeeds) -> None:
         raise ValueError("method.num_value_layers_unfrozen must be 0 with a NeMo trainer: its values come from a head")
 
 
-def _language_models(stage: list[ScoringModel]) -> SimpleNamespace:
+def _language_models(stage: list[PolicyStage]) -> SimpleNamespace:
     return SimpleNamespace(model=nn.ModuleList(language_model(chunk) for chunk in stage))
 
 
-def _wrapped(chunk: ScoringModel, distributed_optimizer: bool) -> DistributedDataParallel:
+def _wrapped(chunk: PolicyStage, distributed_optimizer: bool) -> DistributedDataParallel:
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
     )
     return DistributedDataParallel(chunk.config, config, chunk)
 
 
-def _widened(piece: TokenBatch, divisor: int) -> TokenBatch:
+def _widened(microbatch: TokenBatch, divisor: int) -> TokenBatch:
     """`piece` with padding columns up to a multiple of `divisor`."""
-    missing = -piece.tokens.shape[1] % divisor
+    missing = -microbatch.tokens.shape[1] % divisor
     if not missing:
-        return piece
-    return TokenBatch(**{name: nn.functional.pad(column, (0, missing)) for name, column in piece.columns().items()})
+        return microbatch
+    return TokenBatch(
+        **{name: nn.functional.pad(column, (0, missing)) for name, column in microbatch.columns().items()}
+    )

@@ -16,18 +16,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.decoder_config import DecoderConfig
 
 
-def block_spec(shape: Shape, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(decoder: DecoderConfig, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
     """What `num_layers` blocks of this shape are made of."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization=config.normalization)
-    norm = OffsetNorm if shape.norm_offset else Norm
-    spec.module = ParallelResidualLayer if shape.parallel_residual else TransformerLayer
+    spec = get_gpt_layer_local_spec(qk_layernorm=decoder.qk_norm, normalization=config.normalization)
+    norm = OffsetNorm if decoder.norm_offset else Norm
+    spec.module = ParallelResidualLayer if decoder.parallel_residual else TransformerLayer
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     parts.self_attention.submodules.core_attention = Attention
-    if shape.qk_norm:
+    if decoder.qk_norm:
         parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
 

@@ -13,10 +13,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.decoder_config import DecoderConfig
 
 
-def shape_of(config: PretrainedConfig) -> Shape:
+def decoder_config_of(config: PretrainedConfig) -> DecoderConfig:
     """The shape of the decoder that a Hugging Face configuration describes.
 
     Raises:
@@ -42,10 +42,10 @@ def shape_of(config: PretrainedConfig) -> Shape:
         "tied": bool(config.tie_word_embeddings),
         "init_std": config.initializer_range,
     }
-    return Shape(**{**sizes, **family.read(config)})
+    return DecoderConfig(**{**sizes, **family.read(config)})
 
 
-def config_of(shape: Shape, family: str | None = None) -> PretrainedConfig:
+def hf_config_of(decoder: DecoderConfig, family: str | None = None) -> PretrainedConfig:
     """A Hugging Face configuration of this shape, without special tokens; for a model that did not come with one.
 
     `family` None: the first of `FAMILIES` that can say all of the shape. Dropout and the spread of the first random
@@ -56,7 +56,7 @@ def config_of(shape: Shape, family: str | None = None) -> PretrainedConfig:
     """
     reasons = []
     for name in FAMILIES if family is None else [family]:
-        config, reason = _written(shape, name)
+        config, reason = _written(decoder, name)
         if config is not None:
             return config
         reasons.append(f"{name}: {reason}")
@@ -70,7 +70,7 @@ class Family:
     architecture: str
     read: Callable[[PretrainedConfig], dict[str, Any]]
     """Fields of the shape that not every family keeps under one name."""
-    write: Callable[[Shape], dict[str, Any]]
+    write: Callable[[DecoderConfig], dict[str, Any]]
     """Arguments of the configuration."""
     fixed: Mapping[str, bool]
     """Switches of the configuration and the only position in which the engine computes the same."""
@@ -105,19 +105,19 @@ def _read_gpt2(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _write_gpt2(shape: Shape) -> dict[str, Any]:
+def _write_gpt2(decoder: DecoderConfig) -> dict[str, Any]:
     return {
-        "vocab_size": shape.vocab_size,
-        "n_positions": shape.max_position_embeddings,
-        "n_embd": shape.hidden_size,
-        "n_layer": shape.num_layers,
-        "n_head": shape.num_attention_heads,
-        "n_inner": shape.ffn_hidden_size,
-        "activation_function": _hf_activation(shape),
-        "layer_norm_epsilon": shape.norm_epsilon,
-        "embd_pdrop": shape.hidden_dropout if shape.embedding_dropout is None else shape.embedding_dropout,
-        "resid_pdrop": shape.hidden_dropout,
-        "attn_pdrop": shape.attention_dropout,
+        "vocab_size": decoder.vocab_size,
+        "n_positions": decoder.max_position_embeddings,
+        "n_embd": decoder.hidden_size,
+        "n_layer": decoder.num_layers,
+        "n_head": decoder.num_attention_heads,
+        "n_inner": decoder.ffn_hidden_size,
+        "activation_function": _hf_activation(decoder),
+        "layer_norm_epsilon": decoder.norm_epsilon,
+        "embd_pdrop": decoder.hidden_dropout if decoder.embedding_dropout is None else decoder.embedding_dropout,
+        "resid_pdrop": decoder.hidden_dropout,
+        "attn_pdrop": decoder.attention_dropout,
     }
 
 
@@ -133,13 +133,13 @@ def _read_neox(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _write_neox(shape: Shape) -> dict[str, Any]:
+def _write_neox(decoder: DecoderConfig) -> dict[str, Any]:
     return {
-        **_sizes(shape),
-        "rope_parameters": _rope(shape) | {"partial_rotary_factor": shape.rotary_percentage},
-        "layer_norm_eps": shape.norm_epsilon,
-        "use_parallel_residual": shape.parallel_residual,
-        "hidden_dropout": shape.hidden_dropout,
+        **_sizes(decoder),
+        "rope_parameters": _rope(decoder) | {"partial_rotary_factor": decoder.rotary_percentage},
+        "layer_norm_eps": decoder.norm_epsilon,
+        "use_parallel_residual": decoder.parallel_residual,
+        "hidden_dropout": decoder.hidden_dropout,
     }
 
 
@@ -150,27 +150,27 @@ def _read_llama(config: PretrainedConfig) -> dict[str, Any]:
     return _read_rms(config) | {"bias": config.mlp_bias, "qkv_bias": config.attention_bias}
 
 
-def _write_llama(shape: Shape) -> dict[str, Any]:
-    return _write_rms(shape) | {"attention_bias": shape.qkv_bias, "mlp_bias": shape.bias}
+def _write_llama(decoder: DecoderConfig) -> dict[str, Any]:
+    return _write_rms(decoder) | {"attention_bias": decoder.qkv_bias, "mlp_bias": decoder.bias}
 
 
 def _read_mistral(config: PretrainedConfig) -> dict[str, Any]:
     return _read_rms(config) | {"attention_window": config.sliding_window}
 
 
-def _write_mistral(shape: Shape) -> dict[str, Any]:
-    return _write_rms(shape) | {"sliding_window": shape.attention_window}
+def _write_mistral(decoder: DecoderConfig) -> dict[str, Any]:
+    return _write_rms(decoder) | {"sliding_window": decoder.attention_window}
 
 
 def _read_qwen2(config: PretrainedConfig) -> dict[str, Any]:
     return _read_rms(config) | {"qkv_bias": True, "attention_window": _window(config)}
 
 
-def _write_qwen2(shape: Shape) -> dict[str, Any]:
-    return _write_rms(shape) | {
-        "use_sliding_window": shape.attention_window is not None,
-        "sliding_window": shape.attention_window,
-        "max_window_layers": 0 if shape.attention_window else shape.num_layers,
+def _write_qwen2(decoder: DecoderConfig) -> dict[str, Any]:
+    return _write_rms(decoder) | {
+        "use_sliding_window": decoder.attention_window is not None,
+        "sliding_window": decoder.attention_window,
+        "max_window_layers": 0 if decoder.attention_window else decoder.num_layers,
     }
 
 
@@ -200,33 +200,33 @@ def _read_rms(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _write_rms(shape: Shape) -> dict[str, Any]:
+def _write_rms(decoder: DecoderConfig) -> dict[str, Any]:
     return {
-        **_sizes(shape),
-        "num_key_value_heads": shape.num_query_groups,
-        "head_dim": shape.kv_channels,
-        "rms_norm_eps": shape.norm_epsilon,
+        **_sizes(decoder),
+        "num_key_value_heads": decoder.num_query_groups,
+        "head_dim": decoder.kv_channels,
+        "rms_norm_eps": decoder.norm_epsilon,
     }
 
 
-def _sizes(shape: Shape) -> dict[str, Any]:
+def _sizes(decoder: DecoderConfig) -> dict[str, Any]:
     return {
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "hidden_act": _hf_activation(shape),
-        "attention_dropout": shape.attention_dropout,
-        "rope_parameters": _rope(shape),
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.hidden_size,
+        "intermediate_size": decoder.ffn_hidden_size,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.num_attention_heads,
+        "max_position_embeddings": decoder.max_position_embeddings,
+        "hidden_act": _hf_activation(decoder),
+        "attention_dropout": decoder.attention_dropout,
+        "rope_parameters": _rope(decoder),
     }
 
 
-def _rope(shape: Shape) -> dict[str, Any]:
-    if shape.rotary_scaling is None:
-        return {"rope_type": "default", "rope_theta": shape.rotary_base}
-    return {"rope_type": "llama3", "rope_theta": shape.rotary_base, "factor": shape.rotary_scaling, **LLAMA3}
+def _rope(decoder: DecoderConfig) -> dict[str, Any]:
+    if decoder.rotary_scaling is None:
+        return {"rope_type": "default", "rope_theta": decoder.rotary_base}
+    return {"rope_type": "llama3", "rope_theta": decoder.rotary_base, "factor": decoder.rotary_scaling, **LLAMA3}
 
 
 FAMILIES = {
@@ -290,24 +290,24 @@ def _activation(config: PretrainedConfig, name: str = "hidden_act") -> str:
     return ACTIVATIONS[got]
 
 
-def _hf_activation(shape: Shape) -> str:
+def _hf_activation(decoder: DecoderConfig) -> str:
     # of two names for one function the later is torch's own
-    return {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "swish"}.get(shape.activation, "gelu")
+    return {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "swish"}.get(decoder.activation, "gelu")
 
 
-def _written(shape: Shape, name: str) -> tuple[PretrainedConfig | None, str]:
+def _written(decoder: DecoderConfig, name: str) -> tuple[PretrainedConfig | None, str]:
     """The configuration that says all of `shape`, or why there is none."""
     family = _family(name)
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    common = {"tie_word_embeddings": shape.tied, "initializer_range": shape.init_std}
-    arguments = {**special, **common, **family.write(shape), "architectures": [family.architecture]}
+    common = {"tie_word_embeddings": decoder.tied, "initializer_range": decoder.init_std}
+    arguments = {**special, **common, **family.write(decoder), "architectures": [family.architecture]}
     try:
         config = AutoConfig.for_model(name, **arguments)
-        said = shape_of(config)
+        said = decoder_config_of(config)
     except (StrictDataclassError, ValueError) as error:
         return None, str(error)
-    names = [each.name for each in dataclasses.fields(Shape) if each.name not in TRAINING_ONLY]
-    different = [each for each in names if getattr(said, each) != getattr(shape, each)]
+    names = [each.name for each in dataclasses.fields(DecoderConfig) if each.name not in TRAINING_ONLY]
+    different = [each for each in names if getattr(said, each) != getattr(decoder, each)]
     return (None, f"{', '.join(different)} would differ") if different else (config, "")
 
 

@@ -17,15 +17,15 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from trlx.backends.megatron.drawing import Drawing
-from trlx.backends.megatron.model import ScoringModel
-from trlx.backends.megatron.parallel import Place, pipeline_group
+from trlx.backends.megatron.model import PolicyStage
+from trlx.backends.megatron.parallel import ParallelState, pipeline_group
 from trlx.data.collate import left_pad
 from trlx.data.store import own_rows
 from trlx.rollout.sampling import SamplingConfig, cut_at_eos
 
 
 def generate(
-    stage: list[ScoringModel], place: Place, prompts: list[list[int]], sampling: SamplingConfig, seed: int
+    stage: list[PolicyStage], parallel: ParallelState, prompts: list[list[int]], sampling: SamplingConfig, seed: int
 ) -> list[list[int]]:
     """One response per prompt: ids as sampled, up to and including the first eos. The same on every process that holds
     a part of the model."""
@@ -35,11 +35,11 @@ def generate(
         len(prompts), sampling.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
     groups = []
-    for i in range(place.layout.pipeline):
-        rows = own_rows(len(prompts), i, place.layout.pipeline)
+    for i in range(parallel.sizes.pipeline):
+        rows = own_rows(len(prompts), i, parallel.sizes.pipeline)
         if prompts[rows]:
-            groups.append(_Group(prompts[rows], sampling, uniforms[rows].to(place.device), place.device))
-    pipeline = _Pipeline(stage, place, groups)
+            groups.append(_Group(prompts[rows], sampling, uniforms[rows].to(parallel.device), parallel.device))
+    pipeline = _Pipeline(stage, parallel, groups)
     with _whole_sequences(stage):
         for _ in range(sampling.max_new_tokens):
             for group in groups:
@@ -109,8 +109,8 @@ class _Pipeline:
     Sends are not waited for, so that no two processes can wait for each other.
     """
 
-    def __init__(self, stage: list[ScoringModel], place: Place, groups: list[_Group]):
-        self.stage, self.place, self.groups = stage, place, groups
+    def __init__(self, stage: list[PolicyStage], parallel: ParallelState, groups: list[_Group]):
+        self.stage, self.parallel, self.groups = stage, parallel, groups
         self.ranks = dist.get_process_group_ranks(pipeline_group())
         self.sent: list[tuple[dist.Work, Tensor]] = []
 
@@ -125,12 +125,12 @@ class _Pipeline:
                 chunk.set_input_tensor(self._receive_states(chunk, inputs["tokens"].shape))
             output = chunk(**inputs, inference_context=group.context)
             if not chunk.post_process:
-                self._send_states(output, (self.place.stage + 1) % size)
+                self._send_states(output, (self.parallel.stage + 1) % size)
                 continue
             # only the last stage gets here, with its last chunk
             drawn = group.drawing.draw(*output, chunk.heads)
             for other in range(size - 1):
-                self._send(drawn, other, self.place.back)
+                self._send(drawn, other, self.parallel.return_group)
             group.context.sequence_len_offset = group.tokens.shape[1]
             group.take(drawn)
             return
@@ -148,25 +148,33 @@ class _Pipeline:
         """Waits for what the last stage drew in the group's last step, if that has not come yet."""
         if not group.awaits:
             return
-        drawn = torch.empty(3, len(group.prompts), dtype=torch.int64, device=self.place.device)
-        dist.recv(drawn, self.ranks[-1], group=self.place.back)
+        drawn = torch.empty(3, len(group.prompts), dtype=torch.int64, device=self.parallel.device)
+        dist.recv(drawn, self.ranks[-1], group=self.parallel.return_group)
         group.take(drawn)
 
-    def _receive_states(self, chunk: ScoringModel, shape: torch.Size) -> Tensor:
-        if self.place.stage == 0:
+    def _receive_states(self, chunk: PolicyStage, shape: torch.Size) -> Tensor:
+        if self.parallel.stage == 0:
             # of interleaved chunks; they come from the last stage, behind the tokens it drew for the group before
             for group in self.groups:
                 self._receive_tokens(group)
         rows, columns = shape
         states = torch.empty(
-            columns, rows, chunk.config.hidden_size, dtype=chunk.config.params_dtype, device=self.place.device
+            columns, rows, chunk.config.hidden_size, dtype=chunk.config.params_dtype, device=self.parallel.device
         )
-        before = (self.place.stage - 1) % len(self.ranks)
-        dist.recv(states, self.ranks[before], group=self.place.back if self.place.stage == 0 else pipeline_group())
+        before = (self.parallel.stage - 1) % len(self.ranks)
+        dist.recv(
+            states,
+            self.ranks[before],
+            group=self.parallel.return_group if self.parallel.stage == 0 else pipeline_group(),
+        )
         return states
 
     def _send_states(self, states: Tensor, stage: int) -> None:
-        self._send(states, stage, self.place.back if stage == 0 else pipeline_group())
+        self._send(states, stage, self._group_into(stage))
+
+    def _group_into(self, stage: int) -> dist.ProcessGroup:
+        """The group for hidden states that go into `stage`. Into stage 0 they come from the last one."""
+        return self.parallel.return_group if stage == 0 else pipeline_group()
 
     def _send(self, tensor: Tensor, stage: int, group: dist.ProcessGroup) -> None:
         self.sent = [(work, kept) for work, kept in self.sent if not work.is_completed()]
@@ -179,7 +187,7 @@ _DIVIDING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatte
 
 
 @contextmanager
-def _whole_sequences(stage: list[ScoringModel]) -> Iterator[None]:
+def _whole_sequences(stage: list[PolicyStage]) -> Iterator[None]:
     """Inside the block no sequence is divided over tensor ranks: single tokens cannot be."""
     modules = [module for chunk in stage for module in chunk.modules()]
     holders = [*modules, stage[0].config]

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.decoder_config import DecoderConfig
 
 
 class Slice(Protocol):
@@ -49,7 +49,7 @@ class Entry(ABC):
         return tuple(self.hf_shapes)
 
     @abstractmethod
-    def part(self, read: Read, rank: int, size: int) -> Tensor:
+    def shard(self, read: Read, rank: int, size: int) -> Tensor:
         """The part of tensor rank `rank` of `size`: a new tensor, for which no more is read than it needs.
 
         Raises:
@@ -57,11 +57,11 @@ class Entry(ABC):
         """
 
     @abstractmethod
-    def whole(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    def whole(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         """The Hugging Face tensors, from the parts of all tensor ranks in rank order."""
 
 
-def entries(shape: Shape, family: str, vocab_rows: int | None = None) -> dict[str, Entry]:
+def entries(decoder: DecoderConfig, family: str, vocab_rows: int | None = None) -> dict[str, Entry]:
     """All weights of a decoder by the engine's name for them, layers counted over the whole model.
 
     `family` chooses the Hugging Face names (see ``families``), or is `ENGINE` for names near the engine's own, which
@@ -74,21 +74,21 @@ def entries(shape: Shape, family: str, vocab_rows: int | None = None) -> dict[st
     """
     if family not in NAMES:
         raise ValueError(f"There are no weight names for {family!r}; known are {', '.join(NAMES)}")
-    names, hidden = NAMES[family], shape.hidden_size
-    rows = shape.vocab_size if vocab_rows is None else vocab_rows
+    names, hidden = NAMES[family], decoder.hidden_size
+    rows = decoder.vocab_size if vocab_rows is None else vocab_rows
     found: dict[str, Entry] = {
-        "embedding.word_embeddings.weight": Vocabulary(f"{names.embedding}.weight", shape.vocab_size, hidden, rows)
+        "embedding.word_embeddings.weight": Vocabulary(f"{names.embedding}.weight", decoder.vocab_size, hidden, rows)
     }
-    if shape.position == "learned":
+    if decoder.position == "learned":
         name = _named(names.position, "learned positions", family)
-        table = Replicated(f"{name}.weight", (shape.max_position_embeddings, hidden))
+        table = Replicated(f"{name}.weight", (decoder.max_position_embeddings, hidden))
         found["embedding.position_embeddings.weight"] = table
-    for layer in range(shape.num_layers):
-        for name, entry in _layer(shape, names, names.layer.format(layer), family):
+    for layer in range(decoder.num_layers):
+        for name, entry in _layer(decoder, names, names.layer.format(layer), family):
             found[f"decoder.layers.{layer}.{name}"] = entry
-    found |= _norm("decoder.final_layernorm", names.final_norm, hidden, shape)
-    head = names.embedding if shape.tied else names.head
-    found["output_layer.weight"] = Vocabulary(f"{head}.weight", shape.vocab_size, hidden, rows)
+    found |= _norm("decoder.final_layernorm", names.final_norm, hidden, decoder)
+    head = names.embedding if decoder.tied else names.head
+    found["output_layer.weight"] = Vocabulary(f"{head}.weight", decoder.vocab_size, hidden, rows)
     return found
 
 
@@ -109,11 +109,11 @@ class Replicated(Entry):
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         return {self.name: self.shape}
 
-    def part(self, read: Read, rank: int, size: int) -> Tensor:
+    def shard(self, read: Read, rank: int, size: int) -> Tensor:
         return read(self.name)[:].clone()
 
-    def whole(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {self.name: parts[0]}
+    def whole(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {self.name: shards[0]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +131,17 @@ class Vocabulary(Entry):
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         return {self.name: (self.tokens,) if self.width is None else (self.tokens, self.width)}
 
-    def part(self, read: Read, rank: int, size: int) -> Tensor:
+    def shard(self, read: Read, rank: int, size: int) -> Tensor:
         start, stop = _share(self.rows, rank, size, f"the {self.rows} rows of {self.name}")
         real = read(self.name)[min(start, self.tokens) : min(stop, self.tokens)]
         return torch.cat([real, real.new_zeros(stop - start - len(real), *real.shape[1:])])
 
-    def whole(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {self.name: torch.cat(list(parts))[: self.tokens].contiguous()}
+    def whole(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {self.name: torch.cat(list(shards))[: self.tokens].contiguous()}
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Projection:
     """Rows of a Hugging Face tensor; pieces of one name follow each other in it."""
 
     name: str
@@ -157,52 +157,52 @@ class Rows(Entry):
     a block for every head group.
     """
 
-    pieces: tuple[Piece, ...]
+    projections: tuple[Projection, ...]
     width: int | None
     """Columns; None: the weight is a bias."""
     blocks: int | None = None
     """None: one for every tensor rank."""
-    turned: bool = False
+    transposed: bool = False
     """Hugging Face keeps the matrix as [in, out]."""
     split_dim: ClassVar[int | None] = 0
 
     @property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         totals: dict[str, int] = {}
-        for piece in self.pieces:
-            totals[piece.name] = totals.get(piece.name, 0) + piece.rows
+        for projection in self.projections:
+            totals[projection.name] = totals.get(projection.name, 0) + projection.rows
         return {name: self._oriented(rows) for name, rows in totals.items()}
 
-    def part(self, read: Read, rank: int, size: int) -> Tensor:
+    def shard(self, read: Read, rank: int, size: int) -> Tensor:
         blocks = self.blocks or size
-        first, last = _share(blocks, rank, size, f"the {blocks} head groups of {self.pieces[0].name}")
+        first, last = _share(blocks, rank, size, f"the {blocks} head groups of {self.projections[0].name}")
         cut, ends = [], dict.fromkeys(self.hf_shapes, 0)
-        for piece in self.pieces:
-            _share(piece.rows, 0, blocks, f"the {piece.rows} rows of {piece.name}")
-            begin, step = ends[piece.name], piece.rows // blocks
-            got = self._read(read(piece.name), begin + first * step, begin + last * step)
+        for projection in self.projections:
+            _share(projection.rows, 0, blocks, f"the {projection.rows} rows of {projection.name}")
+            begin, step = ends[projection.name], projection.rows // blocks
+            got = self._read(read(projection.name), begin + first * step, begin + last * step)
             cut.append(got.unflatten(0, (last - first, step)))
-            ends[piece.name] += piece.rows
+            ends[projection.name] += projection.rows
         return torch.cat(cut, dim=1).flatten(0, 1)
 
-    def whole(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        blocks = self.blocks or len(parts)
-        sizes = [piece.rows // blocks for piece in self.pieces]
-        cut = [part.unflatten(0, (blocks // len(parts), sum(sizes))).split(sizes, dim=1) for part in parts]
+    def whole(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        blocks = self.blocks or len(shards)
+        sizes = [projection.rows // blocks for projection in self.projections]
+        cut = [shard.unflatten(0, (blocks // len(shards), sum(sizes))).split(sizes, dim=1) for shard in shards]
         found: dict[str, list[Tensor]] = {}
-        for piece, of_ranks in zip(self.pieces, zip(*cut, strict=True), strict=True):
-            found.setdefault(piece.name, []).extend(each.flatten(0, 1) for each in of_ranks)
-        return {name: _turned(torch.cat(rows), self.turned).contiguous() for name, rows in found.items()}
+        for projection, of_ranks in zip(self.projections, zip(*cut, strict=True), strict=True):
+            found.setdefault(projection.name, []).extend(each.flatten(0, 1) for each in of_ranks)
+        return {name: _transposed(torch.cat(rows), self.transposed).contiguous() for name, rows in found.items()}
 
     def _read(self, tensor: Slice, start: int, stop: int) -> Tensor:
-        if self.turned and self.width is not None:
+        if self.transposed and self.width is not None:
             return tensor[:, start:stop].T
         return tensor[start:stop]
 
     def _oriented(self, rows: int) -> tuple[int, ...]:
         if self.width is None:
             return (rows,)
-        return (self.width, rows) if self.turned else (rows, self.width)
+        return (self.width, rows) if self.transposed else (rows, self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,22 +211,22 @@ class Columns(Entry):
 
     name: str
     shape: tuple[int, int]
-    turned: bool = False
+    transposed: bool = False
     """Hugging Face keeps it as [in, out]."""
     split_dim: ClassVar[int | None] = 1
 
     @property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {self.name: self.shape[::-1] if self.turned else self.shape}
+        return {self.name: self.shape[::-1] if self.transposed else self.shape}
 
-    def part(self, read: Read, rank: int, size: int) -> Tensor:
+    def shard(self, read: Read, rank: int, size: int) -> Tensor:
         start, stop = _share(self.shape[1], rank, size, f"the {self.shape[1]} inputs of {self.name}")
         tensor = read(self.name)
-        got = tensor[start:stop].T if self.turned else tensor[:, start:stop]
+        got = tensor[start:stop].T if self.transposed else tensor[:, start:stop]
         return got.clone(memory_format=torch.contiguous_format)
 
-    def whole(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {self.name: _turned(torch.cat(list(parts), dim=1), self.turned).contiguous()}
+    def whole(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {self.name: _transposed(torch.cat(list(shards), dim=1), self.transposed).contiguous()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +248,7 @@ class Names:
     gate: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
-    turned: bool = False
+    transposed: bool = False
     """Matrices of blocks are [in, out]."""
 
 
@@ -284,7 +284,7 @@ NAMES = {
         down="mlp.c_proj",
         final_norm="transformer.ln_f",
         head="lm_head",
-        turned=True,
+        transposed=True,
     ),
     "gpt_neox": Names(
         embedding="gpt_neox.embed_in",
@@ -318,48 +318,55 @@ NAMES = {
 }
 
 
-def _layer(shape: Shape, names: Names, prefix: str, family: str) -> Iterator[tuple[str, Entry]]:
-    hidden = shape.hidden_size
-    yield from _norm("input_layernorm", prefix + names.input_norm, hidden, shape).items()
-    if shape.qk_norm:
+def _layer(decoder: DecoderConfig, names: Names, prefix: str, family: str) -> Iterator[tuple[str, Entry]]:
+    hidden = decoder.hidden_size
+    yield from _norm("input_layernorm", prefix + names.input_norm, hidden, decoder).items()
+    if decoder.qk_norm:
         for letter, name in (("q", names.q_norm), ("k", names.k_norm)):
             norm = prefix + _named(name, "norms of queries and keys", family)
-            yield from _norm(f"self_attention.{letter}_layernorm", norm, shape.kv_channels, shape).items()
-    qkv = _qkv(shape, [prefix + name for name in names.qkv])
-    yield from _rows("self_attention.linear_qkv", qkv, shape.num_query_groups, shape.qkv_bias, shape, names)
-    heads = shape.num_attention_heads * shape.kv_channels
-    yield from _columns("self_attention.linear_proj", prefix + names.attention_output, heads, shape, names)
-    yield from _norm("pre_mlp_layernorm", prefix + names.feedforward_norm, hidden, shape).items()
+            yield from _norm(f"self_attention.{letter}_layernorm", norm, decoder.kv_channels, decoder).items()
+    qkv = _qkv(decoder, [prefix + name for name in names.qkv])
+    yield from _rows("self_attention.linear_qkv", qkv, decoder.num_query_groups, decoder.qkv_bias, decoder, names)
+    heads = decoder.num_attention_heads * decoder.kv_channels
+    yield from _columns("self_attention.linear_proj", prefix + names.attention_output, heads, decoder, names)
+    yield from _norm("pre_mlp_layernorm", prefix + names.feedforward_norm, hidden, decoder).items()
     up = [names.up]
-    if shape.gated:
+    if decoder.gated:
         up.insert(0, _named(names.gate, "gated feed-forward blocks", family))
-    units = shape.ffn_hidden_size
-    yield from _rows("mlp.linear_fc1", [(prefix + name, units) for name in up], None, shape.bias, shape, names)
-    yield from _columns("mlp.linear_fc2", prefix + names.down, units, shape, names)
+    units = decoder.ffn_hidden_size
+    yield from _rows("mlp.linear_fc1", [(prefix + name, units) for name in up], None, decoder.bias, decoder, names)
+    yield from _columns("mlp.linear_fc2", prefix + names.down, units, decoder, names)
 
 
-def _qkv(shape: Shape, names: Sequence[str]) -> list[tuple[str, int]]:
-    heads, groups = (number * shape.kv_channels for number in (shape.num_attention_heads, shape.num_query_groups))
+def _qkv(decoder: DecoderConfig, names: Sequence[str]) -> list[tuple[str, int]]:
+    heads, groups = (number * decoder.kv_channels for number in (decoder.num_attention_heads, decoder.num_query_groups))
     sizes = [heads, groups, groups] if len(names) == 3 else [heads + 2 * groups]
     return list(zip(names, sizes, strict=True))
 
 
 def _rows(
-    engine: str, pieces: Sequence[tuple[str, int]], blocks: int | None, bias: bool, shape: Shape, names: Names
+    engine: str,
+    projections: Sequence[tuple[str, int]],
+    blocks: int | None,
+    bias: bool,
+    decoder: DecoderConfig,
+    names: Names,
 ) -> Iterator[tuple[str, Entry]]:
-    for kind, width in (("weight", shape.hidden_size), ("bias", None)) if bias else (("weight", shape.hidden_size),):
-        parts = tuple(Piece(f"{name}.{kind}", rows) for name, rows in pieces)
-        yield f"{engine}.{kind}", Rows(parts, width, blocks, names.turned)
+    for kind, width in (
+        (("weight", decoder.hidden_size), ("bias", None)) if bias else (("weight", decoder.hidden_size),)
+    ):
+        shards = tuple(Projection(f"{name}.{kind}", rows) for name, rows in projections)
+        yield f"{engine}.{kind}", Rows(shards, width, blocks, names.transposed)
 
 
-def _columns(engine: str, name: str, width: int, shape: Shape, names: Names) -> Iterator[tuple[str, Entry]]:
-    yield f"{engine}.weight", Columns(f"{name}.weight", (shape.hidden_size, width), names.turned)
-    if shape.bias:
-        yield f"{engine}.bias", Replicated(f"{name}.bias", (shape.hidden_size,))
+def _columns(engine: str, name: str, width: int, decoder: DecoderConfig, names: Names) -> Iterator[tuple[str, Entry]]:
+    yield f"{engine}.weight", Columns(f"{name}.weight", (decoder.hidden_size, width), names.transposed)
+    if decoder.bias:
+        yield f"{engine}.bias", Replicated(f"{name}.bias", (decoder.hidden_size,))
 
 
-def _norm(engine: str, name: str, width: int, shape: Shape) -> dict[str, Entry]:
-    kinds = ("weight", "bias") if shape.normalization == "layernorm" else ("weight",)
+def _norm(engine: str, name: str, width: int, decoder: DecoderConfig) -> dict[str, Entry]:
+    kinds = ("weight", "bias") if decoder.normalization == "layernorm" else ("weight",)
     return {f"{engine}.{kind}": Replicated(f"{name}.{kind}", (width,)) for kind in kinds}
 
 
@@ -376,5 +383,5 @@ def _share(total: int, rank: int, size: int, what: str) -> tuple[int, int]:
     return rank * each, (rank + 1) * each
 
 
-def _turned(tensor: Tensor, turned: bool) -> Tensor:
-    return tensor.T if turned and tensor.dim() == 2 else tensor
+def _transposed(tensor: Tensor, transposed: bool) -> Tensor:
+    return tensor.T if transposed and tensor.dim() == 2 else tensor

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from trlx.backends.base import ModelNeeds
 from trlx.backends.megatron.blocks import Decoder, block_spec
+from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.heads import make_heads
 from trlx.backends.megatron.parallel import tensor_group
 from trlx.backends.megatron.settings import MegatronSettings
-from trlx.backends.megatron.shape import Shape
-from trlx.backends.megatron.vocabulary import VocabularyPart
+from trlx.backends.megatron.vocabulary import VocabularyShard
 from trlx.batch import TokenScores
 from trlx.models.logprobs import in_chunks, spread
 
@@ -31,7 +31,7 @@ ACTIVATIONS = {
 }
 
 
-class ScoringModel(GPTModel):
+class PolicyStage(GPTModel):
     """One pipeline stage, or one of the several chunks of an interleaved one, with the heads on the last.
 
     Called with tokens [B, T] and their response mask, the last stage returns `TokenScores`, the others hidden states.
@@ -39,7 +39,7 @@ class ScoringModel(GPTModel):
 
     def __init__(
         self,
-        shape: Shape,
+        decoder: DecoderConfig,
         config: TransformerConfig,
         padded_vocab: int,
         needs: ModelNeeds,
@@ -51,35 +51,35 @@ class ScoringModel(GPTModel):
         chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
         super().__init__(
             config,
-            block_spec(shape, config, config.num_layers // chunks),
+            block_spec(decoder, config, config.num_layers // chunks),
             vocab_size=padded_vocab,
-            max_sequence_length=shape.max_position_embeddings,
+            max_sequence_length=decoder.max_position_embeddings,
             pre_process=is_first,
             post_process=is_last,
-            share_embeddings_and_output_weights=shape.tied,
-            position_embedding_type={"learned": "learned_absolute", "rope": "rope"}[shape.position],
-            rotary_percent=shape.rotary_percentage,
-            rotary_base=shape.rotary_base,
-            rope_scaling=shape.rotary_scaling is not None,
-            rope_scaling_factor=shape.rotary_scaling or 1.0,
+            share_embeddings_and_output_weights=decoder.tied,
+            position_embedding_type={"learned": "learned_absolute", "rope": "rope"}[decoder.position],
+            rotary_percent=decoder.rotary_percentage,
+            rotary_base=decoder.rotary_base,
+            rope_scaling=decoder.rotary_scaling is not None,
+            rope_scaling_factor=decoder.rotary_scaling or 1.0,
             vp_stage=chunk,
         )
         self.decoder.__class__ = Decoder  # the engine lets no other class be named
         self.trains_below = self.wants_gradients = True
         """Whether gradients have somewhere to go: before this stage or chunk, and there or in it."""
         self.to(config.params_dtype)  # norms and position embeddings are torch's own, made in float32
-        self.shape = shape
+        self.decoder_config = decoder
         self.temperature = needs.temperature
         self.first_layer = get_transformer_layer_offset(config, vp_stage=chunk)
         width = padded_vocab // config.tensor_model_parallel_size
-        part = VocabularyPart(parallel_state.get_tensor_model_parallel_rank() * width, width, shape.vocab_size)
-        self.part = part
+        shard = VocabularyShard(parallel_state.get_tensor_model_parallel_rank() * width, width, decoder.vocab_size)
+        self.shard = shard
         self._clear_padding()
-        self.heads = make_heads(shape, part, needs, seed) if is_last else None
-        if is_first and needs.dropout and shape.embedding_dropout is not None:
-            self.embedding.embedding_dropout.p = shape.embedding_dropout
-        if is_first and shape.embedding_scale != 1.0:
-            scale = torch.tensor(shape.embedding_scale, dtype=config.params_dtype)
+        self.heads = make_heads(decoder, shard, needs, seed) if is_last else None
+        if is_first and needs.dropout and decoder.embedding_dropout is not None:
+            self.embedding.embedding_dropout.p = decoder.embedding_dropout
+        if is_first and decoder.embedding_scale != 1.0:
+            scale = torch.tensor(decoder.embedding_scale, dtype=config.params_dtype)
             self.embedding.register_forward_hook(lambda _, args, embedded: embedded * scale.to(embedded.device))
 
     def forward(self, tokens: Tensor, response_mask: Tensor | None = None, **kwargs: Any) -> Tensor | TokenScores:
@@ -116,41 +116,41 @@ class ScoringModel(GPTModel):
             return hidden_states
         if inference_context is not None:
             last = hidden_states[-1]
-            return self.part.gathered(self._logits(last).float()), last
+            return self.shard.gathered(self._logits(last).float()), last
         if self.config.sequence_parallel:
             # every rank goes on with all tokens, and back with its own
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, False, tensor_group())
-        return self._scores(hidden_states.transpose(0, 1), input_ids, loss_mask)
+        return self._outputs(hidden_states.transpose(0, 1), input_ids, loss_mask)
 
     @torch.no_grad()
     def _clear_padding(self) -> None:
         # rows that no token has are zeros, in random weights too, so that their number changes nothing
-        real = max(0, self.part.size - self.part.first)
+        real = max(0, self.shard.size - self.shard.first)
         tables = [self.embedding.word_embeddings.weight] if self.pre_process else []
         tables += [self.output_layer.weight] if self.post_process and self.output_layer.weight is not None else []
         for table in tables:
             table[real:].zero_()
 
-    def _scores(self, hidden: Tensor, tokens: Tensor, response_mask: Tensor) -> TokenScores:
+    def _outputs(self, hidden: Tensor, tokens: Tensor, response_mask: Tensor) -> TokenScores:
         assert not response_mask[:, 0].any(), "the first token of a row has no state before it"
         at = response_mask.flatten().nonzero().squeeze(1)
         chosen = tokens.flatten().index_select(0, at)
         before = hidden.flatten(0, 1).index_select(0, at - 1)
         shared = tensor_parallel.copy_to_tensor_model_parallel_region(before, tensor_group())
         logprobs = in_chunks(self._logprobs, shared, chosen, self._logits)
-        scores = TokenScores(spread(logprobs, at, tokens.shape))
+        outputs = TokenScores(spread(logprobs, at, tokens.shape))
         if self.heads is not None and "value" in self.heads:
-            scores.values = spread(self.heads["value"](before), at, tokens.shape)
+            outputs.values = spread(self.heads["value"](before), at, tokens.shape)
         if self.heads is not None and "q" in self.heads:
             q = [spread(each, at, tokens.shape) for each in self.heads["q"](before, chosen)]
-            scores.q, scores.target_q, scores.q_logprobs = q
-        return scores
+            outputs.q, outputs.target_q, outputs.q_logprobs = q
+        return outputs
 
     def _logprobs(self, hidden: Tensor, chosen: Tensor) -> Tensor:
         logits = self._logits(hidden).float()
         if self.temperature != 1.0:  # a division by 1 would copy all of them
             logits = logits / self.temperature
-        return self.part.logprobs(logits, chosen)
+        return self.shard.logprobs(logits, chosen)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """This tensor rank's columns."""
@@ -158,35 +158,35 @@ class ScoringModel(GPTModel):
         return F.linear(hidden, self.shared_embedding_or_output_weight() if tied else self.output_layer.weight)
 
 
-def engine_config(shape: Shape, settings: MegatronSettings, needs: ModelNeeds) -> TransformerConfig:
+def engine_config(decoder: DecoderConfig, settings: MegatronSettings, needs: ModelNeeds) -> TransformerConfig:
     """The engine's own configuration."""
-    parallel, recompute = settings.parallel, settings.recompute
-    dropout = {"hidden_dropout": shape.hidden_dropout, "attention_dropout": shape.attention_dropout}
+    sizes, recompute = settings.sizes, settings.recompute
+    dropout = {"hidden_dropout": decoder.hidden_dropout, "attention_dropout": decoder.attention_dropout}
     return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        kv_channels=shape.kv_channels,
-        normalization={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[shape.normalization],
-        layernorm_epsilon=shape.norm_epsilon,
-        activation_func=ACTIVATIONS[shape.activation],
-        gated_linear_unit=shape.gated,
-        add_bias_linear=shape.bias,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
-        softmax_scale=shape.softmax_scale,
-        init_method_std=shape.init_std,
+        num_layers=decoder.num_layers,
+        hidden_size=decoder.hidden_size,
+        ffn_hidden_size=decoder.ffn_hidden_size,
+        num_attention_heads=decoder.num_attention_heads,
+        num_query_groups=decoder.num_query_groups,
+        kv_channels=decoder.kv_channels,
+        normalization={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[decoder.normalization],
+        layernorm_epsilon=decoder.norm_epsilon,
+        activation_func=ACTIVATIONS[decoder.activation],
+        gated_linear_unit=decoder.gated,
+        add_bias_linear=decoder.bias,
+        add_qkv_bias=decoder.qkv_bias,
+        qk_layernorm=decoder.qk_norm,
+        softmax_scale=decoder.softmax_scale,
+        init_method_std=decoder.init_std,
         **(dropout if needs.dropout else dict.fromkeys(dropout, 0.0)),
         params_dtype=settings.dtype,
         pipeline_dtype=settings.dtype,
         bf16=settings.dtype == torch.bfloat16,
         fp16=settings.dtype == torch.float16,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual,
-        sequence_parallel=parallel.sequence,
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual,
+        sequence_parallel=sizes.sequence,
         recompute_granularity=recompute.granularity,
         recompute_method=recompute.method,
         recompute_num_layers=recompute.num_layers,
@@ -195,8 +195,8 @@ def engine_config(shape: Shape, settings: MegatronSettings, needs: ModelNeeds) -
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         # with two stages and batched sends an interleaved schedule mixes up its two neighbours, which are one process
-        overlap_p2p_comm=parallel.virtual is not None,
-        batch_p2p_comm=parallel.virtual is None,
+        overlap_p2p_comm=sizes.virtual is not None,
+        batch_p2p_comm=sizes.virtual is None,
         batch_p2p_sync=False,
         cuda_graph_scope=[],  # the engine's default is a name that it warns of
         finalize_model_grads_func=finalize_model_grads,
@@ -204,22 +204,27 @@ def engine_config(shape: Shape, settings: MegatronSettings, needs: ModelNeeds) -
 
 
 def build_chunks(
-    shape: Shape, settings: MegatronSettings, padded_vocab: int, needs: ModelNeeds, seed: int, device: torch.device
-) -> list[ScoringModel]:
+    decoder: DecoderConfig,
+    settings: MegatronSettings,
+    padded_vocab: int,
+    needs: ModelNeeds,
+    seed: int,
+    device: torch.device,
+) -> list[PolicyStage]:
     """This process's pipeline stage: one model, or one per interleaved chunk."""
-    config = engine_config(shape, settings, needs)
-    numbers = [None] if settings.parallel.virtual is None else range(settings.parallel.virtual)
-    return [ScoringModel(shape, config, padded_vocab, needs, seed, chunk).to(device) for chunk in numbers]
+    config = engine_config(decoder, settings, needs)
+    numbers = [None] if settings.sizes.virtual is None else range(settings.sizes.virtual)
+    return [PolicyStage(decoder, config, padded_vocab, needs, seed, chunk).to(device) for chunk in numbers]
 
 
-def freeze(chunks: list[ScoringModel], num_layers_unfrozen: int) -> None:
+def freeze(chunks: list[PolicyStage], num_layers_unfrozen: int) -> None:
     """Leaves the top `num_layers_unfrozen` blocks, what follows them and the heads trainable; see
     ``trlx.models.decoder.freeze``.
 
     Raises:
         ValueError: `num_layers_unfrozen` is below -1 or above the number of blocks.
     """
-    num_layers = chunks[0].shape.num_layers
+    num_layers = chunks[0].decoder_config.num_layers
     if not -1 <= num_layers_unfrozen <= num_layers:
         raise ValueError(
             f"num_layers_unfrozen is {num_layers_unfrozen}, but the model has {num_layers} blocks: write -1 to train "
@@ -238,12 +243,12 @@ def freeze(chunks: list[ScoringModel], num_layers_unfrozen: int) -> None:
         chunk.decoder.leave_out(min(max(first - below, 0), here))
 
 
-def language_model(chunk: ScoringModel) -> nn.ModuleDict:
+def language_model(chunk: PolicyStage) -> nn.ModuleDict:
     """The parts of a stage but the heads."""
     return nn.ModuleDict({name: child for name, child in chunk.named_children() if name != "heads"})
 
 
-def _top(chunk: ScoringModel, first: int) -> list[nn.Module]:
+def _top(chunk: PolicyStage, first: int) -> list[nn.Module]:
     blocks = [layer for i, layer in enumerate(chunk.decoder.layers) if chunk.first_layer + i >= first]
     norm = [chunk.decoder.final_layernorm] if chunk.post_process else []
     untied = chunk.post_process and not chunk.share_embeddings_and_output_weights

@@ -1,4 +1,4 @@
-"""The processes of a run: who holds which part of the model, and who sees which data."""
+"""The processes of a run: which shard of the model each holds, and which rows it sees."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 from trlx.backends.base import PATIENCE
-from trlx.backends.megatron.settings import Parallel
+from trlx.backends.megatron.settings import ParallelSizes
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this process stands. Tensor ranks are neighbours, then data ranks, then pipeline stages."""
+class ParallelState:
+    """This process's ranks and groups. Neighbouring processes are tensor ranks, then data ranks, then stages."""
 
-    layout: Parallel
+    sizes: ParallelSizes
     device: torch.device
     tensor_rank: int
     stage: int
     data_rank: int
     data_size: int
-    back: dist.ProcessGroup | None
-    """The stages once more, for what goes from the last one to others: NCCL finishes what goes one way between two
-    processes before it begins with what goes the other way, unless it is of another group. None where there is one."""
+    return_group: dist.ProcessGroup | None
+    """A second group of the same stages, for messages from the last stage. Within one group NCCL runs the messages
+    between two processes one after the other, whatever their direction. None with a single stage."""
 
     @property
     def is_main(self) -> bool:
-        """The one process that talks to the user."""
+        """True on one process, which prints and writes shared files."""
         return dist.get_rank() == 0
 
     @property
     def leads(self) -> bool:
-        """The first of the processes that hold the model for one data rank."""
+        """True on the first process of each data rank."""
         return self.tensor_rank == 0 and self.stage == 0
 
-    def require(self) -> None:
-        """Raises RuntimeError where the processes have been divided otherwise since."""
-        if _standing is None or _standing.sizes != _sizes(self.layout):
+    def require_groups(self) -> None:
+        """Raises RuntimeError after a later trainer has made process groups of other sizes."""
+        if _groups is None or _groups.key != _key(self.sizes):
             raise RuntimeError(
-                "This trainer divided the processes in one way, and a later one divided them in another: use a trainer "
-                "before the next one with other parallel sizes is built, or load what it saved into a new one"
+                "This trainer's process groups are gone, because a later trainer has other parallel sizes: use this "
+                "trainer before you build the next one, or load its checkpoint into a new trainer"
             )
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:
-        """The last stage's `tensor` on every stage; all bring one of the same shape and type."""
-        if self.layout.pipeline == 1:
+        """The last stage's `tensor` on every stage. Every stage passes a tensor of that shape and type."""
+        if self.sizes.pipeline == 1:
             return tensor
-        tensor = tensor.contiguous()  # gloo sends garbage otherwise
+        tensor = tensor.contiguous()  # gloo sends wrong values of other tensors
         dist.broadcast(tensor, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline_group())
         return tensor
 
     def object_from_last_stage(self, value: Any) -> Any:
         """The last stage's `value` on every stage."""
-        if self.layout.pipeline == 1:
+        if self.sizes.pipeline == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline_group())
         return box[0]
 
     def from_leader(self, value: Any) -> Any:
-        """The value of the leading process of this data rank, on all that hold the model with it."""
-        if self.layout.tensor * self.layout.pipeline == 1:
+        """The value of this data rank's first process, on all processes of the data rank."""
+        if self.sizes.tensor * self.sizes.pipeline == 1:
             return value
         box = [value]
         dist.broadcast_object_list(
@@ -84,94 +84,94 @@ class Place:
 
     def gather_over_data(self, tensor: Tensor) -> Tensor:
         """[data_size, ...]: every data rank's `tensor`."""
-        parts = [torch.empty_like(tensor) for _ in range(self.data_size)]
-        dist.all_gather(parts, tensor.contiguous(), group=parallel_state.get_data_parallel_group())
-        return torch.stack(parts)
+        shards = [torch.empty_like(tensor) for _ in range(self.data_size)]
+        dist.all_gather(shards, tensor.contiguous(), group=parallel_state.get_data_parallel_group())
+        return torch.stack(shards)
 
     def gather_over_tensor_ranks(self, tensor: Tensor) -> list[Tensor]:
-        """Every tensor rank's part, in rank order; all have one shape."""
-        if self.layout.tensor == 1:
+        """The shards of all tensor ranks, in rank order. All shards have one shape."""
+        if self.sizes.tensor == 1:
             return [tensor]
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.layout.tensor)]
-        dist.all_gather(parts, tensor.contiguous(), group=tensor_group())
-        return parts
+        shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.sizes.tensor)]
+        dist.all_gather(shards, tensor.contiguous(), group=tensor_group())
+        return shards
 
 
-def arrange(layout: Parallel, seed: int) -> Place:
-    """Joins the processes and divides them as `layout` says; ``check_layout`` tells whether it can."""
+def initialize(sizes: ParallelSizes, seed: int) -> ParallelState:
+    """Joins the processes and makes the process groups for `sizes`, which ``check_sizes`` has checked."""
     join()
-    back = _groups_of(layout)
+    return_group = _make_groups(sizes)
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    # hidden units dropped on one stage say nothing about those of another
+    # seed dropout per pipeline stage
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * stage)
-    return Place(
-        layout=layout,
+    return ParallelState(
+        sizes=sizes,
         device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         stage=stage,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
-        back=back,
+        return_group=return_group,
     )
 
 
 @dataclass(frozen=True)
-class _Standing:
-    """The process groups there are. Each costs threads and open files: those of a layout serve all its backends."""
+class _Groups:
+    """The current process groups. Backends of the same sizes share them, as each costs threads and open files."""
 
     world: dist.ProcessGroup
-    sizes: tuple[int, int, int | None]
-    back: dist.ProcessGroup | None
+    key: tuple[int, int, int | None]
+    return_group: dist.ProcessGroup | None
     groups: list[dist.ProcessGroup]
 
 
-_standing: _Standing | None = None
+_groups: _Groups | None = None
 
 
-def _sizes(layout: Parallel) -> tuple[int, int, int | None]:
-    return layout.tensor, layout.pipeline, layout.virtual
+def _key(sizes: ParallelSizes) -> tuple[int, int, int | None]:
+    return sizes.tensor, sizes.pipeline, sizes.virtual
 
 
-def _groups_of(layout: Parallel) -> dist.ProcessGroup | None:
-    """Makes the process groups of a layout the engine's, in the place of those of another one; returns `Place.back`."""
-    global _standing
-    if _standing is None or _standing.world is not dist.group.WORLD or _standing.sizes != _sizes(layout):
-        _give_back()
+def _make_groups(sizes: ParallelSizes) -> dist.ProcessGroup | None:
+    """Makes the engine's process groups unless they exist; returns ``ParallelState.return_group``."""
+    global _groups
+    if _groups is None or _groups.world is not dist.group.WORLD or _groups.key != _key(sizes):
+        _destroy_groups()
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            virtual_pipeline_model_parallel_size=layout.virtual,
+            tensor_model_parallel_size=sizes.tensor,
+            pipeline_model_parallel_size=sizes.pipeline,
+            virtual_pipeline_model_parallel_size=sizes.virtual,
             distributed_timeout_minutes=int(PATIENCE.total_seconds() // 60),
             create_gloo_process_groups=False,  # for the engine's own checkpoints
         )
-        again = _pipelines_again() if layout.pipeline > 1 else None
-        made = [*parallel_state._global_process_group_list, again]
+        second = _second_pipeline_group() if sizes.pipeline > 1 else None
+        made = [*parallel_state._global_process_group_list, second]
         groups = [group for group in made if group is not None]  # None stands for all processes
-        _standing = _Standing(dist.group.WORLD, _sizes(layout), again, groups)
-    return _standing.back
+        _groups = _Groups(dist.group.WORLD, _key(sizes), second, groups)
+    return _groups.return_group
 
 
-def _give_back() -> None:
-    """Ends the process groups of the layout before; trainers of that layout cannot go on."""
-    if _standing is not None and _standing.world is dist.group.WORLD:
-        for group in _standing.groups:
+def _destroy_groups() -> None:
+    """Destroys the current groups. Trainers that used them cannot go on."""
+    if _groups is not None and _groups.world is dist.group.WORLD:
+        for group in _groups.groups:
             dist.destroy_process_group(group)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    gc.collect()  # a trainer that is no longer used holds its groups until it is found
+    gc.collect()  # an unused trainer keeps its groups until it is collected
 
 
 def tensor_group() -> dist.ProcessGroup:
-    """The processes that share every layer."""
+    """The tensor ranks of this stage, which share every layer."""
     return parallel_state.get_tensor_model_parallel_group()
 
 
 def pipeline_group() -> dist.ProcessGroup:
-    """The processes whose stages make up one model."""
+    """The stages of one model, for this tensor rank."""
     return parallel_state.get_pipeline_model_parallel_group()
 
 
-def _pipelines_again() -> dist.ProcessGroup:
+def _second_pipeline_group() -> dist.ProcessGroup:
     ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(ranks, dist.get_process_group_ranks(pipeline_group()))
     pipelines = [list(pipeline) for pipeline in sorted({tuple(each) for each in ranks})]
@@ -179,7 +179,7 @@ def _pipelines_again() -> dist.ProcessGroup:
 
 
 def join() -> None:
-    """Joins the processes that torchrun started, or one alone. Safe to call again."""
+    """Initializes torch.distributed: with torchrun's processes, or with this process alone. Safe to call again."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if dist.is_initialized():

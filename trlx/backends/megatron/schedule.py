@@ -13,42 +13,44 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from trlx.backends.megatron.model import ScoringModel
+from trlx.backends.megatron.model import PolicyStage
 from trlx.backends.megatron.parallel import pipeline_group
 from trlx.batch import TokenBatch, TokenScores
 
 Result = Any
-OnScores = Callable[[TokenScores, TokenBatch], tuple[Tensor, Result]]
+OnOutputs = Callable[[TokenScores, TokenBatch], tuple[Tensor, Result]]
 """Takes the scores of one microbatch; returns what to differentiate, and what to keep."""
 
 
-def run_forward(stage: list[nn.Module], pieces: Sequence[TokenBatch]) -> list[TokenScores]:
+def run_forward(stage: list[nn.Module], microbatches: Sequence[TokenBatch]) -> list[TokenScores]:
     """The scores of each microbatch; empty on all but the last pipeline stage."""
 
-    def keep(scores: TokenScores, non_loss_data: bool = True) -> TokenScores:
-        return scores
+    def keep(outputs: TokenScores, non_loss_data: bool = True) -> TokenScores:
+        return outputs
 
     with torch.no_grad():
-        return _run(stage, pieces, lambda _: keep, forward_only=True, collect_non_loss_data=True)
+        return _run(stage, microbatches, lambda _: keep, forward_only=True, collect_non_loss_data=True)
 
 
 def run_forward_backward(
-    stage: list[nn.Module], pieces: Sequence[TokenBatch], on_scores: OnScores
+    stage: list[nn.Module], microbatches: Sequence[TokenBatch], on_outputs: OnOutputs
 ) -> tuple[list[Result], float]:
     """Leaves the gradients of the summed losses in the weights, averaged over data ranks and summed where weights are
     shared. Returns what `on_scores` kept of each microbatch (on the last stage), and the seconds spent going forward.
     """
     clock = _Clock()
 
-    def on_last(piece: TokenBatch) -> Callable:
-        return partial(_undivided, on_scores, piece, len(pieces))
+    def on_last(microbatch: TokenBatch) -> Callable:
+        return partial(_undivided, on_outputs, microbatch, len(microbatches))
 
-    return _run(stage, pieces, on_last, clock=clock, **_neighbours(stage)), clock.seconds
+    return _run(stage, microbatches, on_last, clock=clock, **_neighbours(stage)), clock.seconds
 
 
-def _undivided(on_scores: OnScores, piece: TokenBatch, num_pieces: int, scores: TokenScores) -> tuple[Tensor, Result]:
-    loss, kept = on_scores(scores, piece)
-    return loss * num_pieces, kept  # the engine divides by the number of microbatches, in place
+def _undivided(
+    on_outputs: OnOutputs, microbatch: TokenBatch, num_microbatches: int, outputs: TokenScores
+) -> tuple[Tensor, Result]:
+    loss, kept = on_outputs(outputs, microbatch)
+    return loss * num_microbatches, kept  # the engine divides by the number of microbatches, in place
 
 
 def _neighbours(stage: list[nn.Module]) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def _neighbours(stage: list[nn.Module]) -> dict[str, Any]:
 class _Neighbours(P2PCommunicator):
     """Passes hidden states to the next stage, and their gradients back unless nothing below trains."""
 
-    def __init__(self, model: ScoringModel):
+    def __init__(self, model: PolicyStage):
         super().__init__(pipeline_group(), model.config)
         self.model = model
 
@@ -79,7 +81,7 @@ class _Clock:
 
 def _run(
     stage: list[nn.Module],
-    pieces: Sequence[TokenBatch],
+    microbatches: Sequence[TokenBatch],
     on_last: Callable[[TokenBatch], Callable],
     clock: _Clock | None = None,
     **kwargs: Any,
@@ -87,17 +89,17 @@ def _run(
     clock = clock or _Clock()
 
     def step(iterator: Iterator[TokenBatch], model: nn.Module) -> tuple[Any, Callable]:
-        piece, began = next(iterator), time.perf_counter()
-        output = model(piece.tokens, piece.response_mask)
+        microbatch, began = next(iterator), time.perf_counter()
+        output = model(microbatch.tokens, microbatch.response_mask)
         clock.seconds += time.perf_counter() - began
-        return output, on_last(piece)
+        return output, on_last(microbatch)
 
     return get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=[iter(pieces) for _ in stage],
+        data_iterator=[iter(microbatches) for _ in stage],
         model=stage,
-        num_microbatches=len(pieces),
-        seq_length=pieces[0].tokens.shape[1],
-        micro_batch_size=len(pieces[0]),
+        num_microbatches=len(microbatches),
+        seq_length=microbatches[0].tokens.shape[1],
+        micro_batch_size=len(microbatches[0]),
         **{"forward_only": False, **kwargs},
     )

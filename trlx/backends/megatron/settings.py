@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from trlx import logging
+from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.learning_rate import Schedule, read_schedule
+from trlx.backends.megatron.nemo.decoder import read_decoder
 from trlx.backends.megatron.nemo.file import WHERE, Lookup, read_megatron_cfg
 from trlx.backends.megatron.nemo.keys import check_keys
-from trlx.backends.megatron.nemo.shape import read_shape
-from trlx.backends.megatron.shape import Shape
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.models.source import exported
 from trlx.strict import ConfigError, suggestion
@@ -42,7 +42,7 @@ MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ParallelSizes:
     """How one copy of the model is divided."""
 
     tensor: int = 1
@@ -97,7 +97,7 @@ class Optim:
 class MegatronSettings:
     """Everything the backend is told, with its kind checked."""
 
-    parallel: Parallel
+    sizes: ParallelSizes
     recompute: Recompute
     optim: Optim
     dtype: torch.dtype
@@ -108,7 +108,7 @@ class MegatronSettings:
     """Gradients are clipped to this norm; None: not."""
     seed: int
     num_layers_unfrozen: int
-    shape: Shape | None
+    decoder: DecoderConfig | None
     """The model that the file describes, its ``vocab_size`` None until the tokenizer is known; None: as pretrained."""
     pretrained_model: str | None
     """Folder, ``.nemo`` archive or hub name; None: random weights of `shape` or of a config in ``model.model_path``."""
@@ -143,9 +143,9 @@ def read_settings(
     check_keys(config)
     root = Lookup(config, WHERE)
     trainer, gpt = root.below("trainer"), root.below("model")
-    shape = read_shape(gpt)
+    decoder = read_decoder(gpt)
     return MegatronSettings(
-        parallel=_parallel(gpt, trainer_kwargs),
+        sizes=_sizes(gpt, trainer_kwargs),
         recompute=_recompute(gpt, train),
         optim=_optim(gpt, optimizer, scheduler, train.total_steps),
         dtype=_dtype(trainer, gpt, train),
@@ -153,8 +153,8 @@ def read_settings(
         max_grad_norm=_max_grad_norm(trainer, train),
         seed=train.seed,
         num_layers_unfrozen=model.num_layers_unfrozen,
-        shape=shape,
-        pretrained_model=_pretrained_model(trainer_kwargs, model, shape),
+        decoder=decoder,
+        pretrained_model=_pretrained_model(trainer_kwargs, model, decoder),
         hidden_dropout=gpt.number("hidden_dropout", least=0, below=1),
         attention_dropout=gpt.number("attention_dropout", least=0, below=1),
         make_vocab_size_divisible_by=gpt.integer("make_vocab_size_divisible_by", 128),
@@ -175,14 +175,14 @@ def _check_supported(trainer_kwargs: Mapping[str, Any], model: ModelConfig) -> N
         raise ConfigError(f"model.peft_config asks for an adapter; {advice}, or leave it out")
 
 
-def _parallel(gpt: Lookup, trainer_kwargs: Mapping[str, Any]) -> Parallel:
+def _sizes(gpt: Lookup, trainer_kwargs: Mapping[str, Any]) -> ParallelSizes:
     shorthand = Lookup(trainer_kwargs, "train.trainer_kwargs")
     tensor, pipeline, virtual, sequence = (shorthand if shorthand.has(key) else gpt for key in SHORTHANDS)
     size, chunks = tensor.integer(SHORTHANDS[0], 1), virtual.integer(SHORTHANDS[2], 1)
     shares_sequence = sequence.flag("sequence_parallel", False)
     if shares_sequence and size == 1:
         logger.warning("sequence_parallel does nothing where tensor_model_parallel_size is 1, and is off")
-    return Parallel(
+    return ParallelSizes(
         tensor=size,
         pipeline=pipeline.integer(SHORTHANDS[1], 1),
         virtual=None if chunks == 1 else chunks,
@@ -302,9 +302,11 @@ def _max_grad_norm(trainer: Lookup, train: TrainConfig) -> float | None:
     return trainer.number("gradient_clip_val", least=0) or None
 
 
-def _pretrained_model(trainer_kwargs: Mapping[str, Any], model: ModelConfig, shape: Shape | None) -> str | None:
+def _pretrained_model(
+    trainer_kwargs: Mapping[str, Any], model: ModelConfig, decoder: DecoderConfig | None
+) -> str | None:
     path = trainer_kwargs.get("pretrained_model")
-    if path is None and shape is None and isinstance(model.model_path, str):
+    if path is None and decoder is None and isinstance(model.model_path, str):
         path = model.model_path
     return None if path is None else exported(str(path))
 

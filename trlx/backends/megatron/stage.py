@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trlx.backends.megatron.mapping import Entry, Replicated, Vocabulary
-from trlx.backends.megatron.model import ScoringModel
-from trlx.backends.megatron.parallel import Place
+from trlx.backends.megatron.model import PolicyStage
+from trlx.backends.megatron.parallel import ParallelState
 from trlx.backends.megatron.updates import Updates
 from trlx.models.reference import sum_of_bits
 
@@ -49,16 +49,16 @@ class StageWeights:
         entries: for each of the engine's names, layers counted over the whole model, what it is made of.
     """
 
-    def __init__(self, stage: list[ScoringModel], entries: dict[str, Entry], place: Place):
+    def __init__(self, stage: list[PolicyStage], entries: dict[str, Entry], parallel: ParallelState):
         self.entries = entries
-        self.place = place
+        self.parallel = parallel
         self.weights = [weight for chunk in stage for weight in _named(chunk, entries)]
 
     def load(self, read: Callable[[str], Any], weights: Iterable[Weight]) -> None:
         """Fills `weights` with their parts of the tensors that `read` gives by name."""
         with torch.no_grad():
             for weight in weights:
-                weight.value.copy_(self._part(weight, read))
+                weight.value.copy_(self._shard(weight, read))
 
     def of_model(self) -> list[Weight]:
         """The language model's."""
@@ -79,21 +79,21 @@ class StageWeights:
         """
         for weight in weights:
             local = value(weight).detach()
-            if weight.is_copy or self.place.data_rank:
+            if weight.is_copy or self.parallel.data_rank:
                 continue
-            parts = [local] if weight.entry.split_dim is None else self.place.gather_over_tensor_ranks(local)
-            if self.place.tensor_rank == 0:
-                yield from weight.entry.whole([part.cpu() for part in parts]).items()
+            shards = [local] if weight.entry.split_dim is None else self.parallel.gather_over_tensor_ranks(local)
+            if self.parallel.tensor_rank == 0:
+                yield from weight.entry.whole([shard.cpu() for shard in shards]).items()
 
     @property
     def writes(self) -> bool:
         """Whether this process writes what its stage holds."""
-        return self.place.data_rank == 0 and self.place.tensor_rank == 0
+        return self.parallel.data_rank == 0 and self.parallel.tensor_rank == 0
 
     def save_trained(self, folder: Path, updates: Updates) -> None:
         """Writes what trains, in the float32 that it is trained in."""
         found = self.whole(self.trained(), lambda weight: updates.main(weight.value))
-        self._write(folder / f"policy-{self.place.stage:03d}.safetensors", found)
+        self._write(folder / f"policy-{self.parallel.stage:03d}.safetensors", found)
 
     def load_trained(self, folder: Path, updates: Updates) -> None:
         """Restores `save_trained`, in any layout and any precision.
@@ -113,7 +113,7 @@ class StageWeights:
             raise ValueError(f"{folder} holds other trained weights than this config asks for, e.g. {examples}")
         with torch.no_grad():
             for weight in trained:
-                updates.set_main(weight.value, self._part(weight, read).to(weight.value.device))
+                updates.set_main(weight.value, self._shard(weight, read).to(weight.value.device))
 
     def save_moments(self, folder: Path, updates: Updates) -> None:
         """Writes what the optimizer keeps of every weight."""
@@ -124,7 +124,7 @@ class StageWeights:
             having = [weight for weight in trained if kind in updates.kinds(weight.value)]
             found = self.whole(having, lambda weight, kind=kind: updates.kept(weight.value, kind))
             tensors |= {f"{kind}/{name}": tensor for name, tensor in found}
-        self._write(folder / f"optimizer-{self.place.stage:03d}.safetensors", tensors.items())
+        self._write(folder / f"optimizer-{self.parallel.stage:03d}.safetensors", tensors.items())
 
     def load_moments(self, folder: Path, updates: Updates) -> None:
         """Restores `save_moments`, in any layout."""
@@ -133,12 +133,12 @@ class StageWeights:
         with torch.no_grad():
             for weight in (weight for weight in self.weights if weight.value.requires_grad):
                 for kind in updates.kinds(weight.value):
-                    part = self._part(weight, lambda name, kind=kind: read(f"{kind}/{name}"))
-                    updates.keep(weight.value, kind, part)
+                    shard = self._shard(weight, lambda name, kind=kind: read(f"{kind}/{name}"))
+                    updates.keep(weight.value, kind, shard)
 
     def counts(self) -> tuple[int, int]:
         """How many parameters of the whole model train and how many do not, without the padding of the vocabulary."""
-        mine = torch.zeros(2, dtype=torch.int64, device=self.place.device)
+        mine = torch.zeros(2, dtype=torch.int64, device=self.parallel.device)
         for weight in self.weights if self.writes else ():
             size = sum(math.prod(shape) for shape in weight.entry.hf_shapes.values())
             mine[0 if weight.value.requires_grad else 1] += 0 if weight.is_copy else size
@@ -149,8 +149,8 @@ class StageWeights:
         """A short hash of the language model's weights, the same in every layout."""
         mine = {}
         for weight in self.of_model():
-            counts = not weight.is_copy and (weight.entry.split_dim is not None or self.place.tensor_rank == 0)
-            if counts and self.place.data_rank == 0:
+            counts = not weight.is_copy and (weight.entry.split_dim is not None or self.parallel.tensor_rank == 0)
+            if counts and self.parallel.data_rank == 0:
                 mine[weight.name] = sum_of_bits(weight.value.detach())
         found: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, mine)
@@ -160,8 +160,8 @@ class StageWeights:
                 sums[name] = (sums.get(name, 0) + bits) % 2**64
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _part(self, weight: Weight, read: Callable[[str], Any]) -> Tensor:
-        return weight.entry.part(read, self.place.tensor_rank, self.place.layout.tensor)
+    def _shard(self, weight: Weight, read: Callable[[str], Any]) -> Tensor:
+        return weight.entry.shard(read, self.parallel.tensor_rank, self.parallel.sizes.tensor)
 
     def _write(self, file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         found = dict(tensors)
@@ -169,11 +169,11 @@ class StageWeights:
             save_file(found, file)
 
 
-class Randomness:
+class DropoutRNG:
     """The random numbers of dropout on this process, which depend on its place."""
 
-    def __init__(self, place: Place):
-        self.file = f"dropout-{place.data_rank:05d}-{place.tensor_rank:03d}-{place.stage:03d}.safetensors"
+    def __init__(self, parallel: ParallelState):
+        self.file = f"dropout-{parallel.data_rank:05d}-{parallel.tensor_rank:03d}-{parallel.stage:03d}.safetensors"
 
     def save(self, folder: Path) -> None:
         save_file(dict(tensor_parallel.get_cuda_rng_tracker().get_states()), folder / self.file)
@@ -184,7 +184,7 @@ class Randomness:
             tensor_parallel.get_cuda_rng_tracker().set_states(load_file(folder / self.file))
 
 
-def _named(chunk: ScoringModel, entries: dict[str, Entry]) -> Iterator[Weight]:
+def _named(chunk: PolicyStage, entries: dict[str, Entry]) -> Iterator[Weight]:
     for name, value in chunk.named_parameters():
         if name.startswith(HEADS):
             yield Weight(name, value, _head_entry(name.removeprefix(HEADS), value, chunk), False)
@@ -194,18 +194,18 @@ def _named(chunk: ScoringModel, entries: dict[str, Entry]) -> Iterator[Weight]:
         yield Weight(name, value, entries[name], is_copy)
 
 
-def _head_entry(name: str, value: Tensor, chunk: ScoringModel) -> Entry:
+def _head_entry(name: str, value: Tensor, chunk: PolicyStage) -> Entry:
     if not getattr(value, "tensor_model_parallel", False):
         return Replicated(name, tuple(value.shape))
     width = value.shape[1] if value.dim() == 2 else None
-    return Vocabulary(name, chunk.part.size, width, chunk.vocab_size)
+    return Vocabulary(name, chunk.shard.size, width, chunk.vocab_size)
 
 
 def _in_whole_model(name: str, first_layer: int) -> str:
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(int(parts[2]) + first_layer)
-    return ".".join(parts)
+    keys = name.split(".")
+    if keys[:2] == ["decoder", "layers"]:
+        keys[2] = str(int(keys[2]) + first_layer)
+    return ".".join(keys)
 
 
 def _hf_names(weights: Iterable[Weight]) -> set[str]:

@@ -10,7 +10,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from trlx.backends.megatron.cpu import cuda_type_names
-from trlx.backends.megatron.parallel import Place
+from trlx.backends.megatron.parallel import ParallelState
 from trlx.backends.megatron.settings import MegatronSettings, Optim
 
 MAIN = "main"
@@ -24,8 +24,8 @@ class Updates:
         stage: this process's model chunks, wrapped for data parallelism.
     """
 
-    def __init__(self, stage: list[nn.Module], settings: MegatronSettings, place: Place):
-        self.place = place
+    def __init__(self, stage: list[nn.Module], settings: MegatronSettings, parallel: ParallelState):
+        self.parallel = parallel
         self.optim: Optim = settings.optim
         self.max_norm = settings.max_grad_norm
         self.step_count = 0
@@ -36,7 +36,7 @@ class Updates:
             for chunk in stage:
                 chunk.config.grad_scale_func = self.engine.scale_loss
         self._scaler = getattr(self.engine, "grad_scaler", None)
-        self._pieces = _pieces_of(self.engine) if settings.optim.distributed else {}
+        self._shards = _shards_of(self.engine) if settings.optim.distributed else {}
         self._set_rate()
 
     @property
@@ -79,19 +79,19 @@ class Updates:
     def kept(self, weight: Tensor, kind: str) -> Tensor:
         """What is kept, in the weight's shape. With the distributed optimizer every data rank has a piece of it, and
         all call this together."""
-        piece, where = self._piece(weight, kind)
+        shard, where = self._shard(weight, kind)
         if where is None:
-            return piece
+            return shard
         whole = torch.zeros(weight.numel(), device=weight.device)
-        if piece is not None:
-            whole[where] = piece.flatten()
-        return self.place.sum_over_data(whole).to(weight.device).view_as(weight)
+        if shard is not None:
+            whole[where] = shard.flatten()
+        return self.parallel.sum_over_data(whole).to(weight.device).view_as(weight)
 
     def keep(self, weight: Tensor, kind: str, value: Tensor) -> None:
         """Sets what `kept` returns."""
-        piece, where = self._piece(weight, kind)
-        if piece is not None:
-            piece.copy_(value if where is None else value.flatten()[where].view_as(piece))
+        shard, where = self._shard(weight, kind)
+        if shard is not None:
+            shard.copy_(value if where is None else value.flatten()[where].view_as(shard))
 
     def prepare(self) -> None:
         """Makes empty running averages for every weight, to be set from a checkpoint; none before the first step."""
@@ -103,17 +103,17 @@ class Updates:
                 averages = {name: torch.zeros_like(weight) for name in self.optim.moment_names}
                 optimizer.state[weight] = averages | {"step": torch.tensor(float(self.averaged_steps))}
 
-    def _piece(self, weight: Tensor, kind: str) -> tuple[Tensor | None, slice | None]:
+    def _shard(self, weight: Tensor, kind: str) -> tuple[Tensor | None, slice | None]:
         """(what this process keeps, which part of the flat weight that is); the part is None for all of it."""
         if not self.optim.distributed:
             main = weight if weight.dtype == torch.float32 else weight.main_param
             return (main if kind == MAIN else self.engine.optimizer.state[main][kind]), None
-        main = self._pieces.get(weight)
+        main = self._shards.get(weight)
         if main is None:
             return None, slice(0)
         part = self.engine._get_model_param_range_map(weight)["param"]
-        piece = main if kind == MAIN else self.engine.optimizer.state[main][kind]
-        return piece, slice(part.start, part.end)
+        shard = main if kind == MAIN else self.engine.optimizer.state[main][kind]
+        return shard, slice(part.start, part.end)
 
     def state(self) -> dict[str, Any]:
         """Numbers for a checkpoint."""
@@ -166,12 +166,12 @@ def _engine_optimizer(stage: list[nn.Module], settings: MegatronSettings) -> Meg
     return optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
 
 
-def _pieces_of(engine: MegatronOptimizer) -> dict[Tensor, Tensor]:
+def _shards_of(engine: MegatronOptimizer) -> dict[Tensor, Tensor]:
     """For each weight that this data rank updates a piece of, that piece in float32. A half weight's is a copy."""
     whole = (*engine.model_float16_groups, *engine.model_fp32_groups)
-    pieces = (*engine.shard_fp32_from_float16_groups, *engine.shard_fp32_groups)
+    shards = (*engine.shard_fp32_from_float16_groups, *engine.shard_fp32_groups)
     return {
-        weight: piece
-        for weights, parts in zip(whole, pieces, strict=True)
-        for weight, piece in zip(weights, parts, strict=True)
+        weight: shard
+        for weights, sharded in zip(whole, shards, strict=True)
+        for weight, shard in zip(weights, sharded, strict=True)
     }

@@ -19,7 +19,7 @@ from trlx.backends.megatron.parallel import tensor_group
 
 
 @dataclass(frozen=True)
-class VocabularyPart:
+class VocabularyShard:
     """The columns this tensor rank holds: `width` from `first` on; those at `size` and above are padding."""
 
     first: int

@@ -24,7 +24,7 @@ from trlx.data.hub import first_line
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Named tensors that can be read in slices."""
 
     where: str
@@ -37,7 +37,7 @@ class Source(Protocol):
         """The tensor of that name."""
 
 
-def open_source(model: str | Path | PreTrainedModel, revision: str | None = None) -> Source:
+def open_tensors(model: str | Path | PreTrainedModel, revision: str | None = None) -> TensorSource:
     """The weights of a model: in a folder of safetensors files, on the Hugging Face hub, or in memory.
 
     Raises:
@@ -50,7 +50,7 @@ def open_source(model: str | Path | PreTrainedModel, revision: str | None = None
     return Folder(folder if folder.is_dir() else _downloaded(str(model), revision))
 
 
-def checked_reader(source: Source, entries: Mapping[str, Entry]) -> Read:
+def checked_reader(source: TensorSource, entries: Mapping[str, Entry]) -> Read:
     """Gives the tensors that `entries` are made of by their names there, whatever `source` calls them.
 
     Files of old and of other versions of transformers, and of models without an output head, have slightly different
@@ -79,7 +79,7 @@ def checked_reader(source: Source, entries: Mapping[str, Entry]) -> Read:
 def load_weights(
     parameters: Iterable[tuple[str, Tensor]],
     entries: Mapping[str, Entry],
-    source: Source,
+    source: TensorSource,
     tensor_rank: int = 0,
     tensor_size: int = 1,
 ) -> None:
@@ -93,14 +93,14 @@ def load_weights(
     for name, parameter in parameters:
         if name not in entries:
             raise ValueError(f"The model has a weight {name} that no Hugging Face tensor belongs to")
-        part = entries[name].part(read, tensor_rank, tensor_size)
-        if part.shape != parameter.shape:
+        shard = entries[name].shard(read, tensor_rank, tensor_size)
+        if shard.shape != parameter.shape:
             raise ValueError(
                 f"{name} is {list(parameter.shape)} here, but rank {tensor_rank} of {tensor_size} gets "
-                f"{list(part.shape)} of {', '.join(entries[name].hf_names)}"
+                f"{list(shard.shape)} of {', '.join(entries[name].hf_names)}"
             )
         with torch.no_grad():
-            parameter.copy_(part)
+            parameter.copy_(shard)
 
 
 class Folder:
@@ -140,8 +140,8 @@ class ShardWriter:
     Every process that writes has a `part` of its own. Where all are done, one of them calls `write_index`.
     """
 
-    def __init__(self, folder: Path, part: str, max_bytes: int = 5 * 2**30):
-        self.folder, self.part, self.max_bytes = folder, part, max_bytes
+    def __init__(self, folder: Path, shard: str, max_bytes: int = 5 * 2**30):
+        self.folder, self.shard, self.max_bytes = folder, shard, max_bytes
         self._waiting: dict[str, Tensor] = {}
         self._written: dict[str, tuple[str, int]] = {}
         self._number = 0
@@ -162,7 +162,7 @@ class ShardWriter:
 
     def _write(self) -> None:
         self._number += 1
-        file = f"model-{self.part}-{self._number:05d}.safetensors"
+        file = f"model-{self.shard}-{self._number:05d}.safetensors"
         save_file(self._waiting, self.folder / file, metadata={"format": "pt"})
         self._written |= {name: (file, tensor.nbytes) for name, tensor in self._waiting.items()}
         self._waiting = {}
@@ -198,7 +198,7 @@ CONSTANTS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.m
 """Ends of names under which old files keep what is computed today."""
 
 
-def _located(source: Source, wanted: Iterable[str]) -> dict[str, str]:
+def _located(source: TensorSource, wanted: Iterable[str]) -> dict[str, str]:
     """For each wanted name the one that `source` has for it."""
     names = set(source.names())
     located = {name: next((each for each in _spellings(name) if each in names), None) for name in wanted}
@@ -217,7 +217,7 @@ def _spellings(name: str) -> Iterable[str]:
             yield name.removeprefix(base)
 
 
-def _refuse_unused(source: Source, used: set[str], head: str) -> None:
+def _refuse_unused(source: TensorSource, used: set[str], head: str) -> None:
     unused = [name for name in source.names() if name not in used and not name.endswith(CONSTANTS)]
     others = [name for name in unused if name not in HEADS]
     if others:
@@ -231,7 +231,7 @@ def _refuse_unused(source: Source, used: set[str], head: str) -> None:
             )
 
 
-def _same(source: Source, one: str, other: str) -> bool:
+def _same(source: TensorSource, one: str, other: str) -> bool:
     a, b = source.read(one), source.read(other)
     return tuple(_shape(a)) == tuple(_shape(b)) and torch.equal(a[:], b[:])
 

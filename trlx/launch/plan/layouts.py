@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from trlx.backends.megatron.settings import Parallel, Recompute
-from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.decoder_config import DecoderConfig
+from trlx.backends.megatron.settings import ParallelSizes, Recompute
 from trlx.launch.plan.memory import Memory, memory
 from trlx.launch.plan.run import Run
 
@@ -47,10 +47,10 @@ def launch_line(gpus: int) -> str:
     return f"sbatch --nodes={nodes} --gpus-per-node={each} {SBATCH.format('single' if nodes == 1 else 'multi')}"
 
 
-def _layouts(shape: Shape, gpus: int) -> list[Parallel]:
+def _layouts(shape: DecoderConfig, gpus: int) -> list[ParallelSizes]:
     """Every division of the model: the fewest GPUs per copy first, then the fewest stages."""
     widths = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size, gpus)
     tensors = [t for t in (1, 2, 4, 8) if not any(width % t for width in widths)]
     pipelines = [p for p in range(1, shape.num_layers + 1) if shape.num_layers % p == 0]
     found = [(t, p) for t in tensors for p in pipelines if gpus % (t * p) == 0]
-    return [Parallel(t, p, None, t > 1) for t, p in sorted(found, key=lambda each: (each[0] * each[1], each[1]))]
+    return [ParallelSizes(t, p, None, t > 1) for t, p in sorted(found, key=lambda each: (each[0] * each[1], each[1]))]

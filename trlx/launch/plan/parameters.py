@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.launch.plan.run import Run
 
 
@@ -51,7 +51,7 @@ def parameters(run: Run, stage: int) -> Parameters:
     return Parameters(**counts, heads=heads, trained_heads=trained_heads, replicated=_replicated(run, trained, norm))
 
 
-def layer_parameters(shape: Shape, tensor: int) -> tuple[int, int]:
+def layer_parameters(shape: DecoderConfig, tensor: int) -> tuple[int, int]:
     """Weights of one layer on one tensor rank: (its part of the divided ones, those that every rank has)."""
     hidden, heads = shape.hidden_size, shape.num_attention_heads * shape.kv_channels
     qkv = heads + 2 * shape.num_query_groups * shape.kv_channels
@@ -62,17 +62,17 @@ def layer_parameters(shape: Shape, tensor: int) -> tuple[int, int]:
     return (matrices + biases) // tensor, norms + (2 * hidden if shape.bias else 0)
 
 
-def norm_parameters(shape: Shape, width: int) -> int:
+def norm_parameters(shape: DecoderConfig, width: int) -> int:
     """Weights of one norm."""
     return width * (2 if shape.normalization == "layernorm" else 1)
 
 
-def qk_norm_parameters(shape: Shape) -> int:
+def qk_norm_parameters(shape: DecoderConfig) -> int:
     """Weights of the norms of queries and keys in one layer."""
     return 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_norm else 0
 
 
-def total_parameters(shape: Shape) -> int:
+def total_parameters(shape: DecoderConfig) -> int:
     """Weights of the language model: no padding, and a tied embedding counts once."""
     table = shape.vocab_size * shape.hidden_size
     positions = shape.max_position_embeddings * shape.hidden_size if shape.position == "learned" else 0

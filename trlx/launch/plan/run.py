@@ -8,10 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from trlx.backends.base import ModelNeeds
-from trlx.backends.megatron.layout_checks import check_layout
+from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.mapping import padded_vocab
-from trlx.backends.megatron.settings import OPTIONS, MegatronSettings, Parallel, Recompute, read_settings
-from trlx.backends.megatron.shape import Shape
+from trlx.backends.megatron.settings import OPTIONS, MegatronSettings, ParallelSizes, Recompute, read_settings
+from trlx.backends.megatron.size_checks import check_sizes
 from trlx.config import TRLConfig
 from trlx.method_configs import MethodConfig
 from trlx.presets import load_preset
@@ -27,8 +27,8 @@ TRAINERS = {"PPOConfig": NeMoPPOTrainer, "ILQLConfig": NeMoILQLTrainer, "SFTConf
 class Run:
     """What memory and traffic depend on. All rows have `length` tokens; the last `response` of them are scored."""
 
-    shape: Shape
-    parallel: Parallel
+    shape: DecoderConfig
+    parallel: ParallelSizes
     data: int = 1
     """Data-parallel ranks. Each holds a copy of the model and gets its own rows."""
     rows: int
@@ -129,11 +129,11 @@ def read_run(config: TRLConfig, gpus: int | None = None, vocabulary: int = GPT2_
         asked, train=train, model=config.model, optimizer=config.optimizer, scheduler=config.scheduler
     )
     shape = _shape(settings, config, vocabulary)
-    parallel = settings.parallel
+    parallel = settings.sizes
     copy = parallel.tensor * parallel.pipeline
     gpus = gpus or (settings.devices or 1) * (settings.num_nodes or 1)
     gpus = max(gpus, copy)
-    check_layout(dataclasses.replace(settings, devices=None, num_nodes=None), shape, gpus, train.batch_size)
+    check_sizes(dataclasses.replace(settings, devices=None, num_nodes=None), shape, gpus, train.batch_size)
     return Run(
         shape=shape,
         parallel=parallel,
@@ -166,18 +166,18 @@ def trainer_needs(method: MethodConfig) -> ModelNeeds:
     return TRAINERS[method.name].needs(stand_in)
 
 
-def _shape(settings: MegatronSettings, config: TRLConfig, vocabulary: int) -> Shape:
-    if settings.shape is not None and settings.pretrained_model is None:
-        return dataclasses.replace(settings.shape, vocab_size=vocabulary)
+def _shape(settings: MegatronSettings, config: TRLConfig, vocabulary: int) -> DecoderConfig:
+    if settings.decoder is not None and settings.pretrained_model is None:
+        return dataclasses.replace(settings.decoder, vocab_size=vocabulary)
     from transformers import AutoConfig, PretrainedConfig
 
-    from trlx.backends.megatron.families import shape_of
+    from trlx.backends.megatron.families import decoder_config_of
 
     path = settings.pretrained_model
     found = config.model.model_path if path is None else AutoConfig.from_pretrained(path)
     if not isinstance(found, PretrainedConfig):
         raise ConfigError(f"model.model_path {found!r} is not a model of transformers: write a folder or a preset")
-    return shape_of(found)
+    return decoder_config_of(found)
 
 
 def _response(config: TRLConfig) -> int:

@@ -161,7 +161,7 @@ class Archive:
         found = [name for name in self.names if re.fullmatch(r"[^/]+\.ya?ml", name)]
         return found[0] if len(found) == 1 else CONFIG_FILE
 
-    def layout(self) -> tuple[int, int]:
+    def parallel_sizes(self) -> tuple[int, int]:
         """The numbers of tensor-parallel and pipeline-parallel ranks that the weights are divided over.
 
         Raises:
@@ -194,7 +194,7 @@ class Archive:
             )
         if len(present) != 1:
             found = "in more than one layout" if present else f"nowhere (no {WEIGHTS_FILE})"
-            raise ValueError(f"{self.source} holds weights {found}; one layout is needed: {_layouts()}")
+            raise ValueError(f"{self.source} holds weights {found}; one layout is needed: {_forms()}")
         _check_complete(present[0].keys(), self.source)
         return present[0]
 
@@ -319,7 +319,7 @@ def _sizes(ranks: Collection[Rank]) -> tuple[int, int]:
     return max(tp for tp, _ in ranks) + 1, max(pp for _, pp in ranks) + 1
 
 
-def _layouts() -> str:
+def _forms() -> str:
     return f"{WEIGHTS_FILE}, mp_rank_00/{WEIGHTS_FILE} ... or tp_rank_00_pp_rank_000/{WEIGHTS_FILE} ..."
 
 

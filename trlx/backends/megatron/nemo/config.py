@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from trlx import logging
+from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.families import TRAINING_ONLY
 from trlx.backends.megatron.nemo.archive import CONFIG_FILE
+from trlx.backends.megatron.nemo.decoder import SIZES, read_decoder
 from trlx.backends.megatron.nemo.file import Lookup
 from trlx.backends.megatron.nemo.keys import KEYS, REFUSED
-from trlx.backends.megatron.nemo.shape import SIZES, read_shape
-from trlx.backends.megatron.shape import Shape
 from trlx.strict import ConfigError
 
 logger = logging.get_logger(__name__)
@@ -74,7 +74,7 @@ STRETCHED = 8.0
 """The factor that ``scale_positional_embedding`` stands for."""
 
 
-def read_config(config: Mapping[str, Any], where: str, changes: Mapping[str, Any] | None = None) -> Shape:
+def read_config(config: Mapping[str, Any], where: str, changes: Mapping[str, Any] | None = None) -> DecoderConfig:
     """The shape that an archive's config describes, its ``vocab_size`` None where the config does not say it.
 
     Args:
@@ -101,7 +101,7 @@ def read_config(config: Mapping[str, Any], where: str, changes: Mapping[str, Any
 
 
 def write_config(
-    shape: Shape, *, tensor: int, pipeline: int, rows: int, divisor: int, dtype: torch.dtype
+    decoder: DecoderConfig, *, tensor: int, pipeline: int, rows: int, divisor: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What ``model_config.yaml`` says of a model.
 
@@ -120,19 +120,19 @@ def write_config(
         "global_batch_size": 1,
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
-        "encoder_seq_length": shape.max_position_embeddings,
-        **_sizes(shape),
-        **_variants(shape),
+        "encoder_seq_length": decoder.max_position_embeddings,
+        **_sizes(decoder),
+        **_variants(decoder),
         "make_vocab_size_divisible_by": divisor,
         "padded_vocab_size": rows,
-        "vocab_size": shape.vocab_size,
-        "init_method_std": shape.init_std,
-        "hidden_dropout": shape.hidden_dropout,
-        "attention_dropout": shape.attention_dropout,
+        "vocab_size": decoder.vocab_size,
+        "init_method_std": decoder.init_std,
+        "hidden_dropout": decoder.hidden_dropout,
+        "attention_dropout": decoder.attention_dropout,
     }
     said = _read(config, "this model")
-    names = [field.name for field in dataclasses.fields(Shape) if field.name not in TRAINING_ONLY]
-    different = [name for name in names if getattr(said, name) != getattr(shape, name)]
+    names = [field.name for field in dataclasses.fields(DecoderConfig) if field.name not in TRAINING_ONLY]
+    different = [name for name in names if getattr(said, name) != getattr(decoder, name)]
     if different:
         raise ValueError(f"A .nemo archive cannot describe this model: NeMo has no keys for its {', '.join(different)}")
     return config
@@ -149,15 +149,15 @@ def warn_of_unknown(config: Mapping[str, Any], where: str) -> None:
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: 16}
 
 
-def _read(config: Mapping[str, Any], where: str) -> Shape:
+def _read(config: Mapping[str, Any], where: str) -> DecoderConfig:
     section = Lookup(config, CONFIG_FILE)
     try:
         if not all(section.has(key) for key in SIZES):
             raise ConfigError(f"{CONFIG_FILE} describes no GPT model: it must have {', '.join(SIZES)}")
         _check_computed(section)
-        shape = read_shape(section)
-        assert shape is not None  # the sizes are there
-        return dataclasses.replace(shape, **_additions(section, shape))
+        decoder = read_decoder(section)
+        assert decoder is not None  # the sizes are there
+        return dataclasses.replace(decoder, **_additions(section, decoder))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -175,29 +175,29 @@ def _check_computed(section: Lookup) -> None:
         section.require(groups == heads, "num_query_groups", f"be {heads}, one for each head, with megatron_legacy")
 
 
-def _additions(section: Lookup, shape: Shape) -> dict[str, Any]:
+def _additions(section: Lookup, decoder: DecoderConfig) -> dict[str, Any]:
     """Fields that only archives have keys for."""
     found: dict[str, Any] = {
         "vocab_size": section.integer("vocab_size"),
-        "qkv_bias": shape.bias or section.flag("qkv_bias", False),
+        "qkv_bias": decoder.bias or section.flag("qkv_bias", False),
         "qk_norm": section.flag("qk_layernorm", False),
         "attention_window": _window(section),
     }
     if section.flag("layernorm_zero_centered_gamma", False):
         found["norm_offset"] = 1.0
     if section.flag("apply_embedding_scaling", False):
-        found["embedding_scale"] = shape.hidden_size**0.5
+        found["embedding_scale"] = decoder.hidden_size**0.5
     if section.flag("scale_positional_embedding", False):
         found["rotary_scaling"] = STRETCHED
-    if shape.activation == "gelu" and _is_tanh(section, shape):
+    if decoder.activation == "gelu" and _is_tanh(section, decoder):
         found["activation"] = "gelu_tanh"
     return found
 
 
-def _is_tanh(section: Lookup, shape: Shape) -> bool:
+def _is_tanh(section: Lookup, decoder: DecoderConfig) -> bool:
     """Whether a gelu that gates is of the tanh form; `read_shape` knows it of one that does not."""
-    is_fused = shape.bias and section.flag("bias_activation_fusion", True)
-    return section.flag("openai_gelu", False) or (shape.gated and is_fused)
+    is_fused = decoder.bias and section.flag("bias_activation_fusion", True)
+    return section.flag("openai_gelu", False) or (decoder.gated and is_fused)
 
 
 def _window(section: Lookup) -> int | None:
@@ -209,42 +209,42 @@ def _window(section: Lookup) -> int | None:
     return window[0]
 
 
-def _sizes(shape: Shape) -> dict[str, Any]:
+def _sizes(decoder: DecoderConfig) -> dict[str, Any]:
     return {
-        "max_position_embeddings": shape.max_position_embeddings,
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.kv_channels,
+        "max_position_embeddings": decoder.max_position_embeddings,
+        "num_layers": decoder.num_layers,
+        "hidden_size": decoder.hidden_size,
+        "ffn_hidden_size": decoder.ffn_hidden_size,
+        "num_attention_heads": decoder.num_attention_heads,
+        "num_query_groups": decoder.num_query_groups,
+        "kv_channels": decoder.kv_channels,
     }
 
 
-def _variants(shape: Shape) -> dict[str, Any]:
-    is_offset, is_rms = shape.norm_offset == 1, shape.normalization == "rmsnorm"
+def _variants(decoder: DecoderConfig) -> dict[str, Any]:
+    is_offset, is_rms = decoder.norm_offset == 1, decoder.normalization == "rmsnorm"
     return {
-        "normalization": "layernorm1p" if is_offset and not is_rms else shape.normalization,
+        "normalization": "layernorm1p" if is_offset and not is_rms else decoder.normalization,
         "layernorm_zero_centered_gamma": is_offset and is_rms,
-        "layernorm_epsilon": shape.norm_epsilon,
-        "activation": _activation(shape),
-        "openai_gelu": shape.activation == "gelu_tanh",
+        "layernorm_epsilon": decoder.norm_epsilon,
+        "activation": _activation(decoder),
+        "openai_gelu": decoder.activation == "gelu_tanh",
         "bias_activation_fusion": False,
-        "bias": shape.bias,
-        "qkv_bias": shape.qkv_bias,
-        "qk_layernorm": shape.qk_norm,
-        "position_embedding_type": "rope" if shape.position == "rope" else "learned_absolute",
-        "rotary_percentage": shape.rotary_percentage,
-        "rotary_base": shape.rotary_base,
-        "scale_positional_embedding": shape.rotary_scaling is not None,
-        "apply_embedding_scaling": shape.embedding_scale != 1,
-        "window_size": None if shape.attention_window is None else [shape.attention_window, 0],
-        "share_embeddings_and_output_weights": shape.tied,
+        "bias": decoder.bias,
+        "qkv_bias": decoder.qkv_bias,
+        "qk_layernorm": decoder.qk_norm,
+        "position_embedding_type": "rope" if decoder.position == "rope" else "learned_absolute",
+        "rotary_percentage": decoder.rotary_percentage,
+        "rotary_base": decoder.rotary_base,
+        "scale_positional_embedding": decoder.rotary_scaling is not None,
+        "apply_embedding_scaling": decoder.embedding_scale != 1,
+        "window_size": None if decoder.attention_window is None else [decoder.attention_window, 0],
+        "share_embeddings_and_output_weights": decoder.tied,
     }
 
 
-def _activation(shape: Shape) -> str:
-    kind = shape.activation.removesuffix("_tanh")
-    if not shape.gated:
+def _activation(decoder: DecoderConfig) -> str:
+    kind = decoder.activation.removesuffix("_tanh")
+    if not decoder.gated:
         return "gelu" if kind == "silu" else kind
     return {"gelu": "fast-geglu", "relu": "fast-reglu", "silu": "fast-swiglu"}[kind]

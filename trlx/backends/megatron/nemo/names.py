@@ -42,7 +42,7 @@ CONSTANTS = ("inv_freq", "position_ids")
 """Ends of names under which archives keep what is computed today."""
 
 
-class Part:
+class Shard:
     """What one tensor rank of one pipeline stage holds, by the engine's names, layers counted from the stage's first.
 
     Args:

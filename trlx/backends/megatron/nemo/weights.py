@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from trlx.backends.megatron.families import TRAINING_ONLY, config_of, shape_of
+from trlx.backends.megatron.decoder_config import DecoderConfig
+from trlx.backends.megatron.families import TRAINING_ONLY, decoder_config_of, hf_config_of
 from trlx.backends.megatron.mapping import ENGINE, Entry, Read, entries, padded_vocab
 from trlx.backends.megatron.nemo.archive import CONFIG_FILE, WEIGHTS_FILE, Archive, Rank, opened, write_archive
 from trlx.backends.megatron.nemo.config import read_config, warn_of_unknown, write_config
-from trlx.backends.megatron.nemo.names import Part, in_stage, layer_of, nemo_name
-from trlx.backends.megatron.shape import Shape
-from trlx.backends.megatron.weights import InMemory, Source
+from trlx.backends.megatron.nemo.names import Shard, in_stage, layer_of, nemo_name
+from trlx.backends.megatron.weights import InMemory, TensorSource
 from trlx.models.policy import HEADS_FILE
 
 HF_CONFIG = "config.json"
@@ -41,12 +41,12 @@ EMBEDDING, POSITIONS, HEAD = (
 class NemoModel:
     """What an archive holds."""
 
-    shape: Shape
+    decoder: DecoderConfig
     config: PretrainedConfig | None
     """The same as a configuration of transformers; None: it has no architecture of this shape."""
-    source: Source
+    tensors: TensorSource
     """Weights by their names in transformers, or, without a `config`, by those of the family ``ENGINE``."""
-    heads: Source | None
+    heads: TensorSource | None
     dtype: torch.dtype
 
     @property
@@ -88,19 +88,19 @@ def open_nemo(path: str | Path, tokens: int | None = None, changes: Mapping[str,
         config = _model_section(archive.config)
         stages = _stages(archive, config)
         config = _with_sizes_of_weights(config, stages)
-        shape = read_config(config, where, changes)
+        decoder = read_config(config, where, changes)
         warn_of_unknown(config, where)
-        shape = dataclasses.replace(shape, vocab_size=_tokens(shape.vocab_size, stages, tokens, where))
-        hf_config = _hf_config(archive, shape)
-        shape = _with_embedding_dropout(shape, hf_config)
+        decoder = dataclasses.replace(decoder, vocab_size=_tokens(decoder.vocab_size, stages, tokens, where))
+        hf_config = _hf_config(archive, decoder)
+        decoder = _with_embedding_dropout(decoder, hf_config)
         heads = InMemory(load_file(archive.file(HEADS_FILE)), where) if HEADS_FILE in archive.names else None
-        source = NemoSource(stages, shape, family_of(hf_config), where)
-        return NemoModel(shape, hf_config, source, heads, stages[0][0].read(EMBEDDING, "meta").dtype)
+        tensors = NemoTensors(stages, decoder, family_of(hf_config), where)
+        return NemoModel(decoder, hf_config, tensors, heads, stages[0][0].read(EMBEDDING, "meta").dtype)
 
 
 def write_nemo(
     path: str | Path,
-    shape: Shape,
+    decoder: DecoderConfig,
     read: Read,
     family: str,
     *,
@@ -117,18 +117,18 @@ def write_nemo(
     Raises:
         ValueError: NeMo has no keys for such a shape, or it cannot be divided over so many ranks.
     """
-    if shape.num_layers % pipeline:
-        raise ValueError(f"{shape.num_layers} layers cannot be divided evenly over {pipeline} pipeline ranks")
-    rows = padded_vocab(shape.vocab_size, DIVISOR * tensor)
-    found = entries(shape, family, rows)
+    if decoder.num_layers % pipeline:
+        raise ValueError(f"{decoder.num_layers} layers cannot be divided evenly over {pipeline} pipeline ranks")
+    rows = padded_vocab(decoder.vocab_size, DIVISOR * tensor)
+    found = entries(decoder, family, rows)
     dtype = read(found[EMBEDDING].hf_names[0])[:1].dtype
-    config = write_config(shape, tensor=tensor, pipeline=pipeline, rows=rows, divisor=DIVISOR, dtype=dtype)
+    config = write_config(decoder, tensor=tensor, pipeline=pipeline, rows=rows, divisor=DIVISOR, dtype=dtype)
     files = files or {}
     config["tokenizer"] = _tokenizer(files)
-    write_archive(path, config, _Ranks(found, shape, read, tensor, pipeline), files)
+    write_archive(path, config, _Ranks(found, decoder, read, tensor, pipeline), files)
 
 
-class NemoSource:
+class NemoTensors:
     """The weights of an archive as those of one model, each put together when it is read.
 
     Args:
@@ -139,12 +139,12 @@ class NemoSource:
         ValueError: a weight is missing, has another shape than the config says, or would not be used.
     """
 
-    def __init__(self, stages: list[list[Part]], shape: Shape, family: str, where: str):
+    def __init__(self, stages: list[list[Shard]], decoder: DecoderConfig, family: str, where: str):
         self.where = where
-        self._stages, self._shape = stages, shape
-        self._entries = entries(shape, family, _rows(stages))
+        self._stages, self._decoder = stages, decoder
+        self._entries = entries(decoder, family, _rows(stages))
         self._firsts = _firsts(stages)
-        _check_layers(self._firsts[-1], shape, where)
+        _check_layers(self._firsts[-1], decoder, where)
         owners = [(name, owner) for owner, entry in self._entries.items() for name in entry.hf_names]
         # a tied model's head comes last and is made of the embedding's tensor
         self._owners = dict(reversed(owners))
@@ -160,13 +160,16 @@ class NemoSource:
     def _tensor(self, name: str) -> Tensor:
         owner = self._owners[name]
         if self._latest[0] != owner:  # queries, keys and values are asked for one after the other
-            self._latest = (owner, self._entries[owner].whole([part.read(local) for part, local in self._parts(owner)]))
+            self._latest = (
+                owner,
+                self._entries[owner].whole([shard.read(local) for shard, local in self._shards(owner)]),
+            )
         return self._latest[1][name]
 
-    def _parts(self, name: str) -> list[tuple[Part, str]]:
+    def _shards(self, name: str) -> list[tuple[Shard, str]]:
         """Where a weight lies: (part, its name there) of every tensor rank."""
         stage = self._stage(name)
-        return [(part, in_stage(name, self._firsts[stage])) for part in self._stages[stage]]
+        return [(shard, in_stage(name, self._firsts[stage])) for shard in self._stages[stage]]
 
     def _stage(self, name: str) -> int:
         layer = layer_of(name)
@@ -175,28 +178,30 @@ class NemoSource:
         return 0 if name.startswith("embedding.") else len(self._stages) - 1
 
     def _check(self) -> None:
-        used: dict[int, set[str]] = {id(part): set() for stage in self._stages for part in stage}
+        used: dict[int, set[str]] = {id(shard): set() for stage in self._stages for shard in stage}
         for name, entry in self._entries.items():
-            if name == HEAD and self._shape.tied:
+            if name == HEAD and self._decoder.tied:
                 self._check_copy(used)
                 continue
-            expected = _part_shape(entry, len(self._stages[0]))
-            for part, local in self._parts(name):
-                self._check_weight(name, part, local, expected)
-                used[id(part)] |= set(part.needs(local))
-        for part in (part for stage in self._stages for part in stage):
-            _refuse_unused(part, used[id(part)], self.where)
+            expected = _shard_shape(entry, len(self._stages[0]))
+            for shard, local in self._shards(name):
+                self._check_weight(name, shard, local, expected)
+                used[id(shard)] |= set(shard.needs(local))
+        for shard in (shard for stage in self._stages for shard in stage):
+            _refuse_unused(shard, used[id(shard)], self.where)
 
-    def _check_weight(self, name: str, part: Part, local: str, expected: torch.Size) -> None:
-        if not part.needs(local):
+    def _check_weight(self, name: str, shard: Shard, local: str, expected: torch.Size) -> None:
+        if not shard.needs(local):
             raise ValueError(f"{self.where} has no {name}, which a model of its {CONFIG_FILE} needs")
         try:
-            got = part.read(local, "meta").shape
+            got = shard.read(local, "meta").shape
         except RuntimeError as error:
-            raise ValueError(f"{part.theirs[local]} in {self.where} does not fit its {CONFIG_FILE}: {error}") from error
+            raise ValueError(
+                f"{shard.theirs[local]} in {self.where} does not fit its {CONFIG_FILE}: {error}"
+            ) from error
         if got != expected:
             raise ValueError(
-                f"{part.theirs[local]} in {self.where} is {list(got)}, but by its {CONFIG_FILE} it is {list(expected)}"
+                f"{shard.theirs[local]} in {self.where} is {list(got)}, but by its {CONFIG_FILE} it is {list(expected)}"
             )
 
     def _check_copy(self, used: dict[int, set[str]]) -> None:
@@ -229,8 +234,8 @@ class Whole:
 class _Ranks(Mapping[Rank, Mapping[str, Tensor]]):
     """What every rank of an archive holds, made when it is asked for."""
 
-    def __init__(self, found: Mapping[str, Entry], shape: Shape, read: Read, tensor: int, pipeline: int):
-        self._found, self._shape, self._read = found, shape, read
+    def __init__(self, found: Mapping[str, Entry], decoder: DecoderConfig, read: Read, tensor: int, pipeline: int):
+        self._found, self._decoder, self._read = found, decoder, read
         self._tensor, self._pipeline = tensor, pipeline
 
     def __len__(self) -> int:
@@ -241,15 +246,15 @@ class _Ranks(Mapping[Rank, Mapping[str, Tensor]]):
 
     def __getitem__(self, rank: Rank) -> dict[str, Tensor]:
         t, stage = rank
-        layers = self._shape.num_layers // self._pipeline
+        layers = self._decoder.num_layers // self._pipeline
         return {
-            nemo_name(in_stage(name, stage * layers)): entry.part(self._read, t, self._tensor)
+            nemo_name(in_stage(name, stage * layers)): entry.shard(self._read, t, self._tensor)
             for name, entry in self._found.items()
             if self._is_on(stage, name, layers)
         }
 
     def _is_on(self, stage: int, name: str, layers: int) -> bool:
-        if name == HEAD and self._shape.tied and self._pipeline == 1:
+        if name == HEAD and self._decoder.tied and self._pipeline == 1:
             return False  # the embedding itself serves
         layer, last = layer_of(name), self._pipeline - 1
         home = (0 if name.startswith("embedding.") else last) if layer is None else layer // layers
@@ -261,79 +266,81 @@ def _model_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config["model"] if isinstance(config.get("model"), Mapping) else config
 
 
-def _stages(archive: Archive, config: Mapping[str, Any]) -> list[list[Part]]:
-    tensor, pipeline = archive.layout()
+def _stages(archive: Archive, config: Mapping[str, Any]) -> list[list[Shard]]:
+    tensor, pipeline = archive.parallel_sizes()
     heads = config.get("num_attention_heads")
     is_legacy = config.get("megatron_legacy") is True and config.get("mcore_gpt") is not True
     groups = heads // tensor if is_legacy and isinstance(heads, int) and heads >= tensor else None
-    stages = [[Part(archive.weights(t, p), groups) for t in range(tensor)] for p in range(pipeline)]
+    stages = [[Shard(archive.weights(t, p), groups) for t in range(tensor)] for p in range(pipeline)]
     if EMBEDDING not in stages[0][0].theirs:
         raise ValueError(f"{archive.source} is not a GPT model of NeMo 1.x: it has no {EMBEDDING} under any known name")
     return stages
 
 
-def _with_sizes_of_weights(config: Mapping[str, Any], stages: list[list[Part]]) -> dict[str, Any]:
+def _with_sizes_of_weights(config: Mapping[str, Any], stages: list[list[Shard]]) -> dict[str, Any]:
     """The config with the length of its learned positions: two keys say it, and which one counts depends on NeMo."""
     if POSITIONS not in stages[0][0].theirs:
         return dict(config)
     return {**config, "max_position_embeddings": len(stages[0][0].read(POSITIONS, "meta"))}
 
 
-def _rows(stages: list[list[Part]]) -> int:
-    return sum(len(part.read(EMBEDDING, "meta")) for part in stages[0])
+def _rows(stages: list[list[Shard]]) -> int:
+    return sum(len(shard.read(EMBEDDING, "meta")) for shard in stages[0])
 
 
-def _tokens(said: int | None, stages: list[list[Part]], tokens: int | None, where: str) -> int:
+def _tokens(said: int | None, stages: list[list[Shard]], tokens: int | None, where: str) -> int:
     rows = _rows(stages)
     if said is not None and said > rows:
         raise ValueError(f"{where} has embeddings for {rows} tokens only, but its {CONFIG_FILE} says vocab_size {said}")
     return said or min(rows, tokens or rows)
 
 
-def _firsts(stages: list[list[Part]]) -> list[int]:
+def _firsts(stages: list[list[Shard]]) -> list[int]:
     """The first layer of every stage, then the number of all layers."""
     found = [0]
-    for parts in stages:
-        found.append(found[-1] + parts[0].layers)
+    for shards in stages:
+        found.append(found[-1] + shards[0].layers)
     return found
 
 
-def _check_layers(found: int, shape: Shape, where: str) -> None:
-    if found != shape.num_layers:
-        raise ValueError(f"{where} has {found} layers, but its {CONFIG_FILE} says num_layers {shape.num_layers}")
+def _check_layers(found: int, decoder: DecoderConfig, where: str) -> None:
+    if found != decoder.num_layers:
+        raise ValueError(f"{where} has {found} layers, but its {CONFIG_FILE} says num_layers {decoder.num_layers}")
 
 
-def _part_shape(entry: Entry, size: int) -> torch.Size:
+def _shard_shape(entry: Entry, size: int) -> torch.Size:
     """The shape of one tensor rank's part, of which there are `size`."""
-    return entry.part(lambda name: torch.empty(entry.hf_shapes[name], device="meta"), 0, size).shape
+    return entry.shard(lambda name: torch.empty(entry.hf_shapes[name], device="meta"), 0, size).shape
 
 
-def _refuse_unused(part: Part, used: set[str], where: str) -> None:
+def _refuse_unused(shard: Shard, used: set[str], where: str) -> None:
     # some converters wrote a bias of zeros to every norm, and NeMo ignored it
-    unused = [name for name in part.theirs.keys() - used if not (name.endswith(".bias") and not part.read(name).any())]
+    unused = [
+        name for name in shard.theirs.keys() - used if not (name.endswith(".bias") and not shard.read(name).any())
+    ]
     if unused:
-        named = ", ".join(sorted(part.theirs[name] for name in unused)[:3])
+        named = ", ".join(sorted(shard.theirs[name] for name in unused)[:3])
         raise ValueError(f"{where} has {named}, which no model of its {CONFIG_FILE} uses")
 
 
-def _hf_config(archive: Archive, shape: Shape) -> PretrainedConfig | None:
+def _hf_config(archive: Archive, decoder: DecoderConfig) -> PretrainedConfig | None:
     """The configuration that came along, if it says the same; else one that is made, without special tokens."""
     if HF_CONFIG in archive.names:
         config = AutoConfig.from_pretrained(archive.file(HF_CONFIG))
-        same = {name: getattr(shape, name) for name in TRAINING_ONLY}
-        if dataclasses.replace(shape_of(config), **same) == shape:
+        same = {name: getattr(decoder, name) for name in TRAINING_ONLY}
+        if dataclasses.replace(decoder_config_of(config), **same) == decoder:
             return config
     try:
-        return config_of(shape)
+        return hf_config_of(decoder)
     except ValueError:
         return None
 
 
-def _with_embedding_dropout(shape: Shape, config: PretrainedConfig | None) -> Shape:
+def _with_embedding_dropout(decoder: DecoderConfig, config: PretrainedConfig | None) -> DecoderConfig:
     """NeMo has one dropout for embeddings and blocks; a configuration that came along may have two."""
-    if config is None or (said := shape_of(config)).hidden_dropout != shape.hidden_dropout:
-        return shape
-    return dataclasses.replace(shape, embedding_dropout=said.embedding_dropout)
+    if config is None or (said := decoder_config_of(config)).hidden_dropout != decoder.hidden_dropout:
+        return decoder
+    return dataclasses.replace(decoder, embedding_dropout=said.embedding_dropout)
 
 
 def _tokenizer(files: Mapping[str, Path | bytes]) -> dict[str, Any]:

@@ -16,20 +16,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from trlx import logging
 from trlx.backends.base import ModelNeeds
-from trlx.backends.megatron.families import config_of, shape_of
+from trlx.backends.megatron.decoder_config import DecoderConfig
+from trlx.backends.megatron.families import decoder_config_of, hf_config_of
 from trlx.backends.megatron.nemo.file import read_megatron_cfg
 from trlx.backends.megatron.nemo.weights import family_of, is_companion, is_nemo, open_nemo, write_nemo
 from trlx.backends.megatron.settings import MegatronSettings
-from trlx.backends.megatron.shape import Shape
 from trlx.backends.megatron.stage import StageWeights
 from trlx.backends.megatron.weights import (
     Folder,
     InMemory,
     ShardWriter,
-    Source,
+    TensorSource,
     checked_reader,
     load_weights,
-    open_source,
+    open_tensors,
     write_index,
 )
 from trlx.config import ModelConfig, TrainConfig
@@ -47,14 +47,14 @@ PARTS = ".parts"
 
 
 @dataclass
-class Origin:
+class ModelSource:
     """A decoder before it is divided: its shape, what its tensors are called, and its first weights."""
 
-    shape: Shape
+    decoder: DecoderConfig
     config: PretrainedConfig | None
     """For the folders that are written; its ``model_type`` says what tensors are called. None: transformers has no
     architecture of this shape, and `.nemo` archives are written."""
-    source: Source | None
+    tensors: TensorSource | None
     """None: the engine's own random weights."""
     heads: InMemory | None = None
     """Those that do not begin anew."""
@@ -70,14 +70,14 @@ class Origin:
         Raises:
             ValueError: tensors are missing, left over or of other shapes than the config says.
         """
-        if self.source is not None:
-            place = weights.place
+        if self.tensors is not None:
+            parallel = weights.parallel
             named = [(weight.name, weight.value) for weight in weights.of_model()]
-            load_weights(named, weights.entries, self.source, place.tensor_rank, place.layout.tensor)
+            load_weights(named, weights.entries, self.tensors, parallel.tensor_rank, parallel.sizes.tensor)
         if self.heads is not None:
             fitting = [weight for weight in weights.of_heads() if weight.entry.hf_names[0] in self.heads.tensors]
             weights.load(self.heads.read, fitting)
-        self.source = self.heads = None  # what was made in memory is not needed again
+        self.tensors = self.heads = None  # what was made in memory is not needed again
 
     def export(self, weights: StageWeights, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Writes a folder that plain ``transformers`` loads, and the heads beside; called on every process.
@@ -86,7 +86,7 @@ class Origin:
         """
         parts = folder if self.config is not None else folder / PARTS
         parts.mkdir(exist_ok=True)
-        writer = ShardWriter(parts, f"{weights.place.stage:03d}")
+        writer = ShardWriter(parts, f"{weights.parallel.stage:03d}")
         for name, tensor in weights.whole(weights.of_model(), lambda weight: weight.value):
             writer.add({name: tensor})
         heads = dict(weights.whole(weights.of_heads(), lambda weight: weight.value))
@@ -94,7 +94,7 @@ class Origin:
             save_file(heads, folder / HEADS_FILE)
         written: list[dict] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(written, writer.close())
-        if weights.place.is_main:
+        if weights.parallel.is_main:
             write_index(parts, written)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -105,20 +105,20 @@ class Origin:
 
     def _pack(self, weights: StageWeights, folder: Path) -> None:
         """Makes an archive of the parts that the stages wrote, which are removed."""
-        read = checked_reader(open_source(folder / PARTS), weights.entries)
+        read = checked_reader(open_tensors(folder / PARTS), weights.entries)
         files = {file.name: file for file in sorted(folder.iterdir()) if is_companion(file.name)}
-        write_nemo(folder / ARCHIVE, self.shape, read, self.family, files=files)
+        write_nemo(folder / ARCHIVE, self.decoder, read, self.family, files=files)
         shutil.rmtree(folder / PARTS)
         (folder / HEADS_FILE).unlink(missing_ok=True)
 
 
-def find_origin(
+def find_source(
     model: ModelConfig,
     settings: MegatronSettings,
     tokenizer: PreTrainedTokenizerBase,
     train: TrainConfig,
     needs: ModelNeeds,
-) -> Origin:
+) -> ModelSource:
     """The model that a config asks for: a pretrained one, a ``transformers`` config's, or that of a NeMo-shaped file.
 
     Raises:
@@ -127,50 +127,50 @@ def find_origin(
         OSError: there is no such model.
     """
     if settings.pretrained_model is not None:
-        origin = _pretrained(settings.pretrained_model, model, settings, tokenizer, train)
+        found = _pretrained(settings.pretrained_model, model, settings, tokenizer, train)
     elif isinstance(model.model_path, PretrainedConfig):
-        origin = _random(model, needs, train.seed)
-        _check_same(origin.shape, settings.shape)
+        found = _random(model, needs, train.seed)
+        _check_same(found.decoder, settings.decoder)
     else:
-        shape = dataclasses.replace(settings.shape, vocab_size=len(tokenizer))
-        origin = Origin(shape, _hf_config(shape), None)
-    origin.shape = _with_dropout(origin.shape, settings)
-    if origin.heads is not None:
-        taken = fitting_heads(origin.heads.tensors, _head_shapes(origin.shape, needs), origin.heads.where)
-        origin.heads = InMemory(taken, origin.heads.where)
-    origin.config = _for_export(origin.config, settings.dtype)
-    check_vocabulary_size(origin.shape.vocab_size, tokenizer)
-    _check_length(origin.shape, train.seq_length)
-    return origin
+        decoder = dataclasses.replace(settings.decoder, vocab_size=len(tokenizer))
+        found = ModelSource(decoder, _hf_config(decoder), None)
+    found.decoder = _with_dropout(found.decoder, settings)
+    if found.heads is not None:
+        taken = fitting_heads(found.heads.tensors, _head_shapes(found.decoder, needs), found.heads.where)
+        found.heads = InMemory(taken, found.heads.where)
+    found.config = _for_export(found.config, settings.dtype)
+    check_vocabulary_size(found.decoder.vocab_size, tokenizer)
+    _check_length(found.decoder, train.seq_length)
+    return found
 
 
 def _pretrained(
     path: str, model: ModelConfig, settings: MegatronSettings, tokenizer: PreTrainedTokenizerBase, train: TrainConfig
-) -> Origin:
+) -> ModelSource:
     if is_nemo(path):
         changes = read_megatron_cfg(train.trainer_kwargs.get("megatron_cfg")).get("model")
         found = open_nemo(path, len(tokenizer), changes)
-        return Origin(found.shape, found.config, found.source, found.heads)
+        return ModelSource(found.decoder, found.config, found.tensors, found.heads)
     revision = (model.model_extra_configs or {}).get("revision")
-    source = open_source(path, revision)
-    where = source.folder if isinstance(source, Folder) else path
+    tensors = open_tensors(path, revision)
+    where = tensors.folder if isinstance(tensors, Folder) else path
     config = AutoConfig.from_pretrained(where)
     heads = Path(where) / HEADS_FILE
-    shape = shape_of(config)
-    _check_same(shape, settings.shape)
-    return Origin(shape, config, source, InMemory(load_file(heads), str(heads)) if heads.is_file() else None)
+    decoder = decoder_config_of(config)
+    _check_same(decoder, settings.decoder)
+    return ModelSource(decoder, config, tensors, InMemory(load_file(heads), str(heads)) if heads.is_file() else None)
 
 
-def _hf_config(shape: Shape) -> PretrainedConfig | None:
+def _hf_config(decoder: DecoderConfig) -> PretrainedConfig | None:
     try:
-        return config_of(shape)
+        return hf_config_of(decoder)
     except ValueError:
         return None
 
 
-def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> Origin:
+def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> ModelSource:
     """The weights that the other backend makes of the same config and seed, on every process."""
-    shape = shape_of(model.model_path)
+    decoder = decoder_config_of(model.model_path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = load_model(model.model_path, model.model_extra_configs)
@@ -181,15 +181,15 @@ def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> Origin:
         if head is not None
         for key, tensor in head.state_dict().items()
     }
-    return Origin(shape, made.config, open_source(made), InMemory(tensors, "new heads"))
+    return ModelSource(decoder, made.config, open_tensors(made), InMemory(tensors, "new heads"))
 
 
-def _head_shapes(shape: Shape, needs: ModelNeeds) -> dict[str, torch.Size]:
+def _head_shapes(decoder: DecoderConfig, needs: ModelNeeds) -> dict[str, torch.Size]:
     """Of the whole heads a method needs, on every stage, so that all of them come to one result."""
     with torch.device("meta"):
-        heads = {"value": ValueHead(shape.hidden_size)} if needs.value_head else {}
+        heads = {"value": ValueHead(decoder.hidden_size)} if needs.value_head else {}
         if needs.q_heads:
-            heads["q"] = QHeads(shape.hidden_size, shape.vocab_size, needs.q_heads)
+            heads["q"] = QHeads(decoder.hidden_size, decoder.vocab_size, needs.q_heads)
     return {
         f"{kind}.{name}": weight.shape for kind, head in heads.items() for name, weight in head.state_dict().items()
     }
@@ -198,7 +198,7 @@ def _head_shapes(shape: Shape, needs: ModelNeeds) -> dict[str, torch.Size]:
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 
 
-def _check_same(found: Shape, wanted: Shape | None) -> None:
+def _check_same(found: DecoderConfig, wanted: DecoderConfig | None) -> None:
     if wanted is None:
         return
     differing = [name for name in _SIZES if getattr(found, name) != getattr(wanted, name)]
@@ -209,7 +209,7 @@ def _check_same(found: Shape, wanted: Shape | None) -> None:
         )
 
 
-def _with_dropout(shape: Shape, settings: MegatronSettings) -> Shape:
+def _with_dropout(decoder: DecoderConfig, settings: MegatronSettings) -> DecoderConfig:
     wanted: Mapping[str, float | None] = {
         "hidden_dropout": settings.hidden_dropout,
         "attention_dropout": settings.attention_dropout,
@@ -217,7 +217,7 @@ def _with_dropout(shape: Shape, settings: MegatronSettings) -> Shape:
     given = {name: value for name, value in wanted.items() if value is not None}
     if "hidden_dropout" in given:
         given["embedding_dropout"] = None
-    return dataclasses.replace(shape, **given)
+    return dataclasses.replace(decoder, **given)
 
 
 def _for_export(config: PretrainedConfig | None, dtype: torch.dtype) -> PretrainedConfig | None:
@@ -230,8 +230,8 @@ def _for_export(config: PretrainedConfig | None, dtype: torch.dtype) -> Pretrain
     return config
 
 
-def _check_length(shape: Shape, seq_length: int) -> None:
-    window = shape.attention_window
+def _check_length(decoder: DecoderConfig, seq_length: int) -> None:
+    window = decoder.attention_window
     if window is not None and seq_length > window:
         raise ValueError(f"train.seq_length is {seq_length}, but the model looks back {window} at most: write no more")
-    check_length(seq_length, shape.max_position_embeddings, shape.position == "learned")
+    check_length(seq_length, decoder.max_position_embeddings, decoder.position == "learned")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.nemo.file import Lookup
-from trlx.backends.megatron.shape import Shape
 from trlx.strict import ConfigError
 
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")
@@ -27,7 +27,7 @@ NORMS: dict[str, tuple[str, float]] = {
 POSITIONS = {"learned_absolute": "learned", "rope": "rope"}
 
 
-def read_shape(section: Lookup) -> Shape | None:
+def read_decoder(section: Lookup) -> DecoderConfig | None:
     """The model's shape with NeMo's defaults, its ``vocab_size`` None; None where the section gives no sizes.
 
     Raises:
@@ -43,7 +43,7 @@ def read_shape(section: Lookup) -> Shape | None:
         )
     normalization, offset = NORMS[section.choice("normalization", "layernorm", NORMS)]
     position = section.choice("position_embedding_type", "learned_absolute", POSITIONS)
-    return Shape(
+    return DecoderConfig(
         **_sizes(section),
         **_feed_forward(section),
         vocab_size=None,

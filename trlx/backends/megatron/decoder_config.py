@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class DecoderConfig:
     """Sizes and variants of a decoder. Example: GPT-2 small is ``Shape(num_layers=12, hidden_size=768, ...)``."""
 
     num_layers: int

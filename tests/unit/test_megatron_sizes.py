@@ -5,58 +5,60 @@ import dataclasses
 import pytest
 
 from tests.unit.megatron_configs import SMALL, model, read
-from trlx.backends.megatron.layout_checks import check_layout
-from trlx.backends.megatron.settings import Parallel, Recompute
+from trlx.backends.megatron.settings import ParallelSizes, Recompute
+from trlx.backends.megatron.size_checks import check_sizes
 from trlx.strict import ConfigError
 
 
-def layout(vocab_size=None, parallel=(1, 1, None, False), batch_size=8, world_size=8, trainer=None, **changes):
+def check(vocab_size=None, sizes=(1, 1, None, False), batch_size=8, world_size=8, trainer=None, **changes):
     """Checks a model of 8 layers with 8 heads in a layout."""
     settings = dataclasses.replace(
-        read({**model(**SMALL, num_query_groups=4), "trainer": trainer or {}}), parallel=Parallel(*parallel), **changes
+        read({**model(**SMALL, num_query_groups=4), "trainer": trainer or {}}),
+        sizes=ParallelSizes(*sizes),
+        **changes,
     )
-    shape = dataclasses.replace(settings.shape, vocab_size=vocab_size)
-    check_layout(settings, shape, world_size, batch_size)
+    decoder = dataclasses.replace(settings.decoder, vocab_size=vocab_size)
+    check_sizes(settings, decoder, world_size, batch_size)
 
 
-@pytest.mark.parametrize("parallel", [(1, 1, None, False), (4, 2, None, True), (2, 2, 4, True), (1, 8, None, False)])
-def test_a_layout_that_divides_everything_passes(parallel):
-    layout(parallel=parallel, micro_batch_size=2, vocab_size=100)
+@pytest.mark.parametrize("sizes", [(1, 1, None, False), (4, 2, None, True), (2, 2, 4, True), (1, 8, None, False)])
+def test_a_layout_that_divides_everything_passes(sizes):
+    check(sizes=sizes, micro_batch_size=2, vocab_size=100)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         (
-            {"parallel": (3, 1, None, False), "world_size": 3},
+            {"sizes": (3, 1, None, False), "world_size": 3},
             "num_attention_heads 8 is not a multiple of tensor_model_p",
         ),
-        ({"parallel": (8, 1, None, False)}, "num_query_groups 4 is not a multiple of .* 8: write one of 1, 2, 4"),
+        ({"sizes": (8, 1, None, False)}, "num_query_groups 4 is not a multiple of .* 8: write one of 1, 2, 4"),
         (
-            {"parallel": (3, 1, None, False), "world_size": 3},
+            {"sizes": (3, 1, None, False), "world_size": 3},
             "ffn_hidden_size 256 is not a multiple of .* 3: write one",
         ),
         (
-            {"parallel": (1, 3, None, False), "world_size": 3},
+            {"sizes": (1, 3, None, False), "world_size": 3},
             "num_layers 8 is not a multiple of pipeline.* 3: write one",
         ),
-        ({"parallel": (1, 2, 3, False)}, "num_layers 8 is not a multiple of pipeline.* x virtual.* 6"),
+        ({"sizes": (1, 2, 3, False)}, "num_layers 8 is not a multiple of pipeline.* x virtual.* 6"),
         (
-            {"parallel": (1, 1, 2, False)},
+            {"sizes": (1, 1, 2, False)},
             "virtual_pipeline_model_parallel_size 2 needs pipeline_model_parallel_size 2 or",
         ),
-        ({"parallel": (1, 1, None, True)}, "sequence_parallel needs tensor_model_parallel_size 2 or more"),
+        ({"sizes": (1, 1, None, True)}, "sequence_parallel needs tensor_model_parallel_size 2 or more"),
         (
-            {"parallel": (2, 2, None, False), "world_size": 6},
+            {"sizes": (2, 2, None, False), "world_size": 6},
             "2 x .* 2 = 4 processes .* 6 were started: start a multip",
         ),
         ({"micro_batch_size": 3}, r"3 rows per microbatch \(train.minibatch_size.*\) do not divide train.batch_size 8"),
         (
-            {"parallel": (1, 2, 2, False), "micro_batch_size": 8},
+            {"sizes": (1, 2, 2, False), "micro_batch_size": 8},
             "8 / 8 rows .* = 1 microbatches, not a multiple of .* 2",
         ),
         (
-            {"recompute": Recompute("full", "block", 5), "parallel": (1, 2, None, False)},
+            {"recompute": Recompute("full", "block", 5), "sizes": (1, 2, None, False)},
             "num_layers is 5, .* has 4 layers",
         ),
         (
@@ -67,15 +69,15 @@ def test_a_layout_that_divides_everything_passes(parallel):
 )
 def test_a_layout_that_does_not_fit_is_explained(changes, words):
     with pytest.raises(ValueError, match=words):
-        layout(**changes)
+        check(**changes)
 
 
 def test_all_that_does_not_fit_is_said_at_once():
     with pytest.raises(ConfigError) as caught:
-        layout(parallel=(3, 3, None, False), micro_batch_size=5)
+        check(sizes=(3, 3, None, False), micro_batch_size=5)
     assert len(str(caught.value).splitlines()) == 6
 
 
 def test_devices_left_to_the_launcher_are_not_compared():
-    layout(trainer={"devices": "auto", "num_nodes": 4})
-    layout(trainer={"devices": 2})
+    check(trainer={"devices": "auto", "num_nodes": 4})
+    check(trainer={"devices": 2})

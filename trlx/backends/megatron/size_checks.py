@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.settings import MegatronSettings
-from trlx.backends.megatron.shape import Shape
 from trlx.strict import ConfigError
 
 
-def check_layout(settings: MegatronSettings, shape: Shape, world_size: int, batch_size: int) -> None:
+def check_sizes(settings: MegatronSettings, decoder: DecoderConfig, world_size: int, batch_size: int) -> None:
     """Makes sure that the layout divides what it has to divide.
 
     Args:
@@ -22,17 +22,17 @@ def check_layout(settings: MegatronSettings, shape: Shape, world_size: int, batc
     """
     problems = [
         *_processes(settings, world_size),
-        *_tensor(settings, shape),
-        *_pipeline(settings, shape),
+        *_tensor(settings, decoder),
+        *_pipeline(settings, decoder),
         *_batch(settings, batch_size),
-        *_recompute(settings, shape),
+        *_recompute(settings, decoder),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def _processes(settings: MegatronSettings, world_size: int) -> Iterator[str]:
-    tensor, pipeline = settings.parallel.tensor, settings.parallel.pipeline
+    tensor, pipeline = settings.sizes.tensor, settings.sizes.pipeline
     copy = tensor * pipeline
     if world_size % copy:
         yield (
@@ -50,45 +50,45 @@ def _processes(settings: MegatronSettings, world_size: int) -> Iterator[str]:
         )
 
 
-def _tensor(settings: MegatronSettings, shape: Shape) -> Iterator[str]:
-    tensor = settings.parallel.tensor
+def _tensor(settings: MegatronSettings, decoder: DecoderConfig) -> Iterator[str]:
+    tensor = settings.sizes.tensor
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        size = getattr(shape, name)
+        size = getattr(decoder, name)
         if size % tensor:
             yield _not_divided(f"The model's {name}", size, "tensor_model_parallel_size", tensor)
-    if shape.num_attention_heads % shape.num_query_groups:
+    if decoder.num_attention_heads % decoder.num_query_groups:
         yield (
-            f"The model's num_attention_heads {shape.num_attention_heads} is not a multiple of num_query_groups "
-            f"{shape.num_query_groups}: every group serves as many heads."
+            f"The model's num_attention_heads {decoder.num_attention_heads} is not a multiple of num_query_groups "
+            f"{decoder.num_query_groups}: every group serves as many heads."
         )
-    if settings.parallel.sequence and tensor == 1:
+    if settings.sizes.sequence and tensor == 1:
         yield "sequence_parallel needs tensor_model_parallel_size 2 or more: write sequence_parallel: false."
 
 
-def _pipeline(settings: MegatronSettings, shape: Shape) -> Iterator[str]:
-    pipeline, virtual = settings.parallel.pipeline, settings.parallel.virtual
+def _pipeline(settings: MegatronSettings, decoder: DecoderConfig) -> Iterator[str]:
+    pipeline, virtual = settings.sizes.pipeline, settings.sizes.virtual
     if virtual is None:
-        if shape.num_layers % pipeline:
-            yield _not_divided("The model's num_layers", shape.num_layers, "pipeline_model_parallel_size", pipeline)
+        if decoder.num_layers % pipeline:
+            yield _not_divided("The model's num_layers", decoder.num_layers, "pipeline_model_parallel_size", pipeline)
         return
     if pipeline == 1:
         yield (
             f"virtual_pipeline_model_parallel_size {virtual} needs pipeline_model_parallel_size 2 or more: write null, "
             "or more stages."
         )
-    if shape.num_layers % (pipeline * virtual):
+    if decoder.num_layers % (pipeline * virtual):
         name = "pipeline_model_parallel_size x virtual_pipeline_model_parallel_size"
-        yield _not_divided("The model's num_layers", shape.num_layers, name, pipeline * virtual)
+        yield _not_divided("The model's num_layers", decoder.num_layers, name, pipeline * virtual)
 
 
 def _batch(settings: MegatronSettings, batch_size: int) -> Iterator[str]:
-    rows, pipeline = settings.micro_batch_size, settings.parallel.pipeline
+    rows, pipeline = settings.micro_batch_size, settings.sizes.pipeline
     if batch_size % rows:
         yield (
             f"{rows} rows per microbatch (train.minibatch_size, else model.micro_batch_size) do not divide "
             f"train.batch_size {batch_size}, the rows of each data rank: write a train.minibatch_size that does."
         )
-    elif settings.parallel.virtual is not None and (batch_size // rows) % pipeline:
+    elif settings.sizes.virtual is not None and (batch_size // rows) % pipeline:
         yield (
             f"train.batch_size {batch_size} / {rows} rows per microbatch = {batch_size // rows} microbatches, not a "
             f"multiple of pipeline_model_parallel_size {pipeline}, as virtual_pipeline_model_parallel_size needs: "
@@ -96,9 +96,9 @@ def _batch(settings: MegatronSettings, batch_size: int) -> Iterator[str]:
         )
 
 
-def _recompute(settings: MegatronSettings, shape: Shape) -> Iterator[str]:
-    wanted, parallel = settings.recompute.num_layers, settings.parallel
-    in_chunk = shape.num_layers // (parallel.pipeline * (parallel.virtual or 1))
+def _recompute(settings: MegatronSettings, decoder: DecoderConfig) -> Iterator[str]:
+    wanted, sizes = settings.recompute.num_layers, settings.sizes
+    in_chunk = decoder.num_layers // (sizes.pipeline * (sizes.virtual or 1))
     if wanted is not None and wanted > in_chunk > 0:
         yield (
             f"activations_checkpoint_num_layers is {wanted}, but a stage of the pipeline has {in_chunk} layers at a "
