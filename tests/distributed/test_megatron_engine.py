@@ -242,7 +242,7 @@ def test_a_value_function_with_blocks_of_its_own_is_refused():
     megatron_backend()
     from trlx.backends.megatron.backend import _refuse
 
-    with pytest.raises(ValueError, match="its values come from a head"):
+    with pytest.raises(ValueError, match="which has a value head only"):
         _refuse(replace(NEEDS["PPO"], value_layers=1))
 
 

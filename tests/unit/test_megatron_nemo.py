@@ -159,7 +159,7 @@ def test_nothing_is_read_before_a_value_is_asked_for(tmp_path, monkeypatch):
     found = open_nemo(written(tmp_path / "m.nemo", llama(), 2, 2))
     reads = []
     monkeypatch.setattr(
-        "trlx.backends.megatron.nemo.names.Part.read", lambda shard, name, device="cpu": reads.append((name, device))
+        "trlx.backends.megatron.nemo.names.Shard.read", lambda shard, name, device="cpu": reads.append((name, device))
     )
     for name in found.tensors.names():
         assert found.tensors.read(name).get_shape()

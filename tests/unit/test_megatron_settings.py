@@ -24,7 +24,7 @@ from trlx.strict import ConfigError
 def test_without_a_file_everything_comes_from_the_configs_own_sections():
     config = load_preset("ppo").evolve(train={"minibatch_size": 2, "gradient_checkpointing": True, "seed": 7})
     found = settings_of(config.evolve(train={"mixed_precision": "bf16", "max_grad_norm": 0.5}))
-    assert found.parallel == ParallelSizes(1, 1, None, False) and found.recompute == Recompute("full", "uniform", 1)
+    assert found.sizes == ParallelSizes(1, 1, None, False) and found.recompute == Recompute("full", "uniform", 1)
     assert (found.dtype, found.micro_batch_size, found.max_grad_norm) == (torch.bfloat16, 2, 0.5)
     assert (found.seed, found.num_layers_unfrozen, found.decoder) == (7, 2, None)
     assert found.pretrained_model == "lvwerra/gpt2-imdb"
@@ -98,15 +98,15 @@ def test_every_way_to_write_a_precision_is_understood(precision, expected):
 
 def test_shorthands_stand_beside_a_file_or_without_one_and_win():
     shorthand = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "virtual_pipeline_model_parallel_size": 2}
-    assert read(trainer_kwargs=shorthand).parallel == ParallelSizes(2, 1, 2, True)
+    assert read(trainer_kwargs=shorthand).sizes == ParallelSizes(2, 1, 2, True)
     written = model(tensor_model_parallel_size=4, pipeline_model_parallel_size=3)
-    assert read(written, trainer_kwargs=shorthand).parallel == ParallelSizes(2, 3, 2, True)
+    assert read(written, trainer_kwargs=shorthand).sizes == ParallelSizes(2, 3, 2, True)
 
 
 def test_sequence_parallelism_without_tensor_parallelism_is_off_with_a_warning(monkeypatch):
     said = []
     monkeypatch.setattr(settings.logger, "warning", said.append)
-    assert read(model(sequence_parallel=True)).parallel == ParallelSizes()
+    assert read(model(sequence_parallel=True)).sizes == ParallelSizes()
     assert ["sequence_parallel does nothing" in line for line in said] == [True]
 
 

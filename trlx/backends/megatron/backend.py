@@ -1,4 +1,4 @@
-"""The Megatron backend: one decoder over tensor ranks and pipeline stages, with copies for data ranks."""
+"""The Megatron backend: a decoder sharded over tensor ranks and pipeline stages, with one copy per data rank."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from trlx.rollout.sampling import SamplingConfig
 
 
 class MegatronBackend(Backend):
-    """One decoder on Megatron-Core, in the layout that ``train.trainer_kwargs`` asks for."""
+    """A decoder on Megatron-Core, with the parallel sizes in ``train.trainer_kwargs``."""
 
     options = OPTIONS
 
@@ -68,7 +68,7 @@ class MegatronBackend(Backend):
         self.processes = dist.get_world_size()
         self.tokenizer, self.needs, self.precision = tokenizer, needs, settings.dtype
         self.microbatch_size = settings.micro_batch_size
-        self.schedule = repr(settings.optim.schedule)  # its length may be train.total_steps
+        self.schedule = repr(settings.optim.schedule)  # may contain train.total_steps
         self.divisor = settings.sizes.tensor if settings.sizes.sequence else 1
 
         rows = padded_vocab(self.vocabulary, settings.make_vocab_size_divisible_by * settings.sizes.tensor)
@@ -123,12 +123,12 @@ class MegatronBackend(Backend):
     def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
         self._train_mode(True)
         units = max(float(self.sum_across(batch.response_mask.sum())), 1.0)
-        # the engine averages gradients over data ranks; the loss is a global sum, so undo its mean
-        scale = self.data_size / units
+        # the loss is a sum; DistributedDataParallel averages gradients over data ranks, so multiply by their number
+        loss_factor = self.data_size / units
 
         def on_outputs(outputs: TokenScores, microbatch: TokenBatch) -> tuple[Tensor, Any]:
             loss, metrics = loss_fn(outputs, microbatch)
-            return loss * scale, pack(metrics)
+            return loss * loss_factor, pack(metrics)
 
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
@@ -155,7 +155,7 @@ class MegatronBackend(Backend):
     def gather_objects(self, objects: list[Any]) -> list[Any]:
         found: list[Any] = [None] * self.data_size
         dist.all_gather_object(found, objects, group=parallel_state.get_data_parallel_group())
-        # each process has gathered what its own neighbours hold; what the leading ones hold is what counts
+        # tensor ranks and stages of a data rank may hold different objects: take the first process's
         return self.parallel.from_leader([each for of_rank in found for each in of_rank])
 
     def broadcast_object(self, value: Any) -> Any:
@@ -194,9 +194,9 @@ class MegatronBackend(Backend):
         return self.initial_digest
 
     def _microbatches(self, batch: TokenBatch) -> list[TokenBatch]:
-        """Microbatches on the device, of widths that tensor ranks can share.
+        """Microbatches on the device, padded to a width that sequence parallelism can divide.
 
-        Interleaved stages take turns, which needs a multiple of their number: the last ones may count nothing.
+        An interleaved schedule needs a multiple of the stages, so microbatches with an empty response mask are added.
         """
         microbatches = [
             _widened(microbatch, self.divisor).to(self.device) for microbatch in batch.split(self.microbatch_size)
@@ -210,7 +210,7 @@ class MegatronBackend(Backend):
         return microbatches + [empty] * missing
 
     def _collected(self, found: list[Tensor], microbatches: list[TokenBatch], batch: TokenBatch) -> Tensor:
-        """Per-token numbers of all microbatches as one [B, T] of the batch's own width, on every stage."""
+        """Per-token outputs of all microbatches as one [B, T] tensor on the CPU, on every stage."""
         whole = torch.zeros(batch.tokens.shape, device=self.device)
         starts = range(0, len(batch), self.microbatch_size)
         for start, microbatch, outputs in zip(starts, microbatches, found, strict=False):
@@ -219,7 +219,7 @@ class MegatronBackend(Backend):
         return self.parallel.from_last_stage(whole).cpu()
 
     def _means(self, found: list[tuple[list[str], Tensor]]) -> dict[str, float]:
-        """The global means of what the last stage measured, on every process."""
+        """Global means of the last stage's metrics, on every process."""
         means = None
         if found:
             packed = merge_packed(torch.stack([rows for _, rows in found]))
@@ -235,9 +235,9 @@ class MegatronBackend(Backend):
 
 
 def _refuse(needs: ModelNeeds) -> None:
-    """Says what this backend does not do before anything is built."""
+    """Refuses what this backend does not support."""
     if needs.value_layers:
-        raise ValueError("method.num_value_layers_unfrozen must be 0 with a NeMo trainer: its values come from a head")
+        raise ValueError("method.num_value_layers_unfrozen must be 0 with a NeMo trainer, which has a value head only")
 
 
 def _language_models(stage: list[PolicyStage]) -> SimpleNamespace:

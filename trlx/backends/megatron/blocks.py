@@ -1,4 +1,4 @@
-"""The parts of a decoder block that Megatron-Core leaves to others: norms, attention, the parallel residual."""
+"""Norms, attention and parallel residual for Megatron-Core's decoder blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trlx.backends.megatron.decoder_config import DecoderConfig
 
 
 def block_spec(decoder: DecoderConfig, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
-    """What `num_layers` blocks of this shape are made of."""
+    """The submodules of `num_layers` blocks."""
     spec = get_gpt_layer_local_spec(qk_layernorm=decoder.qk_norm, normalization=config.normalization)
     norm = OffsetNorm if decoder.norm_offset else Norm
     spec.module = ParallelResidualLayer if decoder.parallel_residual else TransformerLayer
@@ -32,20 +32,21 @@ def block_spec(decoder: DecoderConfig, config: TransformerConfig, num_layers: in
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
 
 
-class Decoder(TransformerBlock):
-    """The engine's layers, whose lowest may be frozen, with nothing that trains below them.
+class FreezableBlock(TransformerBlock):
+    """Megatron-Core's layers, with activation recomputation for trained layers only.
 
-    Where the input asks for no gradient, autograd notes nothing of frozen layers. But the engine's recomputation gives
-    weights no gradient either, unless the input of the recomputed piece asks for one: those layers go without it.
+    Recomputed layers get no gradients unless their input requires one. Frozen layers at the bottom run without
+    recomputation, and the input of the first recomputed layer is made to require a gradient.
     """
 
     _plain = 0
+    """The lowest layers, which are not recomputed."""
 
-    def leave_out(self, frozen: int) -> None:
-        """From now on the lowest `frozen` layers are not computed again, but for those in one piece with others."""
+    def skip_recompute(self, frozen: int) -> None:
+        """Runs the lowest `frozen` layers without recomputation, except those recomputed together with higher ones."""
         config = self.config
-        piece = config.recompute_num_layers if config.recompute_method == "uniform" else 1
-        self._plain = frozen - frozen % piece
+        together = config.recompute_num_layers if config.recompute_method == "uniform" else 1
+        self._plain = frozen - frozen % together
         self.num_layers_per_pipeline_rank = len(self.layers) - self._plain
 
     def _get_layer(self, layer_number: int) -> nn.Module:
@@ -61,7 +62,7 @@ class Decoder(TransformerBlock):
 
 
 class Norm:
-    """torch's LayerNorm or RMSNorm, its weights marked for sequence parallelism, which the engine's own refuses."""
+    """torch's LayerNorm or RMSNorm, marked for sequence parallelism, which Megatron-Core's torch norm refuses."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> nn.Module:
         kind = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}[config.normalization]
@@ -69,7 +70,7 @@ class Norm:
 
 
 class OffsetNorm(nn.Module):
-    """A norm that multiplies with 1 + weight: Gemma's RMSNorm, NeMo's layernorm1p."""
+    """A norm that multiplies by 1 + weight: Gemma's RMSNorm, NeMo's layernorm1p."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any):
         super().__init__()
@@ -87,9 +88,9 @@ class OffsetNorm(nn.Module):
 
 
 class Attention(MegatronModule):
-    """Causal attention by torch's fused kernel: queries [T, B, heads, d], keys and values [S, B, groups, d].
+    """Attention by torch's fused kernel: queries [T, B, heads, d], keys and values [S, B, groups, d].
 
-    Without a mask every query sees the keys up to its own position; a mask is bool [B, 1, T, S], True where hidden.
+    `attention_mask` is bool [B, 1, T, S], True where a key is hidden; None: causal attention.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any):
@@ -115,8 +116,7 @@ class Attention(MegatronModule):
             "enable_gqa": query.shape[2] != key.shape[2],
         }
         dropout = self.dropout if self.training else 0.0
-        # every tensor rank has other heads, and so drops by its own random numbers; with sequence parallelism the
-        # engine has whole blocks do so
+        # tensor ranks hold different heads, so seed their dropout apart; sequence parallelism already does it per block
         forks = dropout and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if forks else nullcontext():
             context = F.scaled_dot_product_attention(*heads, dropout_p=dropout, **settings)
@@ -124,7 +124,7 @@ class Attention(MegatronModule):
 
 
 class ParallelResidualLayer(TransformerLayer):
-    """Attention and feed-forward both read the block's input x: x + attention(x) + feedforward(x) (GPT-NeoX)."""
+    """x + attention(norm(x)) + feedforward(norm(x)), as in GPT-NeoX."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         kwargs.pop("dynamic_inference_decode_only", None)
@@ -133,7 +133,7 @@ class ParallelResidualLayer(TransformerLayer):
 
 
 def _marked(norm: nn.Module, config: TransformerConfig) -> nn.Module:
-    # under sequence parallelism every tensor rank sees a part of the tokens, and gradients of norms are summed
+    # with sequence parallelism each tensor rank sees some of the tokens: Megatron-Core sums gradients of marked weights
     for weight in norm.parameters():
         weight.sequence_parallel = config.sequence_parallel
     return norm

@@ -1,4 +1,4 @@
-"""The policy as Megatron-Core runs it: a GPT model whose last pipeline stage scores tokens instead of giving logits."""
+"""The policy on Megatron-Core: a GPT model whose last stage returns per-token outputs instead of logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from trlx.backends.base import ModelNeeds
-from trlx.backends.megatron.blocks import Decoder, block_spec
+from trlx.backends.megatron.blocks import FreezableBlock, block_spec
 from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.heads import make_heads
 from trlx.backends.megatron.parallel import tensor_group
@@ -32,9 +32,9 @@ ACTIVATIONS = {
 
 
 class PolicyStage(GPTModel):
-    """One pipeline stage, or one of the several chunks of an interleaved one, with the heads on the last.
+    """One pipeline stage, or one chunk of an interleaved stage. The last one has the heads.
 
-    Called with tokens [B, T] and their response mask, the last stage returns `TokenScores`, the others hidden states.
+    Called with tokens [B, T] and their response mask, the last stage returns `TokenScores`, other stages hidden states.
     """
 
     def __init__(
@@ -64,10 +64,12 @@ class PolicyStage(GPTModel):
             rope_scaling_factor=decoder.rotary_scaling or 1.0,
             vp_stage=chunk,
         )
-        self.decoder.__class__ = Decoder  # the engine lets no other class be named
-        self.trains_below = self.wants_gradients = True
-        """Whether gradients have somewhere to go: before this stage or chunk, and there or in it."""
-        self.to(config.params_dtype)  # norms and position embeddings are torch's own, made in float32
+        self.decoder.__class__ = FreezableBlock  # GPTModel takes no class for its decoder
+        self.trains_below = True
+        """Whether layers before this stage or chunk train."""
+        self.wants_gradients = True
+        """Whether layers in or before this stage or chunk train."""
+        self.to(config.params_dtype)  # torch makes norms and position embeddings in float32
         self.decoder_config = decoder
         self.temperature = needs.temperature
         self.first_layer = get_transformer_layer_offset(config, vp_stage=chunk)
@@ -83,9 +85,9 @@ class PolicyStage(GPTModel):
             self.embedding.register_forward_hook(lambda _, args, embedded: embedded * scale.to(embedded.device))
 
     def forward(self, tokens: Tensor, response_mask: Tensor | None = None, **kwargs: Any) -> Tensor | TokenScores:
-        """Hidden states of a stage, or on the last one scores where `response_mask` is True; both [B, T].
+        """Hidden states of a stage; on the last stage the outputs where `response_mask` [B, T] is True.
 
-        With an ``inference_context`` the last stage returns (logits [B, V] of the last column, hidden states [B, d]).
+        With an ``inference_context`` the last stage returns logits [B, V] and hidden states [B, d] of the last column.
         """
         positions = kwargs.pop("positions", None)
         if positions is None:
@@ -94,11 +96,11 @@ class PolicyStage(GPTModel):
         return super().forward(tokens, positions, mask, loss_mask=response_mask, **kwargs)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Takes the hidden states of the stage before, whose gradients end here where nothing trains below."""
+        """Takes the hidden states of the previous stage, detached if no layer before this stage trains."""
         hidden = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if hidden is not None and not self.trains_below:
             if self.config.virtual_pipeline_model_parallel_size and torch.is_grad_enabled():
-                hidden.grad = torch.zeros_like(hidden)  # the interleaved schedule sends one back in any case
+                hidden.grad = torch.zeros_like(hidden)  # the interleaved schedule always sends a gradient
             hidden = hidden.detach()
         super().set_input_tensor(hidden)
 
@@ -111,20 +113,20 @@ class PolicyStage(GPTModel):
         inference_context: Any = None,
         **__: Any,
     ) -> Tensor | TokenScores | tuple[Tensor, Tensor]:
-        """What a stage hands on; takes the place of the engine's logits and loss."""
+        """What a stage returns. Overrides GPTModel's logits and loss."""
         if not self.post_process:
             return hidden_states
         if inference_context is not None:
             last = hidden_states[-1]
             return self.shard.gathered(self._logits(last).float()), last
         if self.config.sequence_parallel:
-            # every rank goes on with all tokens, and back with its own
+            # forward gathers all tokens on every rank; backward keeps each rank's own
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, False, tensor_group())
         return self._outputs(hidden_states.transpose(0, 1), input_ids, loss_mask)
 
     @torch.no_grad()
     def _clear_padding(self) -> None:
-        # rows that no token has are zeros, in random weights too, so that their number changes nothing
+        # zero the padding rows of random weights too, so that outputs do not depend on their number
         real = max(0, self.shard.size - self.shard.first)
         tables = [self.embedding.word_embeddings.weight] if self.pre_process else []
         tables += [self.output_layer.weight] if self.post_process and self.output_layer.weight is not None else []
@@ -132,7 +134,7 @@ class PolicyStage(GPTModel):
             table[real:].zero_()
 
     def _outputs(self, hidden: Tensor, tokens: Tensor, response_mask: Tensor) -> TokenScores:
-        assert not response_mask[:, 0].any(), "the first token of a row has no state before it"
+        assert not response_mask[:, 0].any(), "the first token of a row has no hidden state before it"
         at = response_mask.flatten().nonzero().squeeze(1)
         chosen = tokens.flatten().index_select(0, at)
         before = hidden.flatten(0, 1).index_select(0, at - 1)
@@ -148,18 +150,18 @@ class PolicyStage(GPTModel):
 
     def _logprobs(self, hidden: Tensor, chosen: Tensor) -> Tensor:
         logits = self._logits(hidden).float()
-        if self.temperature != 1.0:  # a division by 1 would copy all of them
+        if self.temperature != 1.0:  # dividing by 1 would copy the logits
             logits = logits / self.temperature
         return self.shard.logprobs(logits, chosen)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """This tensor rank's columns."""
+        """The columns of this tensor rank."""
         tied = self.share_embeddings_and_output_weights
         return F.linear(hidden, self.shared_embedding_or_output_weight() if tied else self.output_layer.weight)
 
 
 def engine_config(decoder: DecoderConfig, settings: MegatronSettings, needs: ModelNeeds) -> TransformerConfig:
-    """The engine's own configuration."""
+    """Megatron-Core's configuration."""
     sizes, recompute = settings.sizes, settings.recompute
     dropout = {"hidden_dropout": decoder.hidden_dropout, "attention_dropout": decoder.attention_dropout}
     return TransformerConfig(
@@ -191,14 +193,14 @@ def engine_config(decoder: DecoderConfig, settings: MegatronSettings, needs: Mod
         recompute_method=recompute.method,
         recompute_num_layers=recompute.num_layers,
         use_cpu_initialization=not torch.cuda.is_available(),
-        # microbatches are no wider than their longest row; the engine asks for this odd switch with it
+        # microbatches differ in width; TransformerConfig then requires moe_token_dispatcher_type
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # with two stages and batched sends an interleaved schedule mixes up its two neighbours, which are one process
+        # with two interleaved stages both neighbours are one process, and batched sends mix up their messages
         overlap_p2p_comm=sizes.virtual is not None,
         batch_p2p_comm=sizes.virtual is None,
         batch_p2p_sync=False,
-        cuda_graph_scope=[],  # the engine's default is a name that it warns of
+        cuda_graph_scope=[],  # Megatron-Core warns of its own default
         finalize_model_grads_func=finalize_model_grads,
     )
 
@@ -211,15 +213,16 @@ def build_chunks(
     seed: int,
     device: torch.device,
 ) -> list[PolicyStage]:
-    """This process's pipeline stage: one model, or one per interleaved chunk."""
+    """This process's pipeline stage: one model, or one model per interleaved chunk."""
     config = engine_config(decoder, settings, needs)
     numbers = [None] if settings.sizes.virtual is None else range(settings.sizes.virtual)
     return [PolicyStage(decoder, config, padded_vocab, needs, seed, chunk).to(device) for chunk in numbers]
 
 
 def freeze(chunks: list[PolicyStage], num_layers_unfrozen: int) -> None:
-    """Leaves the top `num_layers_unfrozen` blocks, what follows them and the heads trainable; see
-    ``trlx.models.decoder.freeze``.
+    """Freezes all but the top `num_layers_unfrozen` blocks, the final norm, an untied output layer and the heads.
+
+    See ``trlx.models.decoder.freeze``.
 
     Raises:
         ValueError: `num_layers_unfrozen` is below -1 or above the number of blocks.
@@ -240,11 +243,11 @@ def freeze(chunks: list[PolicyStage], num_layers_unfrozen: int) -> None:
                 module.requires_grad_(True)
         below, here = chunk.first_layer, len(chunk.decoder.layers)
         chunk.trains_below, chunk.wants_gradients = first < below, first < below + here
-        chunk.decoder.leave_out(min(max(first - below, 0), here))
+        chunk.decoder.skip_recompute(min(max(first - below, 0), here))
 
 
 def language_model(chunk: PolicyStage) -> nn.ModuleDict:
-    """The parts of a stage but the heads."""
+    """The modules of a stage without the heads."""
     return nn.ModuleDict({name: child for name, child in chunk.named_children() if name != "heads"})
 
 

@@ -1,4 +1,4 @@
-"""Where a model comes from, and how it is written in the same form again."""
+"""Where a model comes from: its config, its first weights, and how it is exported."""
 
 from __future__ import annotations
 
@@ -41,34 +41,34 @@ from trlx.models.vocabulary import check_vocabulary_size
 logger = logging.get_logger(__name__)
 
 ARCHIVE = "model.nemo"
-"""What is written of a model that transformers has no architecture for."""
+"""The exported file of a model that transformers has no architecture for."""
 PARTS = ".parts"
-"""Where its stages leave their weights until they are in the archive."""
+"""Folder for the files of its stages, before they are packed into `ARCHIVE`."""
 
 
 @dataclass
 class ModelSource:
-    """A decoder before it is divided: its shape, what its tensors are called, and its first weights."""
+    """A whole decoder, before it is sharded: its config, the names of its tensors, and its first weights."""
 
     decoder: DecoderConfig
     config: PretrainedConfig | None
-    """For the folders that are written; its ``model_type`` says what tensors are called. None: transformers has no
-    architecture of this shape, and `.nemo` archives are written."""
+    """Written with exported weights; its ``model_type`` decides the names of tensors. None: transformers has no such
+    architecture, and a `.nemo` archive is exported."""
     tensors: TensorSource | None
-    """None: the engine's own random weights."""
+    """The first weights; None: random weights of Megatron-Core."""
     heads: InMemory | None = None
-    """Those that do not begin anew."""
+    """The first weights of those heads that do not start at random."""
 
     @property
     def family(self) -> str:
-        """Which names the tensors have."""
+        """The family whose tensor names are used."""
         return family_of(self.config)
 
     def load(self, weights: StageWeights) -> None:
-        """Fills a stage with its parts of the first weights.
+        """Loads this process's shards of the first weights.
 
         Raises:
-            ValueError: tensors are missing, left over or of other shapes than the config says.
+            ValueError: a tensor is missing, unused or of another shape than the config says.
         """
         if self.tensors is not None:
             parallel = weights.parallel
@@ -77,12 +77,12 @@ class ModelSource:
         if self.heads is not None:
             fitting = [weight for weight in weights.of_heads() if weight.entry.hf_names[0] in self.heads.tensors]
             weights.load(self.heads.read, fitting)
-        self.tensors = self.heads = None  # what was made in memory is not needed again
+        self.tensors = self.heads = None  # free weights that were made in memory
 
     def export(self, weights: StageWeights, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Writes a folder that plain ``transformers`` loads, and the heads beside; called on every process.
+        """Writes a folder that ``transformers`` loads, and the heads in a file of their own. Call it on every process.
 
-        A model that transformers has no architecture for becomes ``model.nemo`` in it, heads and tokenizer inside.
+        Without an architecture in transformers the folder holds ``model.nemo``, with heads and tokenizer inside.
         """
         parts = folder if self.config is not None else folder / PARTS
         parts.mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ class ModelSource:
                 self._pack(weights, folder)
 
     def _pack(self, weights: StageWeights, folder: Path) -> None:
-        """Makes an archive of the parts that the stages wrote, which are removed."""
+        """Packs the files of the stages into an archive and removes them."""
         read = checked_reader(open_tensors(folder / PARTS), weights.entries)
         files = {file.name: file for file in sorted(folder.iterdir()) if is_companion(file.name)}
         write_nemo(folder / ARCHIVE, self.decoder, read, self.family, files=files)
@@ -119,12 +119,12 @@ def find_source(
     train: TrainConfig,
     needs: ModelNeeds,
 ) -> ModelSource:
-    """The model that a config asks for: a pretrained one, a ``transformers`` config's, or that of a NeMo-shaped file.
+    """The model of a run: pretrained, or random from a ``transformers`` config or a NeMo config file.
 
     Raises:
-        ValueError: the pretrained model is not of the shape in the file, or too small for the tokenizer or
+        ValueError: the pretrained model does not match the NeMo config file, or is too small for the tokenizer or for
             ``train.seq_length``.
-        OSError: there is no such model.
+        OSError: the model does not exist.
     """
     if settings.pretrained_model is not None:
         found = _pretrained(settings.pretrained_model, model, settings, tokenizer, train)
@@ -169,7 +169,7 @@ def _hf_config(decoder: DecoderConfig) -> PretrainedConfig | None:
 
 
 def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> ModelSource:
-    """The weights that the other backend makes of the same config and seed, on every process."""
+    """The random weights that the Accelerate backend makes from this config and seed, on every process."""
     decoder = decoder_config_of(model.model_path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -185,7 +185,7 @@ def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> ModelSource:
 
 
 def _head_shapes(decoder: DecoderConfig, needs: ModelNeeds) -> dict[str, torch.Size]:
-    """Of the whole heads a method needs, on every stage, so that all of them come to one result."""
+    """Shapes of a method's whole heads. Every stage computes them, so that all stages decide alike."""
     with torch.device("meta"):
         heads = {"value": ValueHead(decoder.hidden_size)} if needs.value_head else {}
         if needs.q_heads:
@@ -204,9 +204,7 @@ def _check_same(found: DecoderConfig, wanted: DecoderConfig | None) -> None:
     differing = [name for name in _SIZES if getattr(found, name) != getattr(wanted, name)]
     if differing:
         said = ", ".join(f"{name} {getattr(wanted, name)} (it has {getattr(found, name)})" for name in differing)
-        raise ValueError(
-            f"The pretrained model is not the one megatron_cfg.model describes: {said}; leave these keys out"
-        )
+        raise ValueError(f"The pretrained model differs from megatron_cfg.model in {said}: leave these keys out")
 
 
 def _with_dropout(decoder: DecoderConfig, settings: MegatronSettings) -> DecoderConfig:
@@ -222,7 +220,7 @@ def _with_dropout(decoder: DecoderConfig, settings: MegatronSettings) -> Decoder
 
 def _for_export(config: PretrainedConfig | None, dtype: torch.dtype) -> PretrainedConfig | None:
     if config is None:
-        logger.warning(f"transformers has no architecture of this shape: hf_model/ is going to hold {ARCHIVE} instead")
+        logger.warning(f"transformers has no architecture for this model: hf_model/ will hold {ARCHIVE} instead")
         return None
     config = type(config).from_dict(config.to_dict())
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
@@ -233,5 +231,7 @@ def _for_export(config: PretrainedConfig | None, dtype: torch.dtype) -> Pretrain
 def _check_length(decoder: DecoderConfig, seq_length: int) -> None:
     window = decoder.attention_window
     if window is not None and seq_length > window:
-        raise ValueError(f"train.seq_length is {seq_length}, but the model looks back {window} at most: write no more")
+        raise ValueError(
+            f"train.seq_length is {seq_length}, but the model attends to {window} tokens: write at most {window}"
+        )
     check_length(seq_length, decoder.max_position_embeddings, decoder.position == "learned")

@@ -1,7 +1,7 @@
-"""What the Megatron backend is to do: read from the config's sections and a file in NeMo's shape, once, at the start.
+"""Settings of the Megatron backend, read once from the config's sections and a NeMo config file.
 
-`read_settings` puts them together; `layout_checks` compares them with the model and the processes before anything is
-built. docs/megatron-config.md lists every key, and which of two places wins.
+`read_settings` reads them; `size_checks` checks them against the model and the processes. docs/megatron-config.md
+lists every key, and which of two places wins.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SHORTHANDS = (
     "virtual_pipeline_model_parallel_size",
     "sequence_parallel",
 )
-"""Keys of ``model`` that may stand in ``train.trainer_kwargs`` themselves, and win there."""
+"""Keys of ``model`` that ``train.trainer_kwargs`` may have too; there they win."""
 OPTIONS = ("megatron_cfg", "pretrained_model", *SHORTHANDS)
-"""Keys of ``train.trainer_kwargs`` that are read here."""
+"""Keys of ``train.trainer_kwargs``."""
 PRECISIONS = {
     **dict.fromkeys(("32", "32-true"), torch.float32),
     **dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16),
@@ -43,16 +43,16 @@ MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """How one copy of the model is divided."""
+    """Sizes of tensor and pipeline parallelism. The data parallel size is the number of processes / (T x P)."""
 
     tensor: int = 1
-    """Processes that share every layer."""
+    """Tensor parallel size T: processes that share every layer."""
     pipeline: int = 1
-    """Stages that share the layers out."""
+    """Pipeline parallel size P: stages, each with num_layers / P layers."""
     virtual: int | None = None
-    """Chunks of layers per stage (interleaved schedule); None: one."""
+    """Chunks of layers per stage (interleaved schedule); None: 1."""
     sequence: bool = False
-    """Tensor ranks share norms and dropout out, too."""
+    """Sequence parallelism: tensor ranks also divide norms and dropout, by position."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Recompute:
     method: str | None = None
     """"uniform" or "block"; full only."""
     num_layers: int | None = None
-    """Layers per piece (uniform), or layers of a stage that are recomputed (block); full only."""
+    """Layers recomputed at a time (uniform), or recomputed layers of a stage (block); full only."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,10 @@ class Optim:
     """"adam" or "sgd"."""
     lr: float
     schedule: Schedule
-    """Its ``rate(step, lr)`` is the learning rate of a step."""
     distributed: bool = False
-    """Every data rank keeps a part of the optimizer's state."""
+    """Shard the optimizer state over data ranks."""
     decoupled_weight_decay: bool = True
-    """AdamW, not Adam with weight decay in the gradient."""
+    """True: AdamW. False: Adam with weight decay added to the gradient."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -87,7 +86,7 @@ class Optim:
 
     @property
     def moment_names(self) -> tuple[str, ...]:
-        """The running averages kept of each weight, as torch names them."""
+        """torch's names of the optimizer state of a weight."""
         if self.name == "adam":
             return ("exp_avg", "exp_avg_sq")
         return ("momentum_buffer",) if self.momentum else ()
@@ -95,29 +94,29 @@ class Optim:
 
 @dataclass(frozen=True)
 class MegatronSettings:
-    """Everything the backend is told, with its kind checked."""
+    """All settings of the backend, with their types checked."""
 
     sizes: ParallelSizes
     recompute: Recompute
     optim: Optim
     dtype: torch.dtype
-    """Type of weights and activations; with a half type there are float32 main weights beside."""
+    """Type of weights and activations; bfloat16 and float16 also keep float32 main weights."""
     micro_batch_size: int
     """Rows per forward pass."""
     max_grad_norm: float | None
-    """Gradients are clipped to this norm; None: not."""
+    """Gradients are clipped to this norm; None: no clipping."""
     seed: int
     num_layers_unfrozen: int
     decoder: DecoderConfig | None
-    """The model that the file describes, its ``vocab_size`` None until the tokenizer is known; None: as pretrained."""
+    """The decoder in the NeMo config file, without its ``vocab_size``; None: the file describes none."""
     pretrained_model: str | None
-    """Folder, ``.nemo`` archive or hub name; None: random weights of `shape` or of a config in ``model.model_path``."""
+    """Folder, ``.nemo`` archive or hub name; None: random weights."""
     hidden_dropout: float | None
-    """In place of the pretrained model's own; None: its own."""
+    """None: the pretrained model's own; so for `attention_dropout`."""
     attention_dropout: float | None
     make_vocab_size_divisible_by: int = 128
     devices: int | None = None
-    """Processes per node that the file counts on; None: it does not say."""
+    """``trainer.devices``, processes per node; None: not written, or "auto"."""
     num_nodes: int | None = None
 
 
@@ -135,8 +134,8 @@ def read_settings(
         trainer_kwargs: ``megatron_cfg`` (see `read_megatron_cfg`), ``pretrained_model`` and `SHORTHANDS`, all optional.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, a value out of range, or one that asks for what is not done.
-        ValueError: there is no such file or preset.
+        ConfigError: an unknown key, a wrong type, a value out of range, or an unsupported value.
+        ValueError: the file or preset does not exist.
     """
     _check_supported(trainer_kwargs, model)
     config = read_megatron_cfg(trainer_kwargs.get("megatron_cfg"))
@@ -181,7 +180,7 @@ def _sizes(gpt: Lookup, trainer_kwargs: Mapping[str, Any]) -> ParallelSizes:
     size, chunks = tensor.integer(SHORTHANDS[0], 1), virtual.integer(SHORTHANDS[2], 1)
     shares_sequence = sequence.flag("sequence_parallel", False)
     if shares_sequence and size == 1:
-        logger.warning("sequence_parallel does nothing where tensor_model_parallel_size is 1, and is off")
+        logger.warning("sequence_parallel is off, because tensor_model_parallel_size is 1")
     return ParallelSizes(
         tensor=size,
         pipeline=pipeline.integer(SHORTHANDS[1], 1),
@@ -194,7 +193,7 @@ def _recompute(gpt: Lookup, train: TrainConfig) -> Recompute:
     granularity = gpt.choice("activations_checkpoint_granularity", None, ["selective", "full"])
     if granularity is None and train.gradient_checkpointing:
         return Recompute("full", "uniform", 1)
-    if granularity != "full":  # files write a method beside "selective", which has none
+    if granularity != "full":  # NeMo files write a method with "selective" too, where it has no effect
         return Recompute(granularity)
     method = gpt.choice("activations_checkpoint_method", "uniform", ["uniform", "block"])
     return Recompute(granularity, method, gpt.integer("activations_checkpoint_num_layers", 1))
@@ -225,7 +224,7 @@ _OPTIMIZERS: dict[str, dict[str, Any]] = {
     "distributed_fused_adam": {"name": "adam", "weight_decay": 0.0, "distributed": True},
     "sgd": {"name": "sgd", "weight_decay": 0.0},
 }
-"""By the name in a config; defaults as in torch, and in NeMo for its own."""
+"""By the name in a config. Defaults are those of torch, or of NeMo for its own optimizers."""
 
 
 def _adam(section: Lookup) -> dict[str, Any]:
@@ -251,7 +250,7 @@ _SYNONYMS = {"max_steps": "T_max", "min_lr": "eta_min"}
 def _warn_of_dropped(
     name: str, section: OptimizerConfig | SchedulerConfig, in_file: Mapping[str, Any], where: str
 ) -> None:
-    """Says where a section of the config wins over the same in a file that says something else."""
+    """Warns if a section of the config hides different values in the NeMo config file."""
 
     def plain(key: str, value: Any) -> Any:
         return str(value).lower() if key == "name" else list(value) if isinstance(value, (list, tuple)) else value
@@ -267,8 +266,8 @@ def _warn_of_dropped(
     if others:
         said = ", ".join(f"{key} {value}" for key, value in others.items())
         logger.warning(
-            f"The config's {name} section ({section.name}) wins over {where}, whose {said} is not read: write it in "
-            f"the section, or an empty section ({name}: {{}}) to take the file's"
+            f"The config's {name} section ({section.name}) wins over {where}, whose {said} have no effect: write them in "
+            f"the {name} section, or write {name}: {{}} to use {where}"
         )
 
 
@@ -292,7 +291,7 @@ def _dtype(trainer: Lookup, gpt: Lookup, train: TrainConfig) -> torch.dtype:
 
 def _micro_batch_size(gpt: Lookup, train: TrainConfig) -> int:
     written = gpt.integer("micro_batch_size", train.batch_size)
-    # a file's size is for the batches it was written for
+    # a preset's micro batch may be larger than this run's batch
     return train.minibatch_size or min(written, train.batch_size)
 
 
@@ -312,6 +311,6 @@ def _pretrained_model(
 
 
 def _count(trainer: Lookup, key: str) -> int | None:
-    """A count of processes; None for one that is left to the launcher, as in ``devices: auto``."""
+    """A number of processes; None for ``auto`` and -1, which leave it to the launcher."""
     value = trainer.get(key)
     return None if value in ("auto", -1, "-1") else trainer.integer(key)

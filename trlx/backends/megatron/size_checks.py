@@ -1,4 +1,4 @@
-"""The arithmetic between the settings, the model and the processes, done before anything is built."""
+"""Checks parallel sizes against the model, the batch and the processes, before the model is built."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from trlx.strict import ConfigError
 
 
 def check_sizes(settings: MegatronSettings, decoder: DecoderConfig, world_size: int, batch_size: int) -> None:
-    """Makes sure that the layout divides what it has to divide.
+    """Checks that the parallel sizes divide heads, layers, rows and processes.
 
     Args:
-        shape: the model that is going to be built.
-        world_size: processes that were started.
+        world_size: number of processes.
         batch_size: rows per optimizer step and data rank.
 
     Raises:
-        ConfigError: something does not fit; the message lists all of it, a sentence each.
+        ConfigError: sizes do not fit; the message has one sentence for each.
     """
     problems = [
         *_processes(settings, world_size),
@@ -59,7 +58,7 @@ def _tensor(settings: MegatronSettings, decoder: DecoderConfig) -> Iterator[str]
     if decoder.num_attention_heads % decoder.num_query_groups:
         yield (
             f"The model's num_attention_heads {decoder.num_attention_heads} is not a multiple of num_query_groups "
-            f"{decoder.num_query_groups}: every group serves as many heads."
+            f"{decoder.num_query_groups}: every group must serve the same number of heads."
         )
     if settings.sizes.sequence and tensor == 1:
         yield "sequence_parallel needs tensor_model_parallel_size 2 or more: write sequence_parallel: false."
@@ -101,15 +100,15 @@ def _recompute(settings: MegatronSettings, decoder: DecoderConfig) -> Iterator[s
     in_chunk = decoder.num_layers // (sizes.pipeline * (sizes.virtual or 1))
     if wanted is not None and wanted > in_chunk > 0:
         yield (
-            f"activations_checkpoint_num_layers is {wanted}, but a stage of the pipeline has {in_chunk} layers at a "
-            f"time: write at most {in_chunk}."
+            f"activations_checkpoint_num_layers is {wanted}, but a pipeline stage (or virtual chunk) has {in_chunk} "
+            f"layers: write at most {in_chunk}."
         )
 
 
-def _not_divided(what: str, size: int, key: str, parts: int) -> str:
-    return f"{what} {size} is not a multiple of {key} {parts}: write one of {_divisors(size)}."
+def _not_divided(what: str, size: int, key: str, divisor: int) -> str:
+    return f"{what} {size} is not a multiple of {key} {divisor}: write one of {_divisors(size)}."
 
 
 def _divisors(size: int) -> str:
-    """ "1, 2, 4, 8": those up to 64, more processes than any layout has."""
-    return ", ".join(str(part) for part in range(1, min(size, 64) + 1) if size % part == 0)
+    """Divisors up to 64, e.g. "1, 2, 4, 8"."""
+    return ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)

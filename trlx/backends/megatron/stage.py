@@ -1,7 +1,7 @@
-"""The weights of this process's pipeline stage by the names they have in the whole model, on disk and on the way there.
+"""Saves and loads the weights and the optimizer state of this process's pipeline stage.
 
-On disk every tensor is whole and has its Hugging Face name, so that any layout can read what any other wrote. A stage
-writes its own layers; all it needs from others are the parts of its tensor ranks, one weight at a time.
+Checkpoints hold whole tensors under their Hugging Face names, so a run can resume with other parallel sizes. Each stage
+writes its own layers, and gathers one weight at a time from its tensor ranks.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ HEADS = "heads."
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of this stage, or this tensor rank's part of it."""
+    """One weight of this stage, or this tensor rank's shard of it."""
 
     name: str
-    """The engine's name, layers counted over the whole model."""
+    """Megatron-Core's name, with the layer's number in the whole model."""
     value: nn.Parameter
     entry: Entry
     is_copy: bool
-    """The last stage's copy of a tied embedding, which the first stage has too."""
+    """True for the last stage's copy of a tied embedding."""
 
 
 class StageWeights:
-    """Reads and writes the weights of a stage. Every method is called on every process.
+    """Reads and writes the weights of a stage. Call every method on every process.
 
     Args:
-        entries: for each of the engine's names, layers counted over the whole model, what it is made of.
+        entries: see ``mapping.entries``.
     """
 
     def __init__(self, stage: list[PolicyStage], entries: dict[str, Entry], parallel: ParallelState):
@@ -55,27 +55,27 @@ class StageWeights:
         self.weights = [weight for chunk in stage for weight in _named(chunk, entries)]
 
     def load(self, read: Callable[[str], Any], weights: Iterable[Weight]) -> None:
-        """Fills `weights` with their parts of the tensors that `read` gives by name."""
+        """Loads this rank's shards of `weights`; `read` maps a Hugging Face name to a tensor."""
         with torch.no_grad():
             for weight in weights:
                 weight.value.copy_(self._shard(weight, read))
 
     def of_model(self) -> list[Weight]:
-        """The language model's."""
+        """Weights of the language model."""
         return [weight for weight in self.weights if not weight.name.startswith(HEADS)]
 
     def of_heads(self) -> list[Weight]:
-        """Those of the heads; none but on the last stage."""
+        """Weights of the heads, which the last stage has."""
         return [weight for weight in self.weights if weight.name.startswith(HEADS)]
 
     def trained(self) -> list[Weight]:
-        """What a checkpoint needs: what trains, and every head; the rest comes from where training started."""
+        """Weights in a checkpoint: those that train, and all heads. The others are loaded from the first model."""
         return [w for w in self.weights if w.value.requires_grad or w.name.startswith(HEADS)]
 
     def whole(self, weights: Iterable[Weight], value: Callable[[Weight], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor on the CPU) of `value(weight)`, which has the weight's own shape.
+        """(Hugging Face name, whole tensor on the CPU) of `value(weight)`, a tensor of the weight's shape.
 
-        Only the first tensor rank of the first data rank gets them; the others help to gather and get nothing.
+        Yields on tensor rank 0 of data rank 0; the other tensor ranks only send their shards.
         """
         for weight in weights:
             local = value(weight).detach()
@@ -87,36 +87,36 @@ class StageWeights:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes what its stage holds."""
+        """True on the process that writes its stage's files."""
         return self.parallel.data_rank == 0 and self.parallel.tensor_rank == 0
 
     def save_trained(self, folder: Path, updates: Updates) -> None:
-        """Writes what trains, in the float32 that it is trained in."""
+        """Writes the trained weights in float32."""
         found = self.whole(self.trained(), lambda weight: updates.main(weight.value))
         self._write(folder / f"policy-{self.parallel.stage:03d}.safetensors", found)
 
     def load_trained(self, folder: Path, updates: Updates) -> None:
-        """Restores `save_trained`, in any layout and any precision.
+        """Loads what `save_trained` wrote, with any parallel sizes and precision.
 
         Raises:
-            ValueError: other weights were trained.
+            ValueError: the checkpoint holds other weights than those that train now.
         """
         read, names = _reader(folder, "policy")
         trained = self.trained()
         wanted, known = (_hf_names(weights) for weights in (trained, self.weights))
         odd = sorted((wanted - names) | (names & known - wanted))
-        # every stage looks at its own; one that raised alone would leave the others waiting
+        # raise on every stage: the others would wait for one that raised alone
         found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, odd[:3])
         if any(found):
             examples = ", ".join(sorted({name for each in found for name in each})[:3])
-            raise ValueError(f"{folder} holds other trained weights than this config asks for, e.g. {examples}")
+            raise ValueError(f"{folder} holds other trained weights than this config trains, e.g. {examples}")
         with torch.no_grad():
             for weight in trained:
                 updates.set_main(weight.value, self._shard(weight, read).to(weight.value.device))
 
     def save_moments(self, folder: Path, updates: Updates) -> None:
-        """Writes what the optimizer keeps of every weight."""
+        """Writes the optimizer state of every weight."""
         trained = [weight for weight in self.weights if weight.value.requires_grad]
         kinds = sorted({kind for weight in trained for kind in updates.kinds(weight.value)})
         tensors: dict[str, Tensor] = {}
@@ -127,7 +127,7 @@ class StageWeights:
         self._write(folder / f"optimizer-{self.parallel.stage:03d}.safetensors", tensors.items())
 
     def load_moments(self, folder: Path, updates: Updates) -> None:
-        """Restores `save_moments`, in any layout."""
+        """Loads what `save_moments` wrote, with any parallel sizes."""
         read, _ = _reader(folder, "optimizer")
         updates.prepare()
         with torch.no_grad():
@@ -137,7 +137,7 @@ class StageWeights:
                     updates.keep(weight.value, kind, shard)
 
     def counts(self) -> tuple[int, int]:
-        """How many parameters of the whole model train and how many do not, without the padding of the vocabulary."""
+        """Trained and frozen parameters of the whole model, without vocabulary padding."""
         mine = torch.zeros(2, dtype=torch.int64, device=self.parallel.device)
         for weight in self.weights if self.writes else ():
             size = sum(math.prod(shape) for shape in weight.entry.hf_shapes.values())
@@ -146,7 +146,7 @@ class StageWeights:
         return int(mine[0]), int(mine[1])
 
     def digest(self) -> str:
-        """A short hash of the language model's weights, the same in every layout."""
+        """A short hash of the language model's weights, equal for all parallel sizes."""
         mine = {}
         for weight in self.of_model():
             counts = not weight.is_copy and (weight.entry.split_dim is not None or self.parallel.tensor_rank == 0)
@@ -170,7 +170,7 @@ class StageWeights:
 
 
 class DropoutRNG:
-    """The random numbers of dropout on this process, which depend on its place."""
+    """The state of this process's dropout random number generators."""
 
     def __init__(self, parallel: ParallelState):
         self.file = f"dropout-{parallel.data_rank:05d}-{parallel.tensor_rank:03d}-{parallel.stage:03d}.safetensors"
@@ -179,7 +179,7 @@ class DropoutRNG:
         save_file(dict(tensor_parallel.get_cuda_rng_tracker().get_states()), folder / self.file)
 
     def load(self, folder: Path) -> None:
-        """Goes on where this place was; in another layout, where it has not been, afresh."""
+        """Restores the state; keeps the current one if the checkpoint has none for these ranks."""
         if (folder / self.file).is_file():
             tensor_parallel.get_cuda_rng_tracker().set_states(load_file(folder / self.file))
 
@@ -213,7 +213,7 @@ def _hf_names(weights: Iterable[Weight]) -> set[str]:
 
 
 def _reader(folder: Path, kind: str) -> tuple[Callable[[str], Any], set[str]]:
-    """(gives a slice of a tensor by name, all names) from the files of every stage."""
+    """(a function from a name to a slice of the tensor, all names), from the files of all stages."""
     homes = {}
     for file in sorted(folder.glob(f"{kind}-*.safetensors")):
         opened = safe_open(file, framework="pt")

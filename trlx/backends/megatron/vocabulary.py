@@ -1,6 +1,6 @@
-"""Log-probabilities and Q of chosen tokens where every tensor rank holds some columns of the vocabulary.
+"""Log-probabilities and Q of chosen tokens, computed from logits that are sharded by vocabulary.
 
-No rank ever holds all logits: what crosses ranks is one number per token and reduction.
+Tensor ranks exchange one number per token and reduction. No rank gathers all logits in training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trlx.backends.megatron.parallel import tensor_group
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """The columns this tensor rank holds: `width` from `first` on; those at `size` and above are padding."""
+    """This tensor rank holds columns `first` to `first + width`. Columns from `size` on are padding."""
 
     first: int
     width: int
@@ -36,14 +36,14 @@ class VocabularyShard:
         return self.chosen(shifted, targets) - total.log()
 
     def chosen(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """`scores` [N, width] at `targets` [N], from whichever rank holds them; [N]."""
+        """`scores` [N, width] at `targets` [N], from the rank that holds each target; [N]."""
         local = targets - self.first
         here = (local >= 0) & (local < self.width)
         found = scores.gather(1, local.clamp(0, self.width - 1)[:, None]).squeeze(1)
         return reduce_from_tensor_model_parallel_region(torch.where(here, found, 0.0), tensor_group())
 
     def gathered(self, scores: Tensor) -> Tensor:
-        """[N, size]: the columns of all ranks, padding left out. For sampling only."""
+        """[N, size]: the columns of all ranks, without padding. For sampling only."""
         return gather_from_tensor_model_parallel_region(scores.contiguous(), tensor_group())[..., : self.size]
 
     def without_padding(self, logits: Tensor) -> Tensor:
