@@ -224,9 +224,9 @@ def test_a_method_without_a_nemo_trainer_is_refused():
 
 def test_the_smallest_layout_that_fits_is_found():
     whole = fullest(RUN).total
-    assert fit(RUN, 2, whole).sizes == ParallelSizes()
+    assert fit(RUN, 2, whole).parallel == ParallelSizes()
     smaller = fit(changed(data=2), 4, whole - 1)
-    assert smaller.sizes == ParallelSizes(2, 1, None, True)
+    assert smaller.parallel == ParallelSizes(2, 1, None, True)
     assert smaller.data * smaller.rows * smaller.microbatches == 2 * 2 * 4
     assert fit(RUN, 2, 10) is None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """What a decoder is built from. Example: GPT-2 small is ``Shape(num_layers=12, hidden_size=768, ...)``."""
+    """What a decoder is built from. Example: GPT-2 small is ``DecoderConfig(num_layers=12, hidden_size=768, ...)``."""
 
     num_layers: int
     hidden_size: int

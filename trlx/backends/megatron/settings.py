@@ -180,7 +180,7 @@ def _sizes(gpt: Lookup, trainer_kwargs: Mapping[str, Any]) -> ParallelSizes:
     size, chunks = tensor.integer(SHORTHANDS[0], 1), virtual.integer(SHORTHANDS[2], 1)
     shares_sequence = sequence.flag("sequence_parallel", False)
     if shares_sequence and size == 1:
-        logger.warning("sequence_parallel is off, because tensor_model_parallel_size is 1")
+        logger.warning("sequence_parallel is off: it needs tensor_model_parallel_size 2 or more")
     return ParallelSizes(
         tensor=size,
         pipeline=pipeline.integer(SHORTHANDS[1], 1),
@@ -266,8 +266,8 @@ def _warn_of_dropped(
     if others:
         said = ", ".join(f"{key} {value}" for key, value in others.items())
         logger.warning(
-            f"The config's {name} section ({section.name}) wins over {where}, whose {said} have no effect: write them in "
-            f"the {name} section, or write {name}: {{}} to use {where}"
+            f"The config's {name} section ({section.name}) wins over {where}, whose {said} have no effect: write "
+            f"them in the {name} section, or write {name}: {{}} to use {where}"
         )
 
 
