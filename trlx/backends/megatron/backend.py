@@ -115,10 +115,9 @@ class MegatronBackend(Backend):
         with self.reference.active() if reference else nullcontext():
             found = run_forward(self.stage, microbatches)
         logprobs = self._collected([outputs.logprobs for outputs in found], microbatches, batch)
-        has_values = self.needs.value_head and not reference
-        return TokenScores(
-            logprobs, self._collected([s.values for s in found], microbatches, batch) if has_values else None
-        )
+        if reference or not self.needs.value_head:
+            return TokenScores(logprobs)
+        return TokenScores(logprobs, self._collected([outputs.values for outputs in found], microbatches, batch))
 
     def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
         self._train_mode(True)
@@ -198,9 +197,7 @@ class MegatronBackend(Backend):
 
         An interleaved schedule needs a multiple of the stages, so microbatches with an empty response mask are added.
         """
-        microbatches = [
-            _widened(microbatch, self.divisor).to(self.device) for microbatch in batch.split(self.microbatch_size)
-        ]
+        microbatches = [_widened(rows, self.divisor).to(self.device) for rows in batch.split(self.microbatch_size)]
         sizes = self.parallel.sizes
         missing = -len(microbatches) % sizes.pipeline if sizes.virtual else 0
         if not missing:
