@@ -11,57 +11,35 @@ from trlx.compat.hooks import HOOKS
 from trlx.rollout.sampling import sweep_variants
 from trlx.trainer.sequences import sample_sequences
 
-_LOADER = "trainer.store holds the rows, and trlx.data.store.pass_order gives the order in which they are read"
-_EVALUATOR = "trainer.evaluator holds the prompts of evaluations"
-_STREAM = "PPO draws prompts from trainer.stream, RFT from trainer.pipeline"
-_MINIBATCH = "trainer.backend.microbatch_size is the number of rows computed at once"
-_LOG = "trainer.config.train.rollout_logging_dir is the folder of rollouts"
-_METHOD = "trainer.config.method holds the settings of the method"
-_SCHEDULE = "trainer.config.train has eval_interval, epochs and total_steps"
-
-ATTRIBUTES: dict[str, str] = {
+_GONE = {
     "accelerator": "trainer.backend has device and data_rank; Accelerate's object is trainer.backend.accelerator",
     "opt": "Accelerate's optimizer is trainer.backend.sharding.optimizer",
     "scheduler": "trainer.backend.scheduler",
     "ref_model": "trainer.backend.score(batch, reference=True) runs the reference policy",
     "kl_ctl": "trainer.kl, whose coefficient is trainer.kl.coef",
-    "mean_kl": "it is logged as policy/kl",
-    "approx_kl": "it is logged as policy/kl",
+    "mean_kl approx_kl": "it is logged as policy/kl",
     "running_moments": "trainer.moments",
     "ref_mean": "the mean of scores is never subtracted",
-    "train_dataloader": _LOADER,
-    "eval_dataloader": _EVALUATOR,
-    "eval_pipeline": _EVALUATOR,
-    "prompt_iterator": _STREAM,
-    "prompt_dataloader": _STREAM,
-    "prompt_pipeline": _STREAM,
+    "train_dataloader": "trainer.store holds the rows, and trlx.data.store.pass_order gives their order",
+    "eval_dataloader eval_pipeline": "trainer.evaluator holds the prompts of evaluations",
+    "prompt_iterator prompt_dataloader prompt_pipeline": "PPO draws from trainer.stream, RFT from trainer.pipeline",
     "generate_kwargs": "trainer.config.method.gen_kwargs",
     "generate_experience_kwargs": "trainer.sampling_kwargs",
     "generate_sweep_kwarg": "trainer.eval_variants holds the settings of each evaluation",
     "max_length": "trainer.config.train.seq_length",
-    "logit_mask": "ILQL trainers take one, as logit_mask in trainer.config.train.trainer_kwargs",
+    "logit_mask": "ILQL trainers take it as logit_mask in trainer.config.train.trainer_kwargs",
     "stop_sequences": "trainer.stopper holds them",
-    "mb_size": _MINIBATCH,
-    "num_mb": _MINIBATCH,
-    "mb_count": _MINIBATCH,
-    "n_inner_epochs": "trainer.inner_epochs",
-    "n_updates_per_batch": "trainer.inner_epochs",
+    "mb_size num_mb mb_count": "trainer.backend.microbatch_size is the number of rows computed at once",
+    "n_inner_epochs n_updates_per_batch": "trainer.inner_epochs",
     "epoch_count": "trainer.state.epoch",
     "nth_evaluation": "trainer.state.step is the step of the evaluation",
     "train_mode": "models train in trainer.learn() only",
-    "log_rollouts": _LOG,
-    "rollout_logging_dir": _LOG,
-    "run_id": _LOG,
-    "ilql": _METHOD,
-    "ppo_config": _METHOD,
-    "ilql_config": _METHOD,
-    "sft_config": _METHOD,
-    "generations_per_prompt": _METHOD,
+    "log_rollouts rollout_logging_dir run_id": "trainer.config.train.rollout_logging_dir is the folder of rollouts",
+    "ilql ppo_config ilql_config sft_config generations_per_prompt": "trainer.config.method holds the settings",
     "megatron_cfg": "trainer.config.train.trainer_kwargs holds it",
-    "limit_val_batches": _SCHEDULE,
-    "val_check_interval": _SCHEDULE,
-    "train_samples": _SCHEDULE,
+    "limit_val_batches val_check_interval train_samples": "trainer.config.train has eval_interval and total_steps",
 }
+ATTRIBUTES: dict[str, str] = {name: instead for names, instead in _GONE.items() for name in names.split()}
 """Gone attribute -> what to read instead."""
 
 

@@ -9,37 +9,32 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-_CONFIG = "set it in the sections optimizer and scheduler of the config"
-_SAMPLING = "override sampling(gen_kwargs), which returns the settings of rollouts and evaluations"
-_IN_TRAINERS = "override loss(scores, batch) or collect() of a trainer"
-
-HOOKS: dict[str, dict[str, str]] = {
+_INSTEAD = {
     "trainer": {
         "loss": "define loss(scores, batch), which gets a trlx.batch.TokenScores and a trlx.batch.TokenBatch",
-        "make_experience": "override collect(), which returns what the coming epoch trains on",
+        "make_experience push_to_store": "override collect(), which returns what the coming epoch trains on",
         "make_experience_seq2seq": "make_experience(samples, rewards, seq_length) takes every kind of model",
-        "push_to_store": "override collect(), which returns what the coming epoch trains on",
         "prepare_learning": "override collect() for the data of an epoch, and inner_epochs for the passes over it",
         "create_train_dataloader": "override collect(), whose rows trlx puts into batches of train.batch_size",
         "post_backward_callback": "override after_step(metrics), called after every optimizer step",
         "post_epoch_callback": "override collect(), called at the beginning of every epoch",
-        "get_arch": "override needs(), which returns the heads and the reference that the model gets",
-        "setup_model": "override needs(), which returns the heads and the reference that the model gets",
-        "setup_optimizer": _CONFIG,
-        "setup_scheduler": _CONFIG,
+        "get_arch setup_model": "override needs(), which returns the heads and the reference that the model gets",
+        "setup_optimizer setup_scheduler": "set it in the sections optimizer and scheduler of the config",
         "setup_rollout_logging": "set train.rollout_logging_dir, the folder for rollouts",
         "get_model_inputs": "override collect(), whose rows are the inputs of the model",
         "decode": "change texts in reward_fn, or cut them with stop_sequences",
-        "generate": _SAMPLING,
-        "generate_eval": _SAMPLING,
+        "generate generate_eval": "override sampling(gen_kwargs), which makes the settings of rollouts and evaluations",
     },
     "method": {
-        "loss": _IN_TRAINERS,
-        "get_advantages_and_returns": _IN_TRAINERS,
+        "loss get_advantages_and_returns": "override loss(scores, batch) or collect() of a trainer",
         "heads": "override needs() of a trainer",
         "from_dict": "declare fields, and refuse wrong values in check()",
     },
     "pipeline": {"create_loader": "trlx reads prompts as pipeline[i] and pads them when it samples"},
+}
+HOOKS: dict[str, dict[str, str]] = {
+    kind: {name: instead for names, instead in rows.items() for name in names.split()}
+    for kind, rows in _INSTEAD.items()
 }
 """By kind of class: method -> what to write instead."""
 
