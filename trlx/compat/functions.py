@@ -38,7 +38,7 @@ class DialogMessage:
 
 
 def tokenize_dialogue(dialogue: str | Sequence[str], tokenizer: Any, max_length: int = 2048) -> list[DialogMessage]:
-    """The turns of one sample, see `trlx.data.dialogue.dialogues`; turns of one speaker in a row become one.
+    """The turns of one sample, see `trlx.data.dialogue.dialogues`. Successive turns of one speaker become one.
 
     Raises:
         ValueError: the dialogue does not alternate prompt and output, or no token of an output is left.
@@ -52,7 +52,7 @@ def tokenize_dialogue(dialogue: str | Sequence[str], tokenizer: Any, max_length:
 
 
 class DialogStore:
-    """Tokenized dialogues as Hugging Face training rows; labels are -100 on what is not an output."""
+    """Tokenized dialogues as Hugging Face training rows; labels are -100 except for outputs."""
 
     def __init__(self, dialogs: Sequence[Sequence[DialogMessage]], tokenizer: Any):
         self.tokenizer = tokenizer
@@ -101,7 +101,9 @@ def whiten(xs: Tensor, shift_mean: bool = True, distributed: bool = False, group
         NotImplementedError: `distributed` or `group` ask for the numbers of other processes.
     """
     if distributed or group is not None:
-        raise NotImplementedError("whiten() sees this process only; trainers whiten with trlx.methods.masked.whiten")
+        raise NotImplementedError(
+            "whiten() uses the numbers of this process only; trainers whiten with trlx.methods.masked.whiten"
+        )
     variance, mean = torch.var_mean(xs)
     white = (xs - mean) * torch.rsqrt(variance + 1e-8)
     return white if shift_mean else white + mean

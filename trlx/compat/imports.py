@@ -87,19 +87,16 @@ OLD_PATHS: dict[str, dict[str, str]] = {
 """Old module -> name -> where it is now, as "module:attribute"."""
 
 _BATCHES = "a sample is a trlx.batch.Rollout, and a padded batch of them a trlx.batch.TokenBatch"
-_OUTPUTS = "what a model says about the tokens of a batch is trlx.batch.TokenScores"
+_OUTPUTS = "a model's outputs for the tokens of a batch are a trlx.batch.TokenScores"
 _CAUSAL = (
     "models are plain transformers models: load the folder of trainer.save_pretrained() with AutoModelForCausalLM; "
     "trlx.models.policy.Policy is the model in training with its heads"
 )
 _SEQ2SEQ = _CAUSAL.replace("CausalLM", "Seq2SeqLM")
-_BRANCHES = (
-    "no architecture needs code of its own: the reference is the policy with its first weights, "
-    "trlx.models.reference.Reference"
-)
+_BRANCHES = "trlx.models.reference.Reference is the reference of any model: the policy with its first weights"
 _STORES = "trlx.data.store.RolloutStore holds the samples, and trlx.data.collate.collate pads them"
 _NEMO = "the NeMo trainers need nothing but Megatron-Core, see trlx.backends.megatron and docs/megatron.md"
-_SWEEP = "python -m trlx.sweep is trlx.launch.sweep.run, and trlx.launch.space.read_space reads its file"
+_SWEEP = "trlx.launch.sweep.run is python -m trlx.sweep, and trlx.launch.space.read_space reads its file"
 _ORCHESTRATORS = "trainers draw prompts and collect rollouts themselves: call trlx.train"
 _ACROSS = "trainer.backend adds and gathers over processes, see trlx.backends.base.Backend"
 _HANDLERS = "logging.getLogger('trlx') of Python's own logging is the library's logger"
@@ -113,7 +110,7 @@ _GONE_NAMES: dict[str, dict[str, str]] = {
         "AutoModelForCausalLMWithValueHead AutoModelForCausalLMWithHydraValueHead": _CAUSAL,
         "AutoModelForSeq2SeqLMWithValueHead AutoModelForSeq2SeqLMWithHydraValueHead": _SEQ2SEQ,
         "CausalLMOutputWithValue Seq2SeqLMOutputWithValue": _OUTPUTS,
-        "make_value_branch": "method.num_value_layers_unfrozen asks for one, a trlx.models.heads.ValueBranch",
+        "make_value_branch": "set method.num_value_layers_unfrozen; the class is trlx.models.heads.ValueBranch",
         "ModelBranch GPTModelBranch OPTModelBranch BloomModelBranch LlamaModelBranch GPTBigCodeModelBranch": _BRANCHES,
         "T5Branch hf_get_branch_class": _BRANCHES,
     },
@@ -129,7 +126,7 @@ _GONE_NAMES: dict[str, dict[str, str]] = {
     "trlx.pipeline": {
         "BasePipeline": "subclass trlx.data.prompts.PromptPipeline (docs/own-method.md)",
         "BaseRolloutStore": _STORES,
-        "MiniBatchIterator": "train.minibatch_size splits batches; by hand it is trlx.batch.TokenBatch.split",
+        "MiniBatchIterator": "train.minibatch_size splits batches; trlx.batch.TokenBatch.split splits one by hand",
     },
     "trlx.pipeline.offline_pipeline": {
         "ILQLRolloutStorage ILQLSeq2SeqRolloutStorage ilql_collate_fn ilql_seq2seq_collate_fn": _STORES,
@@ -144,12 +141,12 @@ _GONE_NAMES: dict[str, dict[str, str]] = {
     "trlx.trainer.nemo_sft_trainer": {"SFTGPT megatron_trainer ShuffledCyclicSequence": _NEMO},
     "trlx.utils": {
         "Clock": "time.perf_counter() tells the time; runs log time/step, time/rollout_time and their parts",
-        "OptimizerName get_optimizer_class": "trlx.backends.optimizer.make_optimizer makes what the config names",
-        "SchedulerName get_scheduler_class": "trlx.backends.optimizer.make_scheduler makes what the config names",
+        "OptimizerName get_optimizer_class": "trlx.backends.optimizer.make_optimizer makes the optimizer of a config",
+        "SchedulerName get_scheduler_class": "trlx.backends.optimizer.make_scheduler makes the scheduler of a config",
         "filter_non_scalars": "trlx.tracking.Tracker takes a dict of numbers",
         "significant": "f'{x:.3g}' shows three digits",
         "get_distributed_config": "trainer.backend.accelerator.state holds Accelerate's settings",
-        "get_git_tag": "trlx.tracking.default_run_name names runs",
+        "get_git_tag": "trlx.tracking.default_run_name makes the name of a run",
         "infinite_dataloader": "trlx.data.prompts.PromptStream draws prompts without end",
         "is_peft_available": "trlx.optional.is_available('peft') does the same",
         "print_rank_0": "trlx.logging.get_logger(__name__).info writes on the main process only",
@@ -160,8 +157,8 @@ _GONE_NAMES: dict[str, dict[str, str]] = {
         "add_handler remove_handler disable_default_handler enable_default_handler": _HANDLERS,
         "disable_propagation enable_propagation": _HANDLERS,
         "get_log_levels_dict": "trlx.logging.LEVELS maps names to levels",
-        "warning_advice": "it is a method of loggers, trlx.logging.RankLogger.warning_advice",
-        "tqdm EmptyTqdm": "import tqdm itself; trlx.logging.is_progress_bar_enabled says whether to show bars",
+        "warning_advice": "trlx.logging.RankLogger.warning_advice is a method of loggers",
+        "tqdm EmptyTqdm": "import tqdm itself; trlx.logging.is_progress_bar_enabled tells whether to show bars",
     },
     "trlx.utils.modeling": {
         "make_head": "heads are trlx.models.heads.ValueHead and trlx.models.heads.QHeads",
@@ -187,23 +184,19 @@ _GONE_MODULES: dict[str, str] = {
     "trlx.models.modeling_nemo_sft": _NEMO,
     "trlx.pipeline.ppo_pipeline": _STORES,
     # from versions before the original's last; old scripts and articles still import them
-    "trlx.model": "trainers have taken their place: trlx.trainer.accelerate has one for each method",
+    "trlx.model": "trlx.trainer.accelerate has a trainer for each method",
     "trlx.orchestrator": _ORCHESTRATORS,
     "trlx.ray_tune": _SWEEP,
     "trlx.trainer.nn": _CAUSAL,
 }
 """Gone module -> what to use instead."""
 
-_GONE = {
-    **_GONE_MODULES,
-    **{
-        f"{module}.{name}": instead
-        for module, rows in _GONE_NAMES.items()
-        for names, instead in rows.items()
-        for name in names.split()
-    },
+_GONE = _GONE_MODULES | {
+    f"{module}.{name}": instead
+    for module, rows in _GONE_NAMES.items()
+    for names, instead in rows.items()
+    for name in names.split()
 }
-
 GONE: dict[str, str] = {name: f"{name} of CarperAI's trlx is gone: {instead}" for name, instead in _GONE.items()}
 """Old dotted name -> the sentence that says what to use instead."""
 
