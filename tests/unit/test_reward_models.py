@@ -310,6 +310,8 @@ def test_waiting_grows_by_two_at_random_or_is_what_the_server_asks_for(server, m
 def test_wrong_addresses_and_metadata_are_named(server):
     with pytest.raises(ValueError, match="http:// or https://"):
         RemoteReward("file:///etc/passwd")
+    with pytest.raises(RewardError, match="could not be reached.*port"):
+        RemoteReward("http://127.0.0.1:http")(samples=["a"], prompts=["a"], outputs=[""])
     with pytest.raises(RewardError, match="metadata cannot be sent as JSON: <object"):
         RemoteReward(server.url)(samples=["a"], prompts=["a"], outputs=[""], thing=[object()])
 

@@ -59,7 +59,7 @@ class RemoteReward:
         """One entry per sample, in order.
 
         Raises:
-            RewardError: the server could not be reached, refused, or answered something else.
+            RewardError: the server could not be reached, refused the request, or answered in another form.
         """
         size, rewards = self.batch_size or max(len(samples), 1), []
         for start in range(0, len(samples), size):
@@ -105,7 +105,7 @@ class RemoteReward:
             problem = f"answered status {answer.status_code} ({answer.reason_phrase}): {_short(answer)}"
         except httpx2.TimeoutException:
             problem = f"was silent for {self.timeout} seconds"
-        except httpx2.RequestError as error:
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
             problem = f"could not be reached: {error!r}"
         count = attempts.statistics["attempt_number"]
         raise RewardError(f"{self.url} {problem}; gave up after {count} attempt{'s' * (count > 1)}")
