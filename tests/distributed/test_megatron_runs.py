@@ -201,7 +201,7 @@ def refused_at_construction(folder) -> None:
         ),
         ("SFT", {"train": {"trainer_kwargs": {"tensor_parallel": 2}}}, "Did you mean 'tensor_model_parallel_size'"),
         ("SFT", {"model": {"num_layers_unfrozen": 3}}, "num_layers_unfrozen is 3, but the model has 2 blocks"),
-        ("SFT", {"model": {"model_path": T5Config()}}, "does not know the architecture 't5'"),
+        ("SFT", {"model": {"model_path": T5Config()}}, "does not support the architecture 't5'"),
         ("SFT", {"optimizer": {"kwargs": {"learning_rate": 1.0}}}, "write optimizer.kwargs.lr instead"),
     ):
         with pytest.raises(ValueError, match=words):

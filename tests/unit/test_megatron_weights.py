@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.unit.test_megatron_families import CONFIGS, logits_of, random_model
 from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.families import decoder_config_of
-from trlx.backends.megatron.mapping import ENGINE, Columns, Projection, Rows, Vocabulary, entries, padded_vocab
+from trlx.backends.megatron.mapping import MEGATRON, Columns, Projection, Rows, Vocabulary, entries, padded_vocab
 from trlx.backends.megatron.weights import ShardWriter, load_weights, open_tensors, write_index
 from trlx.trainer.nemo import megatron_backend
 
@@ -113,7 +113,7 @@ def test_parts_of_two_ranks_become_parts_of_four_under_the_engines_own_names(nam
     model = random_model(CONFIGS[name]).bfloat16().state_dict()
     model.setdefault("embed_out.weight", model["lm_head.weight"])
     decoder = decoder_config_of(CONFIGS[name])
-    by_family, by_engine = of_config(CONFIGS[name], 64), entries(decoder, ENGINE, 64)
+    by_family, by_engine = of_config(CONFIGS[name], 64), entries(decoder, MEGATRON, 64)
     whole = joined(by_engine, split(by_family, model.__getitem__, 2))
     expected = split(by_family, model.__getitem__, 4)
     for each, shards in split(by_engine, whole.__getitem__, 4).items():
@@ -345,7 +345,7 @@ def test_pickled_and_missing_weights_are_refused_with_what_to_do(tmp_path):
 
 
 def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(tmp_path):
-    with pytest.raises(OSError, match="No model at .*nowhere': it is neither a folder"):
+    with pytest.raises(OSError, match="No model at .*nowhere': it is not a folder"):
         open_tensors(tmp_path / "nowhere")
 
 

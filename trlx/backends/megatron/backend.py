@@ -248,11 +248,9 @@ def _wrapped(chunk: PolicyStage, distributed_optimizer: bool) -> DistributedData
     return DistributedDataParallel(chunk.config, config, chunk)
 
 
-def _widened(microbatch: TokenBatch, divisor: int) -> TokenBatch:
-    """`piece` with padding columns up to a multiple of `divisor`."""
-    missing = -microbatch.tokens.shape[1] % divisor
+def _widened(rows: TokenBatch, divisor: int) -> TokenBatch:
+    """`rows` with padding columns up to a multiple of `divisor`."""
+    missing = -rows.tokens.shape[1] % divisor
     if not missing:
-        return microbatch
-    return TokenBatch(
-        **{name: nn.functional.pad(column, (0, missing)) for name, column in microbatch.columns().items()}
-    )
+        return rows
+    return TokenBatch(**{name: nn.functional.pad(column, (0, missing)) for name, column in rows.columns().items()})

@@ -1,11 +1,9 @@
-"""Lets Megatron-Core run without CUDA, over gloo: to try a parallel layout on any machine before paying for GPUs.
+"""Runs Megatron-Core without CUDA, over gloo, to try parallel sizes on any machine.
 
-Megatron-Core names CUDA in a few places of otherwise portable code. Where there is no GPU, those modules, and no
-others, get a stand-in for the name ``torch`` that forwards everything and answers "cpu" in these places. torch itself
-stays as it is: Accelerate and transformers live in the same process.
+A few modules of Megatron-Core ask for CUDA devices. Without a GPU, the name ``torch`` in these modules is replaced by
+an object that forwards to torch and uses the CPU instead. torch itself is not changed.
 
-The list fits the engine version `VERSION`; another one is refused, as a place left out could be silently wrong. With
-CUDA nothing here is touched.
+The list of modules fits version `VERSION` of Megatron-Core; other versions are refused. With CUDA nothing is replaced.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 
 VERSION = "0.16"
-"""The version of megatron-core, without its last number, whose uses of CUDA are those below."""
+"""The supported version of megatron-core, without its patch number."""
 
 MODULES = """
     utils tensor_parallel.mappings tensor_parallel.layers tensor_parallel.random pipeline_parallel.schedules
@@ -32,17 +30,17 @@ MODULES = """
     models.common.embeddings.rotary_pos_embedding distributed.param_and_grad_buffer optimizer.optimizer
     optimizer.clip_grads optimizer.grad_scaler
 """.split()
-"""Modules of megatron.core that name CUDA and are used here."""
+"""Modules of megatron.core that use CUDA by name."""
 
 OTHERS = ("models.gpt", "models.gpt.gpt_layer_specs", "distributed", "optimizer", "inference.contexts")
-"""Further modules that warn when they are imported."""
+"""More modules that warn when they are imported."""
 
 
 def prepare_engine() -> None:
-    """Makes Megatron-Core importable in silence and, without CUDA, runnable. Safe to call again.
+    """Imports Megatron-Core without its warnings and, without CUDA, makes it run on CPUs. Safe to call again.
 
     Raises:
-        ImportError: megatron-core is of a version this was not tried with, or a package that it finds is broken.
+        ImportError: megatron-core has an unsupported version, or imports a broken package.
     """
     _check_version()
     _import_quietly()
@@ -54,8 +52,8 @@ def prepare_engine() -> None:
 
 @contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Inside the block ``tensor.type()`` names CUDA's types: Megatron-Core's bf16 optimizers compare these names when
-    they are built. Does nothing where there is CUDA."""
+    """Without CUDA, ``tensor.type()`` returns CUDA's names inside the block: Megatron-Core's bf16 optimizers compare
+    them when they are built."""
     if torch.cuda.is_available():
         yield
         return
@@ -77,18 +75,18 @@ def _check_version() -> None:
         found = version("megatron-core")
     except PackageNotFoundError as error:
         raise ImportError(
-            "megatron.core can be imported, but is not installed (a checkout of Megatron-LM on the path?), so its "
-            f'version is unknown: pip install "megatron-core~={VERSION}.1", or pip install the checkout'
+            "megatron.core can be imported but is not installed (a checkout of Megatron-LM on the path?), so its "
+            f'version is unknown: run pip install "megatron-core~={VERSION}.1", or pip install the checkout'
         ) from error
     if found.rpartition(".")[0] != VERSION:
         raise ImportError(
-            f"megatron-core {found} is installed, but this trlx was tried with {VERSION} only: "
-            f'pip install "megatron-core~={VERSION}.1"'
+            f"megatron-core {found} is installed, but trlx supports {VERSION} only: "
+            f'run pip install "megatron-core~={VERSION}.1"'
         )
 
 
 def _import_quietly() -> None:
-    # it tells of every optional kernel package that is missing, several times over
+    # Megatron-Core warns of every optional kernel package that is missing
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -96,16 +94,15 @@ def _import_quietly() -> None:
                 importlib.import_module(f"megatron.core.{name}")
         except RuntimeError as error:
             raise ImportError(
-                "megatron-core cannot be imported, because a package it looks for is installed but does not work "
-                f"(an empty transformer-engine is the usual one: pip uninstall transformer-engine): {error}"
+                "megatron-core cannot be imported, because it imports a broken package, often an empty "
+                f"transformer-engine (pip uninstall transformer-engine): {error}"
             ) from error
     for name in ("tensor_parallel.random", "optimizer", "distributed.param_and_grad_buffer"):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
 
 
 def _ignore_its_own_calls() -> None:
-    # what the engine's modules leave out when they call each other, and old names of torch that they use: hundreds of
-    # lines in the first case, and nothing that a user can change
+    # warnings about calls inside Megatron-Core, which users cannot change
     for message in ("Warning: tp_group is None", "MLP requires ffn_hidden_size"):
         warnings.filterwarnings("ignore", message, DeprecationWarning, r"megatron\.core\.")
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
@@ -124,7 +121,7 @@ def _stand_in() -> None:
 
 
 def _clip(parameters: list[Tensor] | Tensor, max_norm: float, total_norm: float, *_: Any, **__: Any) -> None:
-    """Scales gradients to `max_norm`; the engine's own insists on CUDA tensors."""
+    """Scales gradients to `max_norm`. Megatron-Core's own function needs CUDA tensors."""
     factor = max_norm / (total_norm + 1e-6)
     if factor >= 1:
         return
@@ -134,7 +131,7 @@ def _clip(parameters: list[Tensor] | Tensor, max_norm: float, total_norm: float,
 
 
 class _Forwarding(types.ModuleType):
-    """A module that has everything of another one, but for what is set on it."""
+    """A module that forwards to another one, with some attributes replaced."""
 
     def __init__(self, original: types.ModuleType, **changed: Any):
         super().__init__(original.__name__)
@@ -145,7 +142,7 @@ class _Forwarding(types.ModuleType):
 
 
 def _on_cpu(factory: Any) -> Any:
-    """`factory` (``torch.zeros`` ...) with the device "cuda" taken for "cpu"."""
+    """`factory`, e.g. ``torch.zeros``, with the device "cuda" replaced by "cpu"."""
 
     @functools.wraps(factory)
     def made(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""One token for each row from its logits, in the order of ``transformers``' generate: processors, then warpers."""
+"""Draws one token per row from its logits: first logits processors, then warpers, as ``transformers``' generate."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from trlx.methods.ilql import shifted_logits
 from trlx.rollout.sampling import SHAPING, SamplingConfig
 
 SETTINGS = (*SHAPING, "repetition_penalty", "no_repeat_ngram_size")
-"""Further generation settings that work here."""
+"""Supported generation settings besides the fields of `SamplingConfig`."""
 
 
 def check_settings(sampling: SamplingConfig, has_q: bool, vocabulary: int) -> None:
-    """Refuses generation settings that do not work on this backend.
+    """Refuses generation settings that this backend does not support.
 
     Raises:
-        ValueError: there is one, or ``beta`` is given without Q heads, or a ``logit_mask`` of another shape.
+        ValueError: a setting is not supported, ``beta`` is given without Q heads, or ``logit_mask`` has another shape.
     """
     for name in sampling.extra:
         if name not in SETTINGS:
@@ -36,10 +36,10 @@ def check_settings(sampling: SamplingConfig, has_q: bool, vocabulary: int) -> No
 
 
 class Drawing:
-    """The drawing of one group's tokens, step by step.
+    """Draws the tokens of one group of rows, step by step.
 
     Args:
-        uniforms: float64 [B, max_new_tokens] in [0, 1): the random numbers of each row and step.
+        uniforms: float64 [B, max_new_tokens] in [0, 1): one random number per row and step.
     """
 
     def __init__(self, sampling: SamplingConfig, prompts: list[list[int]], uniforms: Tensor):
@@ -54,9 +54,9 @@ class Drawing:
         self.warpers = _warpers(sampling)
 
     def draw(self, logits: Tensor, hidden: Tensor, heads: nn.ModuleDict | None) -> Tensor:
-        """The next token of each row, and whether the row was done before and after it; int64 [3, B].
+        """int64 [3, B]: the next token of each row, whether the row was done before it, and after it.
 
-        `logits` [B, V] float32 and `hidden` [B, d] are of the last column; `heads` are needed for ILQL's shift only.
+        `logits` [B, V] float32 and `hidden` [B, d] are those of the last column. ILQL's shift needs `heads`.
         """
         before = list(self.done)
         chosen = self._choose(self._shaped(logits, hidden, heads))
@@ -83,7 +83,7 @@ class Drawing:
         return logits
 
     def _processed(self, logits: Tensor) -> Tensor:
-        """Row by row where a processor looks at the tokens so far, as rows are of different lengths."""
+        """Processors run row by row, because they read the tokens so far and rows have different lengths."""
         each = _processors(self.sampling, logits.device)
         if not each:
             return logits
@@ -98,9 +98,9 @@ class Drawing:
             return logits.argmax(dim=-1)
         probabilities = self.warpers(None, logits).double().softmax(dim=-1)
         if probabilities.isnan().any():
-            raise ValueError("No token can be drawn: logits are not numbers, or logit_mask forbids every token")
+            raise ValueError("No token can be drawn: the logits are NaN, or logit_mask forbids every token")
         step = len(self.rows[0]) - self.starts[0]
-        # the first token at which the probabilities so far exceed the row's number; rounding must not run off the end
+        # the first token whose cumulative probability exceeds the row's number, scaled by their sum against rounding
         reached = probabilities.cumsum(dim=-1)
         wanted = self.uniforms[:, step : step + 1] * reached[:, -1:]
         return (reached > wanted).int().argmax(dim=-1)
@@ -118,7 +118,7 @@ def _warpers(sampling: SamplingConfig) -> LogitsProcessorList:
 
 
 def _processors(sampling: SamplingConfig, device: torch.device) -> Any:
-    """From the length of a prompt to the processors of its row; None where there are none."""
+    """From the length of a prompt to the processors of its row; None: no processors."""
     fixed = LogitsProcessorList()
     if sampling.extra.get("repetition_penalty", 1.0) != 1.0:
         fixed.append(RepetitionPenaltyLogitsProcessor(float(sampling.extra["repetition_penalty"])))

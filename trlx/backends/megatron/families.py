@@ -1,6 +1,6 @@
-"""Which Hugging Face models the engine computes, and the way between their configuration and a `Shape`.
+"""Converts between Hugging Face configurations and `DecoderConfig`, for the supported families.
 
-A configuration that asks for something the engine would compute in another way is refused, never approximated.
+A configuration that Megatron-Core would compute differently is refused.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from trlx.backends.megatron.decoder_config import DecoderConfig
 
 
 def decoder_config_of(config: PretrainedConfig) -> DecoderConfig:
-    """The shape of the decoder that a Hugging Face configuration describes.
+    """The decoder that a Hugging Face configuration describes.
 
     Raises:
-        ValueError: the architecture is not one of `FAMILIES`, or the configuration asks for a variant of it that the
-            engine does not compute; the message names the field.
+        ValueError: the family is not in `FAMILIES`, or a field has a value that is not supported; the message names it.
     """
     family = _family(config.model_type)
     for name, wanted in family.fixed.items():
@@ -46,13 +45,13 @@ def decoder_config_of(config: PretrainedConfig) -> DecoderConfig:
 
 
 def hf_config_of(decoder: DecoderConfig, family: str | None = None) -> PretrainedConfig:
-    """A Hugging Face configuration of this shape, without special tokens; for a model that did not come with one.
+    """A Hugging Face configuration of this decoder, without special tokens.
 
-    `family` None: the first of `FAMILIES` that can say all of the shape. Dropout and the spread of the first random
-    weights are carried over where the family has a field for them.
+    `family` None: the first of `FAMILIES` that can describe the decoder. Dropout and ``init_std`` are kept where the
+    family has a field for them.
 
     Raises:
-        ValueError: the family is unknown, or cannot say all of the shape; the message names what would differ.
+        ValueError: the family is unknown or cannot describe the decoder; the message names the fields that differ.
     """
     reasons = []
     for name in FAMILIES if family is None else [family]:
@@ -60,20 +59,20 @@ def hf_config_of(decoder: DecoderConfig, family: str | None = None) -> Pretraine
         if config is not None:
             return config
         reasons.append(f"{name}: {reason}")
-    raise ValueError(f"A decoder of this shape cannot be written for transformers. {'; '.join(reasons)}")
+    raise ValueError(f"transformers has no architecture for this decoder. {'; '.join(reasons)}")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of transformers."""
+    """An architecture of transformers."""
 
     architecture: str
     read: Callable[[PretrainedConfig], dict[str, Any]]
-    """Fields of the shape that not every family keeps under one name."""
+    """From its configuration to the fields of `DecoderConfig` that families name differently."""
     write: Callable[[DecoderConfig], dict[str, Any]]
-    """Arguments of the configuration."""
+    """From a `DecoderConfig` to arguments of its configuration."""
     fixed: Mapping[str, bool]
-    """Switches of the configuration and the only position in which the engine computes the same."""
+    """Switches of its configuration, with the only supported value of each."""
 
 
 ACTIVATIONS = {
@@ -84,14 +83,13 @@ ACTIVATIONS = {
     "swish": "silu",
     "relu": "relu",
 }
-"""transformers' names of activations and ours."""
+"""transformers' name of an activation -> ours."""
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Constants of Llama-3's stretched rotary embedding, which the engine has built in."""
-
+"""Constants of Llama-3's rotary scaling, which Megatron-Core fixes."""
 
 TRAINING_ONLY = ("init_std", "hidden_dropout", "embedding_dropout", "attention_dropout")
-"""Fields of a shape that say nothing about what a trained model computes."""
+"""Fields of `DecoderConfig` that do not change what a trained model computes."""
 
 
 def _read_gpt2(config: PretrainedConfig) -> dict[str, Any]:
@@ -145,7 +143,7 @@ def _write_neox(decoder: DecoderConfig) -> dict[str, Any]:
 
 def _read_llama(config: PretrainedConfig) -> dict[str, Any]:
     if config.attention_bias != config.mlp_bias:
-        must = f"mlp_bias is {config.mlp_bias}, and the engine adds biases in both places or in none"
+        must = f"it must equal mlp_bias {config.mlp_bias}"
         raise ValueError(_refusal(config, "attention_bias", config.attention_bias, must))
     return _read_rms(config) | {"bias": config.mlp_bias, "qkv_bias": config.attention_bias}
 
@@ -183,7 +181,7 @@ def _read_gemma(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _read_rms(config: PretrainedConfig) -> dict[str, Any]:
-    """Llama and what descends from it: RMSNorm, rotary positions, gated feed-forward blocks, no biases."""
+    """Llama and its descendants: RMSNorm, rotary positions, gated feed-forward blocks, no biases."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         "num_query_groups": config.num_key_value_heads,
@@ -253,14 +251,14 @@ FAMILIES = {
         {"attention_bias": False, "use_bidirectional_attention": False},
     ),
 }
-"""By the ``model_type`` of their configuration; in doubt a shape is written as the first that fits."""
+"""By ``model_type``. `hf_config_of` takes the first that fits."""
 
 
 def _rotary(config: PretrainedConfig) -> dict[str, Any]:
     rotary = config.rope_parameters
     percentage = rotary.get("partial_rotary_factor") or 1.0
     if percentage != 1 and config.model_type != "gpt_neox":
-        must = "this architecture rotates whole heads"
+        must = "it must be 1 in this architecture"
         raise ValueError(_refusal(config, "rope_parameters.partial_rotary_factor", percentage, must))
     found = {
         "position": "rope",
@@ -279,7 +277,7 @@ def _rotary(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _window(config: PretrainedConfig) -> int | None:
-    # the shape has one window for all layers: the engine takes no sequence that is longer, so the others lose nothing
+    # sequences longer than the window are refused, so layers without a window compute the same
     return config.sliding_window if "sliding_attention" in config.layer_types else None
 
 
@@ -291,12 +289,12 @@ def _activation(config: PretrainedConfig, name: str = "hidden_act") -> str:
 
 
 def _hf_activation(decoder: DecoderConfig) -> str:
-    # of two names for one function the later is torch's own
+    # the last of two names wins: "gelu_pytorch_tanh", torch's own function
     return {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "swish"}.get(decoder.activation, "gelu")
 
 
 def _written(decoder: DecoderConfig, name: str) -> tuple[PretrainedConfig | None, str]:
-    """The configuration that says all of `shape`, or why there is none."""
+    """(the configuration that describes `decoder`, "") or (None, the reason)."""
     family = _family(name)
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     common = {"tie_word_embeddings": decoder.tied, "initializer_range": decoder.init_std}
@@ -314,11 +312,11 @@ def _written(decoder: DecoderConfig, name: str) -> tuple[PretrainedConfig | None
 def _family(name: str) -> Family:
     if name not in FAMILIES:
         raise ValueError(
-            f"The Megatron backend does not know the architecture {name!r}, but {', '.join(FAMILIES)}; the Accelerate "
-            "trainers run any model of transformers"
+            f"The Megatron backend does not support the architecture {name!r}: use one of {', '.join(FAMILIES)}, or an "
+            "Accelerate trainer, which runs any model of transformers"
         )
     return FAMILIES[name]
 
 
 def _refusal(config: PretrainedConfig, name: str, got: Any, must: str) -> str:
-    return f"The Megatron backend does not compute a {config.model_type} model with {name} {got!r}: {must}"
+    return f"The Megatron backend does not support {config.model_type} models with {name} {got!r}: {must}"

@@ -1,8 +1,8 @@
-"""Sampling through the pipeline itself, with a key-value cache on every stage and no copy of the weights.
+"""Sampling with the pipeline stages and a key-value cache on each; the weights are not copied.
 
-The rows are divided into as many groups as there are stages, so that while one group is on one stage the others are on
-the others. The last stage draws the tokens and sends them to all. Random numbers are one uniform number per row and
-token, drawn from one seed, so that results do not depend on the layout.
+Rows are divided into one group per stage, so that all stages work at once. The last stage draws the tokens and sends
+them to the others. Each row and token has its own uniform number from one seed, so results do not depend on the
+parallel sizes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from trlx.rollout.sampling import SamplingConfig, cut_at_eos
 def generate(
     stage: list[PolicyStage], parallel: ParallelState, prompts: list[list[int]], sampling: SamplingConfig, seed: int
 ) -> list[list[int]]:
-    """One response per prompt: ids as sampled, up to and including the first eos. The same on every process that holds
-    a part of the model."""
+    """One response per prompt: ids as sampled, up to and including the first eos; on all processes of a data rank."""
     if not prompts:
         return []
     uniforms = torch.rand(
@@ -60,7 +59,7 @@ class _Group:
     drawn: list[Tensor] = field(default_factory=list)
     """int64 [3, B] for each step: tokens, whether the row was done before, and after."""
     awaits: bool = False
-    """The tokens of the last step are still on their way from the last stage."""
+    """True until this stage has received the last step's tokens from the last stage."""
 
     def __post_init__(self) -> None:
         tokens, mask = left_pad(self.prompts, self.sampling.pad_token_id)
@@ -70,7 +69,7 @@ class _Group:
 
     @property
     def finished(self) -> bool:
-        """Whether every row was done with the last tokens drawn."""
+        """Whether all rows are done."""
         return bool(self.drawn) and bool(self.drawn[-1][2].all())
 
     @property
@@ -81,12 +80,12 @@ class _Group:
         return [cut_at_eos(each, self.sampling.eos_token_ids) for each in ids]
 
     def inputs(self) -> dict[str, Tensor]:
-        """What the model is called with for the tokens that are not in the cache yet."""
+        """The model's inputs for the tokens that are not in the cache."""
         start, end = self.context.sequence_len_offset, self.tokens.shape[1]
         real = self.real
         seen = torch.ones(end - start, end, dtype=torch.bool, device=self.device).tril(start)
         visible = seen & real[:, None, :]
-        # padding sees itself: a row of attention without anything to see is not a number
+        # let padding see itself: softmax over no keys is NaN
         itself = torch.arange(end, device=self.device) == torch.arange(start, end, device=self.device)[:, None]
         positions = (real.cumsum(dim=1) - 1).clamp(min=0)
         return {
@@ -96,7 +95,7 @@ class _Group:
         }
 
     def take(self, drawn: Tensor) -> None:
-        """Appends the tokens of a step."""
+        """Appends one token to each row."""
         self.drawn.append(drawn)
         self.tokens = torch.cat([self.tokens, drawn[0][:, None]], dim=1)
         self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], dim=1)
@@ -104,9 +103,9 @@ class _Group:
 
 
 class _Pipeline:
-    """This process's place in the passage of a group: what comes in, what is computed, what goes out.
+    """Receives, computes and sends a group's hidden states and tokens on this stage.
 
-    Sends are not waited for, so that no two processes can wait for each other.
+    Sends are asynchronous: two processes never wait for each other.
     """
 
     def __init__(self, stage: list[PolicyStage], parallel: ParallelState, groups: list[_Group]):
@@ -115,7 +114,7 @@ class _Pipeline:
         self.sent: list[tuple[dist.Work, Tensor]] = []
 
     def advance(self, group: _Group) -> None:
-        """One more token for each row of a group that is not finished."""
+        """Computes one more token for each row of a group, unless all its rows are done."""
         self._receive_tokens(group)
         if group.finished:
             return
@@ -127,7 +126,7 @@ class _Pipeline:
             if not chunk.post_process:
                 self._send_states(output, (self.parallel.stage + 1) % size)
                 continue
-            # only the last stage gets here, with its last chunk
+            # only the last stage's last chunk gets here
             drawn = group.drawing.draw(*output, chunk.heads)
             for other in range(size - 1):
                 self._send(drawn, other, self.parallel.return_group)
@@ -138,14 +137,14 @@ class _Pipeline:
         group.awaits = True
 
     def finish(self) -> None:
-        """Waits until everything has been received and sent."""
+        """Receives the last tokens and waits for all sends."""
         for group in self.groups:
             self._receive_tokens(group)
         for work, _ in self.sent:
             work.wait()
 
     def _receive_tokens(self, group: _Group) -> None:
-        """Waits for what the last stage drew in the group's last step, if that has not come yet."""
+        """Receives the tokens of the group's last step, unless they have arrived."""
         if not group.awaits:
             return
         drawn = torch.empty(3, len(group.prompts), dtype=torch.int64, device=self.parallel.device)
@@ -154,7 +153,7 @@ class _Pipeline:
 
     def _receive_states(self, chunk: PolicyStage, shape: torch.Size) -> Tensor:
         if self.parallel.stage == 0:
-            # of interleaved chunks; they come from the last stage, behind the tokens it drew for the group before
+            # interleaved chunks: the last stage sent tokens before these hidden states, so receive them first
             for group in self.groups:
                 self._receive_tokens(group)
         rows, columns = shape
@@ -183,12 +182,12 @@ class _Pipeline:
 
 
 _DIVIDING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-"""Attributes of the engine's modules by which they divide sequences over tensor ranks."""
+"""Attributes of Megatron-Core's modules that switch sequence parallelism on."""
 
 
 @contextmanager
 def _whole_sequences(stage: list[PolicyStage]) -> Iterator[None]:
-    """Inside the block no sequence is divided over tensor ranks: single tokens cannot be."""
+    """Switches sequence parallelism off inside the block: single tokens cannot be divided over tensor ranks."""
     modules = [module for chunk in stage for module in chunk.modules()]
     holders = [*modules, stage[0].config]
     changed = [(holder, name) for holder in holders for name in _DIVIDING if getattr(holder, name, False) is True]

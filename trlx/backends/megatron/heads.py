@@ -1,4 +1,4 @@
-"""Heads beside the language model's own, on the last stage: V on every tensor rank, Q by vocabulary columns."""
+"""Value and Q heads on the last stage. Every tensor rank has the value head; Q is sharded by vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trlx.models.logprobs import in_chunks
 
 
 def make_heads(decoder: DecoderConfig, shard: VocabularyShard, needs: ModelNeeds, seed: int) -> nn.ModuleDict | None:
-    """New heads, those that are asked for; their first weights depend on `seed` and not on the layout."""
+    """The heads in `needs`. Their first weights depend on `seed`, and not on the parallel sizes."""
     heads = nn.ModuleDict()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -30,9 +30,9 @@ def make_heads(decoder: DecoderConfig, shard: VocabularyShard, needs: ModelNeeds
 
 
 class VocabularyParallelQHeads(nn.Module):
-    """`QHeads` of which every tensor rank holds the rows of its tokens (ILQL, arXiv:2206.11871).
+    """`QHeads` sharded by vocabulary (ILQL, arXiv:2206.11871).
 
-    The first layer of each head is on every rank, the second is split. Weights have the names they have in `QHeads`.
+    The first layer of each head is replicated, the second is sharded. Weights are named as in `QHeads`.
     """
 
     def __init__(self, whole: QHeads, shard: VocabularyShard):
@@ -46,8 +46,8 @@ class VocabularyParallelQHeads(nn.Module):
 
     def forward(self, hidden: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q, target Q and log softmax(Q) of `actions` [N] in the states `hidden` [N, d]; each [heads, N] float32."""
-        scores = in_chunks(self._scores, hidden.float(), actions, self.heads[0])
-        return tuple(scores.chunk(3))
+        values = in_chunks(self._q_and_logprobs, hidden.float(), actions, self.heads[0])
+        return tuple(values.chunk(3))
 
     def lowest_target(self, hidden: Tensor) -> Tensor:
         """The lowest target Q of every token, [N, V] float32, gathered from all tensor ranks."""
@@ -55,24 +55,24 @@ class VocabularyParallelQHeads(nn.Module):
         return self.shard.gathered(lowest)
 
     def sync(self, alpha: float) -> None:
-        """Moves the targets after the heads: target <- alpha head + (1 - alpha) target."""
+        """target <- alpha head + (1 - alpha) target."""
         polyak_(self.targets, self.heads, alpha)
 
-    def _scores(self, hidden: Tensor, actions: Tensor) -> Tensor:
-        of_heads = [_scored(head, hidden) for head in self.heads]
-        q = [self.shard.chosen(each, actions) for each in of_heads]
+    def _q_and_logprobs(self, hidden: Tensor, actions: Tensor) -> Tensor:
+        columns = [_columns(head, hidden) for head in self.heads]
+        q = [self.shard.chosen(each, actions) for each in columns]
         target_q = [self.shard.chosen(target(hidden.detach()), actions) for target in self.targets]
-        logprobs = [self.shard.logprobs(each, actions) for each in of_heads]
+        logprobs = [self.shard.logprobs(each, actions) for each in columns]
         return torch.stack([*q, *target_q, *logprobs])
 
 
-def _scored(head: nn.Sequential, hidden: Tensor) -> Tensor:
-    """The local columns of `head`; gradients of all columns come together before its first layer."""
+def _columns(head: nn.Sequential, hidden: Tensor) -> Tensor:
+    """Q of this rank's tokens. The backward pass sums over tensor ranks before the first layer."""
     return head[-1](copy_to_tensor_model_parallel_region(head[:-1](hidden), tensor_group()))
 
 
 def _split(head: nn.Sequential, shard: VocabularyShard) -> nn.Sequential:
-    """`head` with only the rows of `part` in its last layer."""
+    """`head` with this rank's rows of the last layer."""
     last = head[-1]
     real = min(max(0, shard.size - shard.first), shard.width)
     mine = nn.Linear(last.in_features, shard.width)
@@ -83,6 +83,6 @@ def _split(head: nn.Sequential, shard: VocabularyShard) -> nn.Sequential:
 
 
 def _mark(layer: nn.Linear) -> None:
-    # what the engine reads to count a gradient norm over tensor ranks once
+    # Megatron-Core reads these attributes for the gradient norm: sum sharded weights over tensor ranks
     for weight in layer.parameters():
         weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, 0, 1

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step, by NeMo's names and by torch's."""
+"""Learning rate schedules with NeMo's and torch's names."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from trlx.strict import ConfigError, suggestion
 
 
 class Schedule(ABC):
-    """A learning rate for every optimizer step. Steps count from 0: the number of steps already done."""
+    """The learning rate of every optimizer step. Steps count from 0."""
 
     @abstractmethod
     def rate(self, step: int, peak_lr: float) -> float:
-        """The learning rate of optimizer step `step`, where the optimizer's own is `peak_lr`."""
+        """The learning rate of step `step`; `peak_lr` is the optimizer's ``lr``."""
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The optimizer's own rate, after a linear warm-up."""
+    """The optimizer's ``lr``, after a linear warm-up."""
 
     warmup_steps: int = 0
 
@@ -33,7 +33,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Annealing(Schedule):
-    """Linear warm-up, then a fall to `min_lr` that ends `constant_steps` before `max_steps`, then `min_lr`."""
+    """Linear warm-up, then decay to `min_lr` until `constant_steps` before `max_steps`, then `min_lr`."""
 
     curve: str
     """"cosine" or "linear"."""
@@ -43,7 +43,7 @@ class Annealing(Schedule):
     min_lr: float = 0.0
 
     def rate(self, step: int, peak_lr: float) -> float:
-        """With p the part of the fall that is done: min + (peak - min) (1 + cos(pi p)) / 2, or (1 - p) if linear."""
+        """With p the progress of the decay: min + (peak - min) (1 + cos(pi p)) / 2, or min + (peak - min) (1 - p)."""
         if self.warmup_steps > 0 and step <= self.warmup_steps:
             return peak_lr * _warmth(step, self.warmup_steps)
         fallen, length = step - self.warmup_steps, self.max_steps - self.constant_steps - self.warmup_steps
@@ -54,7 +54,7 @@ class Annealing(Schedule):
 
 @dataclass(frozen=True)
 class Ramp(Schedule):
-    """What torch calls LinearLR: a factor that moves from one value to another and stays there."""
+    """torch's LinearLR: a factor that moves linearly from one value to another and stays there."""
 
     start_factor: float = 1 / 3
     end_factor: float = 1.0
@@ -72,9 +72,9 @@ def read_schedule(
     """The schedule called `name`, in any case.
 
     Args:
-        where: what messages call the place of `kwargs`, e.g. ``"scheduler.kwargs"``.
-        total_steps: ``max_steps`` where `kwargs` do not say it; None: they have to.
-        peak_lr: the optimizer's own rate, which NeMo's schedules must not fall below their ``min_lr``.
+        where: the dotted key of `kwargs` in messages, e.g. ``"scheduler.kwargs"``.
+        total_steps: the default of ``max_steps``; None: `kwargs` must have it.
+        peak_lr: the optimizer's ``lr``, which must not be less than ``min_lr`` in NeMo's schedules.
 
     Raises:
         ConfigError: an unknown name or key, or a value out of range.
@@ -99,7 +99,9 @@ def _annealing(curve: str, lookup: Lookup, total_steps: int | None, peak_lr: flo
     lookup.only("warmup_steps", "constant_steps", "max_steps", "T_max", "min_lr", "eta_min")
     end = lookup.either("max_steps", "T_max")
     if total_steps is None and not lookup.has(end):
-        raise ConfigError(f"{lookup.where} must say max_steps, the step it ends at, as train.total_steps is null")
+        raise ConfigError(
+            f"{lookup.where}.max_steps is missing: write the step at which the decay ends, as train.total_steps is null"
+        )
     schedule = Annealing(
         curve=curve,
         max_steps=lookup.integer(end, total_steps, least=0),

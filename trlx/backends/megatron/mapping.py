@@ -1,12 +1,12 @@
-"""Which Hugging Face tensors every weight of the engine's decoder is made of, and how it is divided.
+"""Maps each weight of Megatron-Core's decoder to Hugging Face tensors, and says how tensor ranks shard it.
 
-The engine's matrices are [out, in]. Projections that feed heads or feed-forward units are split over tensor ranks by
-rows, those behind them by columns. It keeps queries, keys and values in one matrix, head group by head group:
-the queries of a group, its key, its value. A gated feed-forward block has gate over up, **rank by rank**. Hugging Face
-keeps these apart, or in GPT-2 turned to [in, out], or in GPT-NeoX as the engine does.
+Megatron-Core's matrices are [out, in]. Tensor ranks shard QKV and up projections by rows, and output and down
+projections by columns. One QKV matrix holds, for each head group, its queries, its key and its value. A gated
+feed-forward block has one matrix too: on **each rank**, the gate's rows and then the up projection's.
+Hugging Face has separate matrices; GPT-2's are [in, out], and GPT-NeoX's QKV matrix is that of Megatron-Core.
 
-Values are only moved, never changed: back and forth through any number of ranks gives the same bits, in every type. So
-the entries serve as well for all that has a weight's shape, as an optimizer's moments.
+Sharding and joining copy bits and never change values. They work for any tensor of a weight's shape, such as Adam's
+moments.
 """
 
 from __future__ import annotations
@@ -23,54 +23,53 @@ from trlx.backends.megatron.decoder_config import DecoderConfig
 
 
 class Slice(Protocol):
-    """A tensor of which parts can be read: what safetensors' ``get_slice`` returns, or a tensor."""
+    """A tensor, or what safetensors' ``get_slice`` returns: indexing reads the values."""
 
     def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
 Read = Callable[[str], Slice]
-"""Gives a Hugging Face tensor by its name."""
+"""From a Hugging Face name to the tensor."""
 
 
 class Entry(ABC):
-    """One weight of the engine's model in terms of Hugging Face tensors."""
+    """One weight of Megatron-Core's model, made of Hugging Face tensors."""
 
     split_dim: ClassVar[int | None]
-    """The dimension that is divided over tensor ranks; None: every rank has all of it."""
+    """The dimension that tensor ranks shard; None: replicated."""
 
     @property
     @abstractmethod
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the Hugging Face tensors it is made of."""
+        """Names and shapes of its Hugging Face tensors."""
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Names of the Hugging Face tensors it is made of."""
+        """Names of its Hugging Face tensors."""
         return tuple(self.hf_shapes)
 
     @abstractmethod
     def shard(self, read: Read, rank: int, size: int) -> Tensor:
-        """The part of tensor rank `rank` of `size`: a new tensor, for which no more is read than it needs.
+        """The shard of tensor rank `rank` of `size`, as a new tensor. Reads only the values of the shard.
 
         Raises:
-            ValueError: the weight cannot be divided over so many ranks.
+            ValueError: `size` does not divide the weight.
         """
 
     @abstractmethod
     def whole(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The Hugging Face tensors, from the parts of all tensor ranks in rank order."""
+        """The Hugging Face tensors, from the shards of all tensor ranks in rank order."""
 
 
 def entries(decoder: DecoderConfig, family: str, vocab_rows: int | None = None) -> dict[str, Entry]:
-    """All weights of a decoder by the engine's name for them, layers counted over the whole model.
+    """All weights of a decoder, by Megatron-Core's name with the layer's number in the whole model.
 
-    `family` chooses the Hugging Face names (see ``families``), or is `ENGINE` for names near the engine's own, which
-    every shape has. The embedding has `vocab_rows` rows (see `padded_vocab`); None: no more than there are tokens.
-    There is always an ``output_layer.weight``. In a tied model it is made of the embedding's tensor: the last of
-    several pipeline stages has a copy there, which an export must leave out.
+    `family` decides the Hugging Face names (see ``families``); `MEGATRON` has a name for every weight. The embedding
+    has `vocab_rows` rows (see `padded_vocab`); None: one per token. There is always an ``output_layer.weight``: in a
+    tied model it maps to the embedding's tensor, as the last pipeline stage has a copy of it, which is not exported.
 
     Raises:
-        ValueError: the family is unknown, or has no name for a weight that this shape has.
+        ValueError: the family is unknown, or has no name for a weight of this decoder.
     """
     if family not in NAMES:
         raise ValueError(f"There are no weight names for {family!r}; known are {', '.join(NAMES)}")
@@ -93,13 +92,13 @@ def entries(decoder: DecoderConfig, family: str, vocab_rows: int | None = None) 
 
 
 def padded_vocab(vocab: int, divisor: int) -> int:
-    """Rows of an embedding of `vocab` tokens, filled up to a multiple of `divisor`."""
+    """`vocab` rounded up to a multiple of `divisor`."""
     return -(-vocab // divisor) * divisor
 
 
 @dataclass(frozen=True, slots=True)
 class Replicated(Entry):
-    """A weight that every tensor rank has: norms, learned positions, biases that are added after a sum over ranks."""
+    """A weight that every tensor rank has whole: norms, learned positions, biases of output and down projections."""
 
     name: str
     shape: tuple[int, ...]
@@ -118,7 +117,7 @@ class Replicated(Entry):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary(Entry):
-    """One row per token, filled up with rows of zeros and split by rows."""
+    """One row per token and padding rows of zeros, sharded by rows."""
 
     name: str
     tokens: int
@@ -142,7 +141,7 @@ class Vocabulary(Entry):
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """Rows of a Hugging Face tensor; pieces of one name follow each other in it."""
+    """Rows of a Hugging Face tensor. Projections with the same name follow each other in one tensor."""
 
     name: str
     rows: int
@@ -150,20 +149,20 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Rows(Entry):
-    """A weight split by rows. Each piece is cut into as many blocks of rows; the weight is the first block of every
-    piece, then the second of every piece, and so on.
+    """One or more projections in one weight, sharded by rows.
 
-    A plain matrix is one piece; gate and up are two, a block for every tensor rank; queries, keys and values are three,
-    a block for every head group.
+    Each projection is cut into `blocks` blocks of rows. The weight has the first block of every projection, then the
+    second of every projection, and so on. Gate and up projections have a block per tensor rank; query, key and value
+    projections have a block per head group.
     """
 
     projections: tuple[Projection, ...]
     width: int | None
     """Columns; None: the weight is a bias."""
     blocks: int | None = None
-    """None: one for every tensor rank."""
+    """None: one per tensor rank."""
     transposed: bool = False
-    """Hugging Face keeps the matrix as [in, out]."""
+    """The Hugging Face matrix is [in, out]."""
     split_dim: ClassVar[int | None] = 0
 
     @property
@@ -207,12 +206,12 @@ class Rows(Entry):
 
 @dataclass(frozen=True, slots=True)
 class Columns(Entry):
-    """A matrix [out, in] split by columns."""
+    """A matrix [out, in], sharded by columns."""
 
     name: str
     shape: tuple[int, int]
     transposed: bool = False
-    """Hugging Face keeps it as [in, out]."""
+    """The Hugging Face matrix is [in, out]."""
     split_dim: ClassVar[int | None] = 1
 
     @property
@@ -231,13 +230,13 @@ class Columns(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """What a family calls its modules; those of a block stand behind `layer`."""
+    """A family's names of its modules. The prefix of a block's modules is `layer`."""
 
     embedding: str
     layer: str
     input_norm: str
     qkv: tuple[str, ...]
-    """One name: laid out as in the engine. Three: queries, keys, values, beside each other if it is the same name."""
+    """One name: Megatron-Core's QKV matrix. Three: queries, keys, values; the same name three times: one tensor."""
     attention_output: str
     feedforward_norm: str
     up: str
@@ -249,7 +248,7 @@ class Names:
     q_norm: str | None = None
     k_norm: str | None = None
     transposed: bool = False
-    """Matrices of blocks are [in, out]."""
+    """The matrices of blocks are [in, out]."""
 
 
 _LLAMA = Names(
@@ -268,8 +267,8 @@ _LLAMA = Names(
     head="lm_head",
 )
 
-ENGINE = "megatron"
-"""The family of every shape: names near the engine's own."""
+MEGATRON = "megatron"
+"""The family for decoders without an architecture in transformers: Megatron-Core's names."""
 
 NAMES = {
     "gpt2": Names(
@@ -299,7 +298,7 @@ NAMES = {
         head="embed_out",
     ),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
-    ENGINE: Names(
+    MEGATRON: Names(
         embedding="embedding.word_embeddings",
         position="embedding.position_embeddings",
         layer="decoder.layers.{}.",
@@ -345,34 +344,28 @@ def _qkv(decoder: DecoderConfig, names: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def _rows(
-    engine: str,
-    projections: Sequence[tuple[str, int]],
-    blocks: int | None,
-    bias: bool,
-    decoder: DecoderConfig,
-    names: Names,
+    module: str, named: Sequence[tuple[str, int]], blocks: int | None, bias: bool, decoder: DecoderConfig, names: Names
 ) -> Iterator[tuple[str, Entry]]:
-    for kind, width in (
-        (("weight", decoder.hidden_size), ("bias", None)) if bias else (("weight", decoder.hidden_size),)
-    ):
-        shards = tuple(Projection(f"{name}.{kind}", rows) for name, rows in projections)
-        yield f"{engine}.{kind}", Rows(shards, width, blocks, names.transposed)
+    widths = {"weight": decoder.hidden_size} | ({"bias": None} if bias else {})
+    for kind, width in widths.items():
+        projections = tuple(Projection(f"{name}.{kind}", rows) for name, rows in named)
+        yield f"{module}.{kind}", Rows(projections, width, blocks, names.transposed)
 
 
-def _columns(engine: str, name: str, width: int, decoder: DecoderConfig, names: Names) -> Iterator[tuple[str, Entry]]:
-    yield f"{engine}.weight", Columns(f"{name}.weight", (decoder.hidden_size, width), names.transposed)
+def _columns(module: str, name: str, width: int, decoder: DecoderConfig, names: Names) -> Iterator[tuple[str, Entry]]:
+    yield f"{module}.weight", Columns(f"{name}.weight", (decoder.hidden_size, width), names.transposed)
     if decoder.bias:
-        yield f"{engine}.bias", Replicated(f"{name}.bias", (decoder.hidden_size,))
+        yield f"{module}.bias", Replicated(f"{name}.bias", (decoder.hidden_size,))
 
 
-def _norm(engine: str, name: str, width: int, decoder: DecoderConfig) -> dict[str, Entry]:
+def _norm(module: str, name: str, width: int, decoder: DecoderConfig) -> dict[str, Entry]:
     kinds = ("weight", "bias") if decoder.normalization == "layernorm" else ("weight",)
-    return {f"{engine}.{kind}": Replicated(f"{name}.{kind}", (width,)) for kind in kinds}
+    return {f"{module}.{kind}": Replicated(f"{name}.{kind}", (width,)) for kind in kinds}
 
 
 def _named(name: str | None, what: str, family: str) -> str:
     if name is None:
-        raise ValueError(f"{family} has no {what}, which this model has; names that fit every model are {ENGINE!r}")
+        raise ValueError(f"{family} has no {what}, but this model does: use the family {MEGATRON!r}")
     return name
 
 

@@ -160,7 +160,7 @@ class PolicyStage(GPTModel):
         return F.linear(hidden, self.shared_embedding_or_output_weight() if tied else self.output_layer.weight)
 
 
-def engine_config(decoder: DecoderConfig, settings: MegatronSettings, needs: ModelNeeds) -> TransformerConfig:
+def transformer_config(decoder: DecoderConfig, settings: MegatronSettings, needs: ModelNeeds) -> TransformerConfig:
     """Megatron-Core's configuration."""
     sizes, recompute = settings.sizes, settings.recompute
     dropout = {"hidden_dropout": decoder.hidden_dropout, "attention_dropout": decoder.attention_dropout}
@@ -214,7 +214,7 @@ def build_chunks(
     device: torch.device,
 ) -> list[PolicyStage]:
     """This process's pipeline stage: one model, or one model per interleaved chunk."""
-    config = engine_config(decoder, settings, needs)
+    config = transformer_config(decoder, settings, needs)
     numbers = [None] if settings.sizes.virtual is None else range(settings.sizes.virtual)
     return [PolicyStage(decoder, config, padded_vocab, needs, seed, chunk).to(device) for chunk in numbers]
 

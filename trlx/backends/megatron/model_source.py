@@ -42,7 +42,7 @@ logger = logging.get_logger(__name__)
 
 ARCHIVE = "model.nemo"
 """The exported file of a model that transformers has no architecture for."""
-PARTS = ".parts"
+STAGES = ".stages"
 """Folder for the files of its stages, before they are packed into `ARCHIVE`."""
 
 
@@ -84,9 +84,9 @@ class ModelSource:
 
         Without an architecture in transformers the folder holds ``model.nemo``, with heads and tokenizer inside.
         """
-        parts = folder if self.config is not None else folder / PARTS
-        parts.mkdir(exist_ok=True)
-        writer = ShardWriter(parts, f"{weights.parallel.stage:03d}")
+        files = folder if self.config is not None else folder / STAGES
+        files.mkdir(exist_ok=True)
+        writer = ShardWriter(files, f"{weights.parallel.stage:03d}")
         for name, tensor in weights.whole(weights.of_model(), lambda weight: weight.value):
             writer.add({name: tensor})
         heads = dict(weights.whole(weights.of_heads(), lambda weight: weight.value))
@@ -95,7 +95,7 @@ class ModelSource:
         written: list[dict] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(written, writer.close())
         if weights.parallel.is_main:
-            write_index(parts, written)
+            write_index(files, written)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             if self.config is not None:
@@ -105,10 +105,10 @@ class ModelSource:
 
     def _pack(self, weights: StageWeights, folder: Path) -> None:
         """Packs the files of the stages into an archive and removes them."""
-        read = checked_reader(open_tensors(folder / PARTS), weights.entries)
+        read = checked_reader(open_tensors(folder / STAGES), weights.entries)
         files = {file.name: file for file in sorted(folder.iterdir()) if is_companion(file.name)}
         write_nemo(folder / ARCHIVE, self.decoder, read, self.family, files=files)
-        shutil.rmtree(folder / PARTS)
+        shutil.rmtree(folder / STAGES)
         (folder / HEADS_FILE).unlink(missing_ok=True)
 
 

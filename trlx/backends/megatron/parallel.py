@@ -133,7 +133,7 @@ def _key(sizes: ParallelSizes) -> tuple[int, int, int | None]:
 
 
 def _make_groups(sizes: ParallelSizes) -> dist.ProcessGroup | None:
-    """Makes the engine's process groups unless they exist; returns ``ParallelState.return_group``."""
+    """Makes Megatron-Core's process groups unless they exist; returns ``ParallelState.return_group``."""
     global _groups
     if _groups is None or _groups.world is not dist.group.WORLD or _groups.key != _key(sizes):
         _destroy_groups()
@@ -142,7 +142,7 @@ def _make_groups(sizes: ParallelSizes) -> dist.ProcessGroup | None:
             pipeline_model_parallel_size=sizes.pipeline,
             virtual_pipeline_model_parallel_size=sizes.virtual,
             distributed_timeout_minutes=int(PATIENCE.total_seconds() // 60),
-            create_gloo_process_groups=False,  # for the engine's own checkpoints
+            create_gloo_process_groups=False,  # only Megatron-Core's own checkpoints need them
         )
         second = _second_pipeline_group() if sizes.pipeline > 1 else None
         made = [*parallel_state._global_process_group_list, second]

@@ -1,4 +1,4 @@
-"""Microbatches through the pipeline: forward alone, or forward and backward."""
+"""Runs microbatches through the pipeline: forward only, or forward and backward."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from trlx.batch import TokenBatch, TokenScores
 
 Result = Any
 OnOutputs = Callable[[TokenScores, TokenBatch], tuple[Tensor, Result]]
-"""Takes the scores of one microbatch; returns what to differentiate, and what to keep."""
+"""From the outputs of one microbatch to (loss, a result to keep)."""
 
 
 def run_forward(stage: list[nn.Module], microbatches: Sequence[TokenBatch]) -> list[TokenScores]:
-    """The scores of each microbatch; empty on all but the last pipeline stage."""
+    """The outputs of each microbatch on the last stage; an empty list on the others."""
 
     def keep(outputs: TokenScores, non_loss_data: bool = True) -> TokenScores:
         return outputs
@@ -35,34 +35,38 @@ def run_forward(stage: list[nn.Module], microbatches: Sequence[TokenBatch]) -> l
 def run_forward_backward(
     stage: list[nn.Module], microbatches: Sequence[TokenBatch], on_outputs: OnOutputs
 ) -> tuple[list[Result], float]:
-    """Leaves the gradients of the summed losses in the weights, averaged over data ranks and summed where weights are
-    shared. Returns what `on_scores` kept of each microbatch (on the last stage), and the seconds spent going forward.
+    """Accumulates the gradients of all microbatches, averages them over data ranks, and sums those of shared weights.
+
+    Returns the results of `on_outputs` (on the last stage) and the seconds of the forward passes.
     """
     clock = _Clock()
 
     def on_last(microbatch: TokenBatch) -> Callable:
         return partial(_undivided, on_outputs, microbatch, len(microbatches))
 
-    return _run(stage, microbatches, on_last, clock=clock, **_neighbours(stage)), clock.seconds
+    return _run(stage, microbatches, on_last, clock=clock, **_communicator(stage)), clock.seconds
 
 
 def _undivided(
     on_outputs: OnOutputs, microbatch: TokenBatch, num_microbatches: int, outputs: TokenScores
 ) -> tuple[Tensor, Result]:
     loss, kept = on_outputs(outputs, microbatch)
-    return loss * num_microbatches, kept  # the engine divides by the number of microbatches, in place
+    return loss * num_microbatches, kept  # Megatron-Core divides the loss by it, in place
 
 
-def _neighbours(stage: list[nn.Module]) -> dict[str, Any]:
-    """How the engine's schedule gets at the other stages; as it sees fit where there are none, or stages take turns."""
+def _communicator(stage: list[nn.Module]) -> dict[str, Any]:
+    """Arguments of the schedule that make stages communicate through `_StageCommunicator`.
+
+    Without them Megatron-Core communicates itself, which interleaved stages and a single stage do.
+    """
     if len(stage) > 1 or pipeline_group().size() == 1:
         return {}
     groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "dp_cp", "embd", "pos_embd"])
-    return {"p2p_communicator": _Neighbours(stage[0].module), "pg_collection": groups}
+    return {"p2p_communicator": _StageCommunicator(stage[0].module), "pg_collection": groups}
 
 
-class _Neighbours(P2PCommunicator):
-    """Passes hidden states to the next stage, and their gradients back unless nothing below trains."""
+class _StageCommunicator(P2PCommunicator):
+    """Sends hidden states forward, and gradients back only to stages that train or have trained layers below."""
 
     def __init__(self, model: PolicyStage):
         super().__init__(pipeline_group(), model.config)

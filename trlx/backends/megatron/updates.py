@@ -1,4 +1,4 @@
-"""Megatron-Core's optimizer over a stage's weights, and the learning rate it follows."""
+"""Megatron-Core's optimizer for a stage's weights, with its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from trlx.backends.megatron.parallel import ParallelState
 from trlx.backends.megatron.settings import MegatronSettings, Optim
 
 MAIN = "main"
-"""Asks `Updates.kept` for the float32 copy of a half weight."""
+"""The `kind` of `Updates.kept` for the float32 main weight."""
 
 
 class Updates:
-    """Clips and applies gradients that are ready, unless they are not finite.
+    """Clips and applies gradients. Skips a step whose gradients are not finite.
 
     Args:
         stage: this process's model chunks, wrapped for data parallelism.
@@ -30,8 +30,8 @@ class Updates:
         self.max_norm = settings.max_grad_norm
         self.step_count = 0
         self.averaged_steps = 0
-        """Steps that the running averages are of: fewer where a checkpoint came without them."""
-        self.engine = _engine_optimizer(stage, settings)
+        """Steps since the optimizer state started: less than `step_count` after a resume without optimizer state."""
+        self.engine = _megatron_optimizer(stage, settings)
         if settings.dtype == torch.float16:
             for chunk in stage:
                 chunk.config.grad_scale_func = self.engine.scale_loss
@@ -41,12 +41,12 @@ class Updates:
 
     @property
     def rate(self) -> float:
-        """The learning rate of the coming step."""
+        """The learning rate of the next step."""
         return self.optim.schedule.rate(self.step_count, self.optim.lr)
 
     @torch.no_grad()
     def apply(self) -> dict[str, float]:
-        """One optimizer step: ``grad_norm``, ``skipped_steps`` and ``learning_rate_group_0``; the same on all ranks."""
+        """One optimizer step. Returns metrics that are equal on all ranks."""
         overflow = self.engine.prepare_grads()
         norm = float("inf") if overflow else self._clipped_norm()
         rate, skipped = self.rate, not torch.tensor(norm).isfinite()
@@ -58,27 +58,27 @@ class Updates:
         return {"grad_norm": norm, "skipped_steps": float(skipped), "learning_rate_group_0": rate}
 
     def clear(self) -> None:
-        """Forgets the gradients."""
+        """Clears the gradients."""
         self.engine.zero_grad()
 
     def kinds(self, weight: Tensor) -> list[str]:
-        """Which running averages are kept of `weight`; none before the first step."""
+        """The names of the optimizer state of `weight`; none before the first step."""
         return list(self.optim.moment_names) if self.averaged_steps else []
 
     def main(self, weight: Tensor) -> Tensor:
-        """The float32 weight that is trained, of which a half weight is a rounded copy. Called as `kept` is."""
+        """The float32 main weight of `weight`. Call it on all data ranks, as `kept`."""
         is_half = weight.requires_grad and weight.dtype != torch.float32
         return self.kept(weight, MAIN) if is_half else weight
 
     def set_main(self, weight: Tensor, value: Tensor) -> None:
-        """Sets what `main` returns, and `weight` with it."""
+        """Sets `weight` and its float32 main weight."""
         weight.copy_(value)
         if weight.requires_grad and weight.dtype != torch.float32:
             self.keep(weight, MAIN, value)
 
     def kept(self, weight: Tensor, kind: str) -> Tensor:
-        """What is kept, in the weight's shape. With the distributed optimizer every data rank has a piece of it, and
-        all call this together."""
+        """Optimizer state of `weight`, in its shape. The distributed optimizer gathers it from the data ranks' shards,
+        so call this on all of them."""
         shard, where = self._shard(weight, kind)
         if where is None:
             return shard
@@ -88,13 +88,13 @@ class Updates:
         return self.parallel.sum_over_data(whole).to(weight.device).view_as(weight)
 
     def keep(self, weight: Tensor, kind: str, value: Tensor) -> None:
-        """Sets what `kept` returns."""
+        """Sets the optimizer state that `kept` returns."""
         shard, where = self._shard(weight, kind)
         if shard is not None:
             shard.copy_(value if where is None else value.flatten()[where].view_as(shard))
 
     def prepare(self) -> None:
-        """Makes empty running averages for every weight, to be set from a checkpoint; none before the first step."""
+        """Makes zero optimizer state for every weight, which `keep` then sets from a checkpoint."""
         optimizer = self.engine.optimizer
         if optimizer is None or not self.averaged_steps:
             return
@@ -104,7 +104,7 @@ class Updates:
                 optimizer.state[weight] = averages | {"step": torch.tensor(float(self.averaged_steps))}
 
     def _shard(self, weight: Tensor, kind: str) -> tuple[Tensor | None, slice | None]:
-        """(what this process keeps, which part of the flat weight that is); the part is None for all of it."""
+        """(this process's shard, its slice of the flattened weight). The slice is None where the shard is all of it."""
         if not self.optim.distributed:
             main = weight if weight.dtype == torch.float32 else weight.main_param
             return (main if kind == MAIN else self.engine.optimizer.state[main][kind]), None
@@ -116,20 +116,20 @@ class Updates:
         return shard, slice(part.start, part.end)
 
     def state(self) -> dict[str, Any]:
-        """Numbers for a checkpoint."""
+        """Step counts and loss scale, for a checkpoint."""
         scaler = None if self._scaler is None else self._scaler.state_dict()
         if scaler is not None:
             scaler["scale"] = float(scaler["scale"])
         return {"step_count": self.step_count, "averaged_steps": self.averaged_steps, "scaler": scaler}
 
     def load(self, state: dict[str, Any], averages: bool) -> None:
-        """Restores `state`; without `averages` the running averages start anew."""
+        """Restores `state`; without `averages` the optimizer state starts at zero."""
         self.step_count = state["step_count"]
         self.averaged_steps = state["averaged_steps"] if averages else 0
         if self.engine.optimizer is not None and not averages:
             self.engine.optimizer.state.clear()
         self._set_rate()
-        # a run that goes on in another precision has another scale, or none
+        # a resume in another precision may have no loss scale, before or now
         if self._scaler is not None and state["scaler"] is not None:
             self._scaler.load_state_dict({**state["scaler"], "scale": torch.tensor([state["scaler"]["scale"]])})
 
@@ -143,7 +143,7 @@ class Updates:
             group["lr"] = self.rate
 
 
-def _engine_optimizer(stage: list[nn.Module], settings: MegatronSettings) -> MegatronOptimizer:
+def _megatron_optimizer(stage: list[nn.Module], settings: MegatronSettings) -> MegatronOptimizer:
     optim = settings.optim
     config = OptimizerConfig(
         optimizer=optim.name,
@@ -161,13 +161,13 @@ def _engine_optimizer(stage: list[nn.Module], settings: MegatronSettings) -> Meg
         clip_grad=settings.max_grad_norm or 0.0,
     )
     with cuda_type_names():
-        # no overrides: weight decay reaches every weight, as it does in torch's optimizers
+        # config_overrides={}: weight decay on every weight, as in torch
         optimizer = get_megatron_optimizer(config, stage, config_overrides={}, use_gloo_process_groups=False)
     return optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
 
 
 def _shards_of(engine: MegatronOptimizer) -> dict[Tensor, Tensor]:
-    """For each weight that this data rank updates a piece of, that piece in float32. A half weight's is a copy."""
+    """Weight -> this data rank's float32 shard of it, for the weights that it updates."""
     whole = (*engine.model_float16_groups, *engine.model_fp32_groups)
     shards = (*engine.shard_fp32_from_float16_groups, *engine.shard_fp32_groups)
     return {

@@ -1,7 +1,6 @@
-"""Hugging Face weights on disk and in memory, read slice by slice and written file by file.
+"""Reads and writes Hugging Face weights, in safetensors files or in memory.
 
-No process ever holds more of a model than it asks for: safetensors files are read at the places that count, and what is
-written waits in memory only until there is a file of it.
+Processes read only their slices of a tensor, and write a file whenever 5 GiB of tensors have been added.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 class TensorSource(Protocol):
-    """Named tensors that can be read in slices."""
+    """Named tensors that are read in slices."""
 
     where: str
     """What error messages call it."""
 
     def names(self) -> Iterable[str]:
-        """All tensors there are."""
+        """Names of all tensors."""
 
     def read(self, name: str) -> Slice:
         """The tensor of that name."""
 
 
 def open_tensors(model: str | Path | PreTrainedModel, revision: str | None = None) -> TensorSource:
-    """The weights of a model: in a folder of safetensors files, on the Hugging Face hub, or in memory.
+    """The weights of a model in a folder of safetensors files, on the Hugging Face hub, or in memory.
 
     Raises:
-        OSError: there is no such folder, nor a model of that name that can be reached or is cached.
-        ValueError: the weights there are not in safetensors files, or files that their index names are missing.
+        OSError: there is no such folder, and no such model on the hub or in its cache.
+        ValueError: there are no safetensors files, or files that the index names are missing.
     """
     if isinstance(model, PreTrainedModel):
         return InMemory(model.state_dict(), f"the {type(model).__name__} in memory")
@@ -51,17 +50,16 @@ def open_tensors(model: str | Path | PreTrainedModel, revision: str | None = Non
 
 
 def checked_reader(source: TensorSource, entries: Mapping[str, Entry]) -> Read:
-    """Gives the tensors that `entries` are made of by their names there, whatever `source` calls them.
+    """A function from a name in `entries` to a tensor of `source`.
 
-    Files of old and of other versions of transformers, and of models without an output head, have slightly different
-    names, and constants among the weights. These are understood; that all of the rest fits is checked before a value
-    is read.
+    Accepts the names of old versions of transformers and of models without an output head, and ignores constants.
+    Checks all names and shapes before any value is read.
 
     Args:
         entries: those of the whole model.
 
     Raises:
-        ValueError: tensors are missing, have another shape, or would not be used; the message names them.
+        ValueError: a tensor is missing, unused or of another shape; the message names it.
     """
     wanted = {name: shape for entry in entries.values() for name, shape in entry.hf_shapes.items()}
     located = _located(source, wanted)
@@ -71,7 +69,7 @@ def checked_reader(source: TensorSource, entries: Mapping[str, Entry]) -> Read:
             raise ValueError(
                 f"{located[name]} in {source.where} is {list(got)}, but a model of this configuration has {list(shape)}"
             )
-    # what stands for the head in a tied model is the embedding
+    # a tied model's output layer is the embedding
     _refuse_unused(source, set(located.values()), located[entries["output_layer.weight"].hf_names[0]])
     return lambda name: source.read(located[name])
 
@@ -83,11 +81,11 @@ def load_weights(
     tensor_rank: int = 0,
     tensor_size: int = 1,
 ) -> None:
-    """Fills `parameters`, named as in `entries`, with this tensor rank's parts, one at a time, in their own types.
+    """Loads this tensor rank's shards into `parameters`, one at a time, in the types of the parameters.
 
     Raises:
-        ValueError: `source` does not fit `entries` (see `checked_reader`), or a parameter is none of them or has
-            another shape than its part.
+        ValueError: `source` does not fit `entries` (see `checked_reader`), or a parameter has no entry or another shape
+            than its shard.
     """
     read = checked_reader(source, entries)
     for name, parameter in parameters:
@@ -104,7 +102,7 @@ def load_weights(
 
 
 class Folder:
-    """The safetensors files of a folder, one or several with an index, opened as they are needed."""
+    """The safetensors file or files of a folder, opened when they are read."""
 
     def __init__(self, folder: Path):
         self.folder, self.where = folder, str(folder)
@@ -135,19 +133,19 @@ class InMemory:
 
 
 class ShardWriter:
-    """Writes tensors into ``model-<part>-<number>.safetensors``, a new file whenever `max_bytes` are together.
+    """Writes tensors into files ``model-<stage>-<number>.safetensors`` of at most `max_bytes`.
 
-    Every process that writes has a `part` of its own. Where all are done, one of them calls `write_index`.
+    Every process that writes has its own `stage`. When all are done, one process calls `write_index`.
     """
 
-    def __init__(self, folder: Path, shard: str, max_bytes: int = 5 * 2**30):
-        self.folder, self.shard, self.max_bytes = folder, shard, max_bytes
+    def __init__(self, folder: Path, stage: str, max_bytes: int = 5 * 2**30):
+        self.folder, self.stage, self.max_bytes = folder, stage, max_bytes
         self._waiting: dict[str, Tensor] = {}
         self._written: dict[str, tuple[str, int]] = {}
         self._number = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes copies of `tensors`, on any device, under their Hugging Face names."""
+        """Adds copies of `tensors`, on any device, under their Hugging Face names."""
         for name, tensor in tensors.items():
             waiting = sum(each.nbytes for each in self._waiting.values())
             if self._waiting and waiting + tensor.nbytes > self.max_bytes:
@@ -155,26 +153,26 @@ class ShardWriter:
             self._waiting[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
     def close(self) -> dict[str, tuple[str, int]]:
-        """Writes what is left. Returns for every tensor its file and its size in bytes: what `write_index` takes."""
+        """Writes the last file. Returns {name: (file, bytes)} for `write_index`."""
         if self._waiting:
             self._write()
         return self._written
 
     def _write(self) -> None:
         self._number += 1
-        file = f"model-{self.shard}-{self._number:05d}.safetensors"
+        file = f"model-{self.stage}-{self._number:05d}.safetensors"
         save_file(self._waiting, self.folder / file, metadata={"format": "pt"})
         self._written |= {name: (file, tensor.nbytes) for name, tensor in self._waiting.items()}
         self._waiting = {}
 
 
 def write_index(folder: Path, written: Iterable[Mapping[str, tuple[str, int]]]) -> None:
-    """Writes the index that makes one model of the files of several writers, from what their `close` returned.
+    """Writes the index of all writers' files, from the results of their `close`.
 
-    A ``model.safetensors`` from before is removed, as loaders would prefer it.
+    Removes an old ``model.safetensors``, which loaders would prefer.
 
     Raises:
-        ValueError: two writers wrote a tensor of one name.
+        ValueError: two writers wrote the same tensor.
     """
     homes: dict[str, str] = {}
     total = 0
@@ -189,17 +187,17 @@ def write_index(folder: Path, written: Iterable[Mapping[str, tuple[str, int]]]) 
 
 
 HEADS = ("lm_head.weight", "embed_out.weight")
-"""Names of the output head; GPT-NeoX has one in files and the other in memory."""
+"""Names of the output head. GPT-NeoX uses one in files and the other in memory."""
 
 BASES = ("transformer.", "model.", "gpt_neox.")
-"""What stands before every name but the head's; left out where a model was saved without a head."""
+"""Prefixes of all names but the head's. A model saved without a head has no prefix."""
 
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
-"""Ends of names under which old files keep what is computed today."""
+"""Endings of the names of constants in old files."""
 
 
 def _located(source: TensorSource, wanted: Iterable[str]) -> dict[str, str]:
-    """For each wanted name the one that `source` has for it."""
+    """Maps each wanted name to the name in `source`."""
     names = set(source.names())
     located = {name: next((each for each in _spellings(name) if each in names), None) for name in wanted}
     missing = [name for name, found in located.items() if found is None]
@@ -223,7 +221,7 @@ def _refuse_unused(source: TensorSource, used: set[str], head: str) -> None:
     if others:
         raise ValueError(f"{source.where} has {_listed(others)}, which no model of this configuration uses")
     for name in unused:
-        # a tied model needs no head of its own, but many were saved with one
+        # many tied models were saved with a copy of the embedding as their head
         if not _same(source, name, head):
             raise ValueError(
                 f"{name} in {source.where} is not {head}, though its config.json says tie_word_embeddings: set it to "
@@ -241,7 +239,7 @@ def _shape(tensor: Slice) -> Iterable[int]:
 
 
 def _files_of(folder: Path) -> dict[str, str]:
-    """Which file each tensor is in."""
+    """Tensor name -> file name."""
     if (folder / SINGLE_FILE).is_file():
         with safe_open(folder / SINGLE_FILE, framework="pt") as file:
             return dict.fromkeys(file.keys(), SINGLE_FILE)
@@ -259,14 +257,14 @@ def _files_of(folder: Path) -> dict[str, str]:
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
-    # some models are there in a second format of their makers, as large as the first
+    # skip weights in other formats, which some models have too
     patterns = ["config.json", "model*.safetensors", INDEX_FILE]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise OSError(
-            f"No model at {name!r}: it is neither a folder with weights, nor the name of a model on the Hugging Face "
-            f"hub that can be reached from here or is in the local cache ({first_line(error)})"
+            f"No model at {name!r}: it is not a folder with weights, and the Hugging Face hub and its local cache have "
+            f"no such model ({first_line(error)})"
         ) from None
 
 

@@ -1,1 +1,1 @@
-"""NeMo's forms: the keys of its configuration files, and models in `.nemo` archives."""
+"""NeMo's file formats: configuration files and `.nemo` archives."""

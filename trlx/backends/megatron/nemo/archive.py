@@ -1,6 +1,6 @@
-"""`.nemo` archives in and out: a tar file with ``model_config.yaml`` and the weights of every model-parallel rank.
+"""Reads and writes `.nemo` archives: a tar file with ``model_config.yaml`` and the weights of all ranks.
 
-The format is that of NVIDIA NeMo. One rank's weights stand at the root, those of several in a folder each::
+The format is that of NVIDIA NeMo. With several ranks each has a folder::
 
     model_config.yaml
     model_weights.ckpt                             tensor parallel 1, pipeline parallel 1
@@ -8,8 +8,8 @@ The format is that of NVIDIA NeMo. One rank's weights stand at the root, those o
     tp_rank_03_pp_rank_001/model_weights.ckpt      tensor and pipeline parallel
     0b1c..._tokenizer.model                        files that the config names as "nemo:0b1c..._tokenizer.model"
 
-An archive comes from somebody else: nothing is written outside a temporary folder, no link is made, no code in a pickle
-or a YAML tag is run, and no interpolation may call a function.
+An archive may be hostile: files are unpacked into a temporary folder only, links are refused, and no code in pickles,
+YAML tags or interpolations is run.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ SHARDS = (
     re.compile(rf"mp_rank_(?P<tp>\d+)/{WEIGHTS_FILE}"),
     re.compile(rf"tp_rank_(?P<tp>\d+)_pp_rank_(?P<pp>\d+)/{WEIGHTS_FILE}"),
 )
-"""The three ways of naming a rank's weights."""
+"""The three forms of a rank's file name."""
 REFERENCE = re.compile(r"\$\{\.*[\w\[\].-]+\}")
-"""An interpolation that names another entry: ``${model.hidden_size}`` or ``${..seed}``, but no ``${function:...}``."""
+"""An interpolation of another entry, e.g. ``${model.hidden_size}`` or ``${..seed}``, not ``${function:...}``."""
 NOT_WEIGHTS = "_extra_state"
-"""Ending of a state dict's keys under which NeMo's layers keep their own settings, not parameters."""
+"""Ending of state dict keys that hold settings of NeMo's layers, not parameters."""
 
 
 @contextmanager
 def opened(path: str | Path, config: Mapping[str, Any] | None = None) -> Iterator[Archive]:
-    """A `.nemo` file (a tar, also compressed) or the folder it was unpacked into.
+    """Opens a `.nemo` file (a tar, also compressed) or the folder it was unpacked into.
 
-    From a file only what is asked for is unpacked, when it is asked for, into a temporary folder that goes with the
-    block (``TMPDIR`` says where). Weights that were read inside the block stay valid after it.
+    Members of a file are unpacked when they are read, into a temporary folder in ``TMPDIR`` that is removed at the end
+    of the block. Weights that were read stay valid.
 
     Args:
-        config: counts where there is no ``model_config.yaml``; None: a YAML file of another name, if there is only one.
+        config: replaces a missing ``model_config.yaml``; None: read the only YAML file instead.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`, or no config.
-        ValueError: the file is no tar, is cut off, or has a member that is a link, a device or outside its folder.
+        FileNotFoundError: `path` does not exist, or has no config.
+        ValueError: the file is not a tar, is truncated, or has a link, a device or a member outside the archive.
     """
     path = Path(path)
     if path.is_dir():
@@ -84,24 +84,26 @@ def write_archive(
     weights: Mapping[Rank, Mapping[str, Tensor]],
     files: Mapping[str, Path | bytes] | None = None,
 ) -> None:
-    """Writes a `.nemo` file as NeMo does: a plain tar. It takes the place of `path` only when it is complete.
+    """Writes a `.nemo` file as NeMo does: a plain tar. Replaces `path` when the file is complete.
 
-    For one process to call. The same model gives the same bytes.
+    Call it on one process. Equal models give equal bytes.
 
     Args:
-        config: what ``model_config.yaml`` is to say.
-        weights: parameters by name, for every pair of tensor and pipeline rank. Each rank's are fetched once and let go
-            before the next, so a mapping that loads them on demand need not fit into memory as a whole.
+        config: the content of ``model_config.yaml``.
+        weights: parameters by name, for every (tensor rank, pipeline rank). Ranks are read one after the other, so a
+            mapping may load them on demand.
         files: more files by their names in the archive, such as the tokenizer's.
 
     Raises:
-        ValueError: a pair of ranks is missing, or a file's name is taken or leads out of the archive.
+        ValueError: a rank is missing, or a file's name is taken or leads out of the archive.
     """
     path = Path(path)
     names = _shard_names(weights.keys(), path)
     extra = {_safe_name(name, path): content for name, content in (files or {}).items()}
     if taken := extra.keys() & {CONFIG_FILE, *names.values()}:
-        raise ValueError(f"{sorted(taken)} cannot be among the files of {path}: the archive's own have these names")
+        raise ValueError(
+            f"{path} cannot hold the extra files {sorted(taken)}: the archive's own files have these names"
+        )
     temporary = path.parent / f".{path.name}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -119,10 +121,10 @@ def write_archive(
 
 
 class Archive:
-    """What a `.nemo` file or an unpacked one holds.
+    """The config, the weights and the files of an archive.
 
     Raises:
-        FileNotFoundError: there is no config.
+        FileNotFoundError: the config is missing.
         ValueError: the config is not plain YAML with keys and values.
     """
 
@@ -135,18 +137,18 @@ class Archive:
         config: Mapping[str, Any] | None = None,
     ):
         self.source = source
-        """The path the archive was opened by."""
+        """The path of the archive."""
         self.folder = folder
-        """Where its files lie once they were asked for."""
+        """The folder of its unpacked files."""
         self.names = names
-        """The files it holds, relative to its root."""
+        """Names of its files, relative to its root."""
         self._fetch = fetch
         is_given = config is not None and CONFIG_FILE not in names
         self.config: dict[str, Any] = dict(config) if is_given else _read_config(self.file(self._config_file()), source)
-        """``model_config.yaml`` with references to other entries filled in, where what they name is there."""
+        """``model_config.yaml``, with interpolations of existing entries resolved."""
 
     def file(self, name: str) -> Path:
-        """The path of one file of the archive, also by the ``nemo:<name>`` that a config calls it by.
+        """The path of a file of the archive; `name` may begin with ``nemo:``, as in configs.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -157,30 +159,30 @@ class Archive:
         return self._fetch(name)
 
     def _config_file(self) -> str:
-        # the Llama converter of the original library called it megatron_<name>.yaml
+        # CarperAI's Llama converter wrote megatron_<name>.yaml
         found = [name for name in self.names if re.fullmatch(r"[^/]+\.ya?ml", name)]
         return found[0] if len(found) == 1 else CONFIG_FILE
 
     def parallel_sizes(self) -> tuple[int, int]:
-        """The numbers of tensor-parallel and pipeline-parallel ranks that the weights are divided over.
+        """(tensor parallel size, pipeline parallel size) of the weights.
 
         Raises:
-            ValueError: there are no weights, or not those of every rank.
+            ValueError: weights are missing.
         """
         return _sizes(self._shards().keys())
 
     def weights(self, tp_rank: int = 0, pp_rank: int = 0) -> dict[str, Tensor]:
-        """One rank's parameters by name, on the CPU and, where the file allows it, read only when they are touched.
+        """One rank's parameters by name, on the CPU, memory-mapped if the file is a zip.
 
         Raises:
-            ValueError: there are no weights of that rank, or they are not a plain dict of tensors.
+            ValueError: the rank has no weights, or they are not a dict of tensors.
         """
         shards = self._shards()
         if (tp_rank, pp_rank) not in shards:
             tp, pp = _sizes(shards.keys())
             raise ValueError(
-                f"{self.source} has weights of {tp} tensor-parallel and {pp} pipeline-parallel ranks, counted from 0: "
-                f"there is no tensor rank {tp_rank} with pipeline rank {pp_rank}"
+                f"{self.source} has weights of {tp} tensor-parallel and {pp} pipeline-parallel ranks, counted from 0, "
+                f"but not of tensor rank {tp_rank} with pipeline rank {pp_rank}"
             )
         return _read_weights(self.file(shards[tp_rank, pp_rank]), shards[tp_rank, pp_rank], self.source)
 
@@ -189,12 +191,12 @@ class Archive:
         present = [shards for shards in kinds if shards]
         if not present and any(name.startswith("model_weights/") for name in self.names):
             raise ValueError(
-                f"The weights in {self.source} are a distributed checkpoint (a folder model_weights/), which is not "
-                f"read here; save the model with NeMo as {WEIGHTS_FILE}, one file for each rank"
+                f"The weights in {self.source} are a distributed checkpoint (a folder model_weights/), which trlx "
+                f"cannot read: save the model with NeMo as {WEIGHTS_FILE}, one file for each rank"
             )
         if len(present) != 1:
-            found = "in more than one layout" if present else f"nowhere (no {WEIGHTS_FILE})"
-            raise ValueError(f"{self.source} holds weights {found}; one layout is needed: {_forms()}")
+            found = "weights under more than one form of name" if present else f"no {WEIGHTS_FILE}"
+            raise ValueError(f"{self.source} holds {found}: it must have one of the forms {_forms()}")
         _check_complete(present[0].keys(), self.source)
         return present[0]
 
@@ -203,11 +205,11 @@ def _open_tar(path: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(path)
     except tarfile.ReadError as error:
-        raise ValueError(f"{path} is not a .nemo file: it is no tar archive ({error})") from error
+        raise ValueError(f"{path} is not a .nemo file: it is not a tar archive ({error})") from error
 
 
 def _members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
-    """The files in a tar by their names. One suspicious member spoils the whole archive, also if nobody asks for it."""
+    """The files in a tar by their names. One suspicious member makes the whole archive refused."""
     try:
         members = tar.getmembers()
     except (tarfile.TarError, EOFError, zlib.error) as error:
@@ -215,16 +217,16 @@ def _members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
     for member in members:
         if not (member.isreg() or member.isdir()):
             kind = "a link" if member.islnk() or member.issym() else "a device or another special file"
-            raise ValueError(f"{path} was refused: its member {member.name!r} is {kind}, not a file or a folder")
+            raise ValueError(f"{path} was refused: its member {member.name!r} is {kind}, not a file or folder")
     named = {_safe_name(member.name, path): member for member in members}
     return {name: member for name, member in named.items() if member.isreg()}
 
 
 def _safe_name(name: str, path: Path) -> str:
-    """The name as written without ``./``; Windows' rules see every separator and drive letter, and POSIX's as well."""
+    """The name without ``./``. Windows' rules find drive letters and both kinds of separators."""
     parts = PureWindowsPath(name)
     if parts.anchor or ".." in parts.parts:
-        raise ValueError(f"{path} was refused: the name {name!r} leads out of the archive; write one inside it")
+        raise ValueError(f"{path} was refused: the name {name!r} leads out of the archive")
     return parts.as_posix()
 
 
@@ -240,12 +242,16 @@ def _unpacked(tar: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], fold
 def _read_config(file: Path, source: Path) -> dict[str, Any]:
     content = BytesIO(file.read_bytes())
     try:
-        tree = OmegaConf.load(content)  # makes no objects from tags, and reads 1e-5 as a number
+        tree = OmegaConf.load(content)  # builds no objects from tags, and reads 1e-5 as a number
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
-            f"{CONFIG_FILE} of {source} was refused: it has a tag or a key that plain YAML has not: {error}"
+            f"{CONFIG_FILE} of {source} was refused: it has a tag or key that plain YAML does not have: {error}"
         ) from error
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:  # OSError: one number or date, no container
+    except (
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        OSError,
+    ) as error:  # OSError: a number or date instead of a container
         raise ValueError(f"{CONFIG_FILE} of {source} is not a YAML file of keys with values: {error}") from error
     if not OmegaConf.is_dict(tree):
         raise ValueError(f"{CONFIG_FILE} of {source} must hold keys with values, not a list")
@@ -254,7 +260,7 @@ def _read_config(file: Path, source: Path) -> dict[str, Any]:
 
 
 def _without_calls(node: Any) -> Any:
-    """The same config with OmegaConf's mark of a missing value for every text that could call a function."""
+    """The config with "???", OmegaConf's missing value, in place of strings that could call a function."""
     if isinstance(node, dict):
         return {key: _without_calls(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -264,7 +270,7 @@ def _without_calls(node: Any) -> Any:
 
 
 def _resolved(node: Any, tree: Any) -> Any:
-    """`node` with references filled in from its counterpart `tree`; one that leads nowhere stays as it is written."""
+    """`node` with interpolations resolved in `tree`. Those that lead nowhere stay as written."""
     if isinstance(node, dict):
         return {key: _resolved_entry(value, tree, key) for key, value in node.items()}
     return [_resolved_entry(value, tree, index) for index, value in enumerate(node)]
@@ -279,24 +285,24 @@ def _resolved_entry(value: Any, tree: Any, key: Any) -> Any:
         if OmegaConf.is_config(found := tree[key]):
             return OmegaConf.to_container(found, resolve=True, throw_on_missing=True)
         return found
-    except (OmegaConfBaseException, RecursionError):  # the latter where two sections name each other
+    except (OmegaConfBaseException, RecursionError):  # RecursionError: two sections refer to each other
         return value
 
 
 def _read_weights(file: Path, name: str, source: Path) -> dict[str, Tensor]:
     try:
-        # files from before torch 1.6 are no zip files and cannot be mapped into memory
+        # files of torch before 1.6 are not zip files and cannot be memory-mapped
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{name} in {source} was refused: it is damaged or holds more than tensors, and reading other objects "
-            "could run code hidden in them. Save it again with torch.save(model.state_dict(), ...)"
+            f"{name} in {source} was refused: it is damaged, or holds other objects than tensors, which could run "
+            "code: save it again with torch.save(model.state_dict(), ...)"
         ) from error
     if not isinstance(weights, dict):
         raise ValueError(f"{name} in {source} holds a {type(weights).__name__}, not a dict of parameters by name")
     weights = {key: value for key, value in weights.items() if not str(key).endswith(NOT_WEIGHTS)}
     if others := [key for key, value in weights.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{name} in {source} must hold tensors only, and {others[:5]} are none")
+        raise ValueError(f"{name} in {source} must hold tensors only, but {others[:5]} are not")
     return weights
 
 
@@ -310,8 +316,8 @@ def _check_complete(ranks: Collection[Rank], path: Path) -> None:
     missing = ((t, p) for t in range(tp) for p in range(pp) if (t, p) not in ranks)
     if (first := next(missing, None)) is not None:
         raise ValueError(
-            f"{path} is to hold {tp} tensor-parallel times {pp} pipeline-parallel ranks, "
-            f"and the weights of tensor rank {first[0]} with pipeline rank {first[1]} are missing"
+            f"{path} must hold {tp} tensor-parallel times {pp} pipeline-parallel ranks, "
+            f"but the weights of tensor rank {first[0]} with pipeline rank {first[1]} are missing"
         )
 
 
@@ -324,7 +330,7 @@ def _forms() -> str:
 
 
 def _shard_names(ranks: Collection[Rank], path: Path) -> dict[Rank, str]:
-    """Every rank's file, by NeMo's names."""
+    """Rank -> NeMo's name of its file."""
     if not ranks:
         raise ValueError(f"There are no weights to write into {path}")
     _check_complete(ranks, path)
@@ -335,7 +341,7 @@ def _shard_names(ranks: Collection[Rank], path: Path) -> dict[Rank, str]:
 
 
 def _compact(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same on the CPU; a slice is copied, as saving it would write the whole tensor it was cut from."""
+    """The same on the CPU. Slices are copied, as torch.save would write their whole storage."""
     tensors = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     return {
         name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
@@ -344,7 +350,7 @@ def _compact(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _add(tar: tarfile.TarFile, name: str, content: Path | bytes) -> None:
-    """Adds a file without date and owner, which would make equal models differ and tell who wrote them."""
+    """Adds a file without date and owner, so that equal models give equal bytes."""
     info = tarfile.TarInfo(f"./{name}")
     info.size = len(content) if isinstance(content, bytes) else content.stat().st_size
     with BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:

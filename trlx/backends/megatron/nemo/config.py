@@ -1,7 +1,7 @@
-"""``model_config.yaml`` of a `.nemo` archive, and the way between it and a `Shape`.
+"""Converts between ``model_config.yaml`` of a `.nemo` archive and `DecoderConfig`.
 
-The keys are those of NeMo 1.x's GPT models. A model that would be computed in another way here is refused, and so is
-one that those keys cannot describe.
+The keys are those of NeMo 1.x's GPT models. Models that Megatron-Core would compute differently are refused, and so are
+models that the keys cannot describe.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ WITH_WEIGHTS = {
     "position": "position_embedding_type",
     "tied": "share_embeddings_and_output_weights",
 }
-"""Fields of a shape that go with the weights, and the key that says each."""
+"""Fields of `DecoderConfig` that need other weights when they change -> the key of each."""
 
 ADDED = {
-    "mcore_gpt": "layout of the weights",
-    "qkv_bias": "a bias for queries, keys and values alone",
+    "mcore_gpt": "names of the weights",
+    "qkv_bias": "a bias for queries, keys and values only",
     "qk_layernorm": "norms of queries and keys",
     "layernorm_zero_centered_gamma": "1 is added to the weight of every norm",
     "apply_embedding_scaling": "embeddings are multiplied by the root of the width",
-    "scale_positional_embedding": "Llama-3's stretched rotary embedding, by 8",
-    "window_size": "how far attention looks back",
-    "vocab_size": "tokens, without the padding",
-    "tokenizer": "the tokenizer that is given to the run",
+    "scale_positional_embedding": "Llama-3's rotary scaling, factor 8",
+    "window_size": "the attention window",
+    "vocab_size": "number of tokens, without padding",
+    "tokenizer": "the run's tokenizer is used",
     "nemo_version": "for the record",
     "target": "for the record",
     "use_flash_attention": "speed only",
     "override_vocab_size": "rows of the embedding",
 }
-"""Keys that archives have beside those of docs/megatron-config.md."""
+"""More keys of archives, besides those in docs/megatron-config.md."""
 
 COMPUTES: dict[str, tuple[Any, ...]] = {
     **{key: REFUSED[f"model.{key}"][0] for key in ("headscale", "normalize_attention_scores", "attention_type")},
@@ -68,22 +68,22 @@ COMPUTES: dict[str, tuple[Any, ...]] = {
     "hyena": ({},),
     "mcore_customization_config": ({},),
 }
-"""Keys that change what a model computes: the values, beside null, with which it is computed here."""
+"""Keys that change what a model computes -> the supported values, besides null."""
 
 STRETCHED = 8.0
-"""The factor that ``scale_positional_embedding`` stands for."""
+"""The factor of ``scale_positional_embedding``."""
 
 
 def read_config(config: Mapping[str, Any], where: str, changes: Mapping[str, Any] | None = None) -> DecoderConfig:
-    """The shape that an archive's config describes, its ``vocab_size`` None where the config does not say it.
+    """The decoder in an archive's config; ``vocab_size`` is None if the config has none.
 
     Args:
-        where: what error messages call the archive.
-        changes: values of the ``model`` section that win, unless they are null.
+        where: the archive's name in error messages.
+        changes: values of the run's ``model`` section, which replace the archive's unless they are null.
 
     Raises:
-        ConfigError: the config describes no GPT model, or one that is not computed here, or a change is one that needs
-            other weights; the message names the keys.
+        ConfigError: the config is not that of a supported GPT model, or a change needs other weights; the message names
+            the keys.
     """
     own = _read(config, where)
     given = {key: value for key, value in (changes or {}).items() if value is not None}
@@ -103,16 +103,16 @@ def read_config(config: Mapping[str, Any], where: str, changes: Mapping[str, Any
 def write_config(
     decoder: DecoderConfig, *, tensor: int, pipeline: int, rows: int, divisor: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What ``model_config.yaml`` says of a model.
+    """The content of ``model_config.yaml`` for a decoder.
 
     Args:
-        rows: of the embedding, a multiple of `divisor` x `tensor`.
+        rows: rows of the embedding, a multiple of `divisor` x `tensor`.
 
     Raises:
-        ValueError: the shape has something that NeMo's keys cannot say; the message names it.
+        ValueError: NeMo has no key for a field of the decoder; the message names it.
     """
     config = {
-        # the class that every NeMo since 1.0 has; restore_from puts the one it is called on in its place
+        # a class in every NeMo since 1.0; restore_from replaces it by the class it is called on
         "target": "nemo.core.classes.modelPT.ModelPT",
         "mcore_gpt": True,
         "precision": _PRECISIONS.get(dtype, 32),
@@ -139,7 +139,7 @@ def write_config(
 
 
 def warn_of_unknown(config: Mapping[str, Any], where: str) -> None:
-    """Says which settings of an archive are not read; what they do may be missing."""
+    """Warns of keys that are not read."""
     known = {key.split(".")[1] for key in KEYS if key.startswith("model.")} | ADDED.keys() | COMPUTES.keys()
     unknown = [key for key, value in config.items() if key not in known and value not in (None, False, {}, [])]
     if unknown:
@@ -153,7 +153,7 @@ def _read(config: Mapping[str, Any], where: str) -> DecoderConfig:
     section = Lookup(config, CONFIG_FILE)
     try:
         if not all(section.has(key) for key in SIZES):
-            raise ConfigError(f"{CONFIG_FILE} describes no GPT model: it must have {', '.join(SIZES)}")
+            raise ConfigError(f"{CONFIG_FILE} does not describe a GPT model: it must have {', '.join(SIZES)}")
         _check_computed(section)
         decoder = read_decoder(section)
         assert decoder is not None  # the sizes are there
@@ -167,7 +167,7 @@ def _check_computed(section: Lookup) -> None:
         if section.has(key) and section.get(key) not in accepted:
             said = " or ".join(str(value) for value in accepted)
             raise ConfigError(
-                f"{CONFIG_FILE} has {key} {section.get(key)!r}, which the Megatron backend does not compute: it must "
+                f"{CONFIG_FILE} has {key} {section.get(key)!r}, which the Megatron backend does not support: it must "
                 f"be {said} or null"
             )
     if section.flag("megatron_legacy", False) and section.has("num_query_groups"):
@@ -176,7 +176,7 @@ def _check_computed(section: Lookup) -> None:
 
 
 def _additions(section: Lookup, decoder: DecoderConfig) -> dict[str, Any]:
-    """Fields that only archives have keys for."""
+    """Fields whose keys only archives have."""
     found: dict[str, Any] = {
         "vocab_size": section.integer("vocab_size"),
         "qkv_bias": decoder.bias or section.flag("qkv_bias", False),
@@ -195,7 +195,7 @@ def _additions(section: Lookup, decoder: DecoderConfig) -> dict[str, Any]:
 
 
 def _is_tanh(section: Lookup, decoder: DecoderConfig) -> bool:
-    """Whether a gelu that gates is of the tanh form; `read_shape` knows it of one that does not."""
+    """Whether a gated gelu is the tanh form. `read_decoder` decides it for a gelu without gate."""
     is_fused = decoder.bias and section.flag("bias_activation_fusion", True)
     return section.flag("openai_gelu", False) or (decoder.gated and is_fused)
 
@@ -205,7 +205,7 @@ def _window(section: Lookup) -> int | None:
     if window is None:
         return None
     is_pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(type(each) is int for each in window)
-    section.require(is_pair and window[0] > 0 and window[1] == 0, "window_size", "be [how far back, 0]")
+    section.require(is_pair and window[0] > 0 and window[1] == 0, "window_size", "be [window, 0]")
     return window[0]
 
 

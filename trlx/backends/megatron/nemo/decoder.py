@@ -1,4 +1,4 @@
-"""The decoder that the ``model`` section of a NeMo-shaped file describes."""
+"""Reads the decoder in the ``model`` section of a NeMo config file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trlx.backends.megatron.nemo.file import Lookup
 from trlx.strict import ConfigError
 
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")
-"""The keys that make a section describe a model."""
+"""The required keys of a section that describes a model."""
 ACTIVATIONS: dict[str, tuple[str, bool]] = {
     "gelu": ("gelu", False),
     "relu": ("relu", False),
@@ -17,21 +17,21 @@ ACTIVATIONS: dict[str, tuple[str, bool]] = {
     "reglu": ("relu", True),
     "swiglu": ("silu", True),
 }
-"""NeMo's name: our activation, and whether it gates. NeMo's fast- forms compute the same."""
+"""NeMo's name -> (our activation, whether it is gated). NeMo's fast- forms compute the same."""
 NORMS: dict[str, tuple[str, float]] = {
     "layernorm": ("layernorm", 0.0),
     "layernorm1p": ("layernorm", 1.0),
     "rmsnorm": ("rmsnorm", 0.0),
 }
-"""NeMo's name: our norm, and what is added to its weight."""
+"""NeMo's name -> (our norm, the offset of its weight)."""
 POSITIONS = {"learned_absolute": "learned", "rope": "rope"}
 
 
 def read_decoder(section: Lookup) -> DecoderConfig | None:
-    """The model's shape with NeMo's defaults, its ``vocab_size`` None; None where the section gives no sizes.
+    """The decoder, with NeMo's defaults and ``vocab_size`` None; None if the section has none of `SIZES`.
 
     Raises:
-        ConfigError: only some of the sizes are there, or a value is of the wrong type, out of range or unknown.
+        ConfigError: some of `SIZES` are missing, or a value has the wrong type, is out of range or unknown.
     """
     given = [key for key in SIZES if section.has(key)]
     if not given:
@@ -66,7 +66,7 @@ def _sizes(section: Lookup) -> dict[str, int]:
     if not section.has("kv_channels") and hidden % heads:
         raise ConfigError(
             f"{section.where}.hidden_size {hidden} is not a multiple of num_attention_heads {heads}: write "
-            "kv_channels, the width of a head"
+            "kv_channels, the width of one head"
         )
     return {
         "num_layers": layers,
@@ -86,7 +86,7 @@ def _feed_forward(section: Lookup) -> dict[str, Any]:
     bias = section.flag("bias", True)
     is_fused = bias and section.flag("bias_activation_fusion", True)
     if name == "gelu" and (is_fused or section.flag("openai_gelu", False)):
-        activation = "gelu_tanh"  # NeMo's fused kernel computes this form, whatever its name says
+        activation = "gelu_tanh"  # NeMo's fused gelu is the tanh form
     return {"activation": activation, "gated": gated, "bias": bias}
 
 

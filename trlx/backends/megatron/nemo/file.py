@@ -1,4 +1,4 @@
-"""Reads a NeMo-shaped file or mapping, and looks typed values up in it."""
+"""Reads NeMo config files, and looks up typed values in them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from trlx.presets import megatron_preset
 from trlx.strict import ConfigError, suggestion, unknown_key
 
 WHERE = "megatron_cfg"
-"""How messages begin the dotted key of a setting."""
+"""Prefix of dotted keys in messages."""
 
 
 def read_megatron_cfg(source: Any) -> dict[str, Any]:
-    """The settings as nested plain dicts, interpolations resolved.
+    """The settings as nested dicts, with interpolations resolved.
 
     Args:
-        source: a mapping, an OmegaConf config, a file, a preset's name such as ``"megatron_20b"``, or None for nothing.
+        source: a mapping, an OmegaConf config, a file, a preset's name such as ``"megatron_20b"``, or None.
 
     Raises:
         ConfigError: `source` is none of these, or an interpolation leads nowhere.
-        ValueError: there is no such file or preset.
+        ValueError: the file or preset does not exist.
     """
     if source is None:
         return {}
@@ -42,14 +42,14 @@ def read_megatron_cfg(source: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Lookup:
-    """A mapping whose values are asked for with their type. A null counts as not written."""
+    """Typed access to the values of a mapping. A null counts as missing."""
 
     values: Mapping[str, Any]
     where: str
     """Dotted key of the mapping, for messages."""
 
     def below(self, key: str) -> Lookup:
-        """The mapping under `key`; an empty one if it is not there."""
+        """The mapping under `key`; an empty one if it is missing."""
         return Lookup(self.values.get(key) or {}, f"{self.where}.{key}")
 
     def has(self, key: str) -> bool:
@@ -61,7 +61,7 @@ class Lookup:
         return self.values[key] if self.has(key) else default
 
     def integer(self, key: str, default: Any = None, *, least: int = 1) -> Any:
-        """A whole number of at least `least`; 1e6 is one."""
+        """A whole number of at least `least`; 1e6 is allowed."""
         value = self.get(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -94,13 +94,13 @@ class Lookup:
         return value
 
     def either(self, key: str, other: str) -> str:
-        """Which of two names for one thing is written; the first if neither is."""
+        """The one of two synonyms that is written; `key` if neither is."""
         if self.has(key) and self.has(other):
             raise ConfigError(f"{self.where} has both {key} and {other}, which mean the same: write one of them")
         return other if self.has(other) else key
 
     def only(self, *known: str) -> None:
-        """Raises for a key that is none of `known`."""
+        """Raises for a key that is not in `known`."""
         for key in self.values:
             if self.has(key) and key not in known:
                 raise unknown_key(self.where, key, known)

@@ -1,7 +1,6 @@
-"""Models in `.nemo` archives: read for any layout from any other, and written for any number of ranks.
+"""Reads and writes the models of `.nemo` archives, whose parallel sizes may differ from those of the run.
 
-Weights go from the ranks of an archive to those of a run one at a time, put together as in ``mapping``; what lies in
-the archive's files is read only where it is needed.
+Weights are joined from the archive's ranks one at a time, when they are read (see ``mapping``).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.families import TRAINING_ONLY, decoder_config_of, hf_config_of
-from trlx.backends.megatron.mapping import ENGINE, Entry, Read, entries, padded_vocab
+from trlx.backends.megatron.mapping import MEGATRON, Entry, Read, entries, padded_vocab
 from trlx.backends.megatron.nemo.archive import CONFIG_FILE, WEIGHTS_FILE, Archive, Rank, opened, write_archive
 from trlx.backends.megatron.nemo.config import read_config, warn_of_unknown, write_config
 from trlx.backends.megatron.nemo.names import Shard, in_stage, layer_of, nemo_name
@@ -29,7 +28,7 @@ from trlx.models.policy import HEADS_FILE
 
 HF_CONFIG = "config.json"
 DIVISOR = 128
-"""The vocabulary is padded to a multiple of this times the tensor ranks: NeMo's default."""
+"""The vocabulary is padded to a multiple of this x the tensor parallel size: NeMo's default."""
 EMBEDDING, POSITIONS, HEAD = (
     "embedding.word_embeddings.weight",
     "embedding.position_embeddings.weight",
@@ -39,29 +38,29 @@ EMBEDDING, POSITIONS, HEAD = (
 
 @dataclass(frozen=True)
 class NemoModel:
-    """What an archive holds."""
+    """The model in an archive."""
 
     decoder: DecoderConfig
     config: PretrainedConfig | None
-    """The same as a configuration of transformers; None: it has no architecture of this shape."""
+    """`decoder` as a configuration of transformers; None: transformers has no such architecture."""
     tensors: TensorSource
-    """Weights by their names in transformers, or, without a `config`, by those of the family ``ENGINE``."""
+    """Weights by their names in transformers; without a `config`, by the names of the family ``MEGATRON``."""
     heads: TensorSource | None
     dtype: torch.dtype
 
     @property
     def family(self) -> str:
-        """Which names the weights have."""
+        """The family whose tensor names are used."""
         return family_of(self.config)
 
 
 def family_of(config: PretrainedConfig | None) -> str:
-    """What the tensors of a model with this configuration are called."""
-    return ENGINE if config is None else config.model_type
+    """The family whose tensor names a model with this configuration has."""
+    return MEGATRON if config is None else config.model_type
 
 
 def is_nemo(path: str | Path) -> bool:
-    """Whether `path` is a `.nemo` file or a folder that one was unpacked into, or that has the weights of one."""
+    """Whether `path` is a `.nemo` file or a folder with its config or weights."""
     path = Path(path)
     if not path.is_dir():
         return path.suffix == ".nemo"
@@ -74,13 +73,13 @@ def open_nemo(path: str | Path, tokens: int | None = None, changes: Mapping[str,
     """The GPT model in a `.nemo` file or in the folder it was unpacked into.
 
     Args:
-        tokens: how many of the embedding's rows are tokens, where the archive does not say it; None: all of them.
-        changes: values of the ``model`` section that win over the archive's, where the weights do not change by them.
-            They are its config where they describe a model and it has no ``model_config.yaml``.
+        tokens: number of tokens, if the archive does not say it; None: all rows of the embedding.
+        changes: values of the run's ``model`` section, which replace the archive's if the weights still fit. They
+            replace a missing ``model_config.yaml`` if they describe a model.
 
     Raises:
-        FileNotFoundError: there is no archive, or nothing that describes the model.
-        ValueError: it is not a whole GPT model of a shape that is computed here; the message says what is wrong.
+        FileNotFoundError: the archive or its config does not exist.
+        ValueError: the archive does not hold a whole GPT model that is supported; the message says what is wrong.
     """
     describes = changes is not None and "num_layers" in changes
     with opened(path, changes if describes else None) as archive:
@@ -108,14 +107,14 @@ def write_nemo(
     pipeline: int = 1,
     files: Mapping[str, Path | bytes] | None = None,
 ) -> None:
-    """Writes a model as a `.nemo` archive for `tensor` x `pipeline` ranks, in NeMo's layout of Megatron-Core.
+    """Writes a model as a `.nemo` archive for `tensor` x `pipeline` ranks, with Megatron-Core's names.
 
     Args:
-        read: gives tensors by the names of `family`; no more than one rank's are in memory at a time.
-        files: the tokenizer's, and whatever else shall be in the archive, by name.
+        read: from a name of `family` to a tensor. One rank's tensors are in memory at a time.
+        files: the tokenizer's and other files, by their names in the archive.
 
     Raises:
-        ValueError: NeMo has no keys for such a shape, or it cannot be divided over so many ranks.
+        ValueError: NeMo has no key for a field of the decoder, or the sizes do not divide it.
     """
     if decoder.num_layers % pipeline:
         raise ValueError(f"{decoder.num_layers} layers cannot be divided evenly over {pipeline} pipeline ranks")
@@ -129,14 +128,14 @@ def write_nemo(
 
 
 class NemoTensors:
-    """The weights of an archive as those of one model, each put together when it is read.
+    """The weights of an archive, joined from its ranks when they are read.
 
     Args:
-        stages: the parts of every pipeline stage, in the order of tensor ranks.
-        family: whose names the weights get.
+        stages: for each pipeline stage its shards, in the order of tensor ranks.
+        family: the family whose names the weights get.
 
     Raises:
-        ValueError: a weight is missing, has another shape than the config says, or would not be used.
+        ValueError: a weight is missing, unused or of another shape than the config says.
     """
 
     def __init__(self, stages: list[list[Shard]], decoder: DecoderConfig, family: str, where: str):
@@ -146,7 +145,7 @@ class NemoTensors:
         self._firsts = _firsts(stages)
         _check_layers(self._firsts[-1], decoder, where)
         owners = [(name, owner) for owner, entry in self._entries.items() for name in entry.hf_names]
-        # a tied model's head comes last and is made of the embedding's tensor
+        # a tied model's output layer comes last and has the embedding's name: keep the first owner
         self._owners = dict(reversed(owners))
         self._check()
         self._latest: tuple[str, dict[str, Tensor]] = ("", {})
@@ -159,7 +158,7 @@ class NemoTensors:
 
     def _tensor(self, name: str) -> Tensor:
         owner = self._owners[name]
-        if self._latest[0] != owner:  # queries, keys and values are asked for one after the other
+        if self._latest[0] != owner:  # queries, keys and values are read one after the other
             self._latest = (
                 owner,
                 self._entries[owner].whole([shard.read(local) for shard, local in self._shards(owner)]),
@@ -167,7 +166,7 @@ class NemoTensors:
         return self._latest[1][name]
 
     def _shards(self, name: str) -> list[tuple[Shard, str]]:
-        """Where a weight lies: (part, its name there) of every tensor rank."""
+        """(shard, the weight's name in it) of every tensor rank."""
         stage = self._stage(name)
         return [(shard, in_stage(name, self._firsts[stage])) for shard in self._stages[stage]]
 
@@ -205,26 +204,26 @@ class NemoTensors:
             )
 
     def _check_copy(self, used: dict[int, set[str]]) -> None:
-        """The last stage's copy of a tied embedding is to be one."""
+        """Checks that the last stage's copy of a tied embedding equals it."""
         for first, last in zip(self._stages[0], self._stages[-1], strict=True):
             if not last.needs(HEAD):
                 continue
             used[id(last)].add(HEAD)
             if not torch.equal(first.read(EMBEDDING), last.read(HEAD)):
                 raise ValueError(
-                    f"{last.theirs[HEAD]} in {self.where} is not the embedding, though its {CONFIG_FILE} says "
+                    f"{last.theirs[HEAD]} in {self.where} differs from the embedding, but its {CONFIG_FILE} says "
                     "share_embeddings_and_output_weights: set it to false there"
                 )
 
 
 class Whole:
-    """A tensor that is put together when values are asked for."""
+    """A tensor whose shards are joined when it is indexed."""
 
     def __init__(self, shape: tuple[int, ...], read: Any):
         self._shape, self._read = shape, read
 
     def get_shape(self) -> list[int]:
-        """Its shape, for which nothing is read."""
+        """Its shape. Reads no values."""
         return list(self._shape)
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -232,7 +231,7 @@ class Whole:
 
 
 class _Ranks(Mapping[Rank, Mapping[str, Tensor]]):
-    """What every rank of an archive holds, made when it is asked for."""
+    """The weights of every rank of an archive, made on access."""
 
     def __init__(self, found: Mapping[str, Entry], decoder: DecoderConfig, read: Read, tensor: int, pipeline: int):
         self._found, self._decoder, self._read = found, decoder, read
@@ -255,14 +254,14 @@ class _Ranks(Mapping[Rank, Mapping[str, Tensor]]):
 
     def _is_on(self, stage: int, name: str, layers: int) -> bool:
         if name == HEAD and self._decoder.tied and self._pipeline == 1:
-            return False  # the embedding itself serves
+            return False  # one stage uses the embedding itself
         layer, last = layer_of(name), self._pipeline - 1
         home = (0 if name.startswith("embedding.") else last) if layer is None else layer // layers
         return stage == home
 
 
 def _model_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What describes the model, also where a whole training file lies beside the weights."""
+    """The config of the model, which in a training's config file is its ``model`` section."""
     return config["model"] if isinstance(config.get("model"), Mapping) else config
 
 
@@ -278,7 +277,7 @@ def _stages(archive: Archive, config: Mapping[str, Any]) -> list[list[Shard]]:
 
 
 def _with_sizes_of_weights(config: Mapping[str, Any], stages: list[list[Shard]]) -> dict[str, Any]:
-    """The config with the length of its learned positions: two keys say it, and which one counts depends on NeMo."""
+    """The config with the number of learned positions in the weights: NeMo's versions use two different keys for it."""
     if POSITIONS not in stages[0][0].theirs:
         return dict(config)
     return {**config, "max_position_embeddings": len(stages[0][0].read(POSITIONS, "meta"))}
@@ -291,12 +290,12 @@ def _rows(stages: list[list[Shard]]) -> int:
 def _tokens(said: int | None, stages: list[list[Shard]], tokens: int | None, where: str) -> int:
     rows = _rows(stages)
     if said is not None and said > rows:
-        raise ValueError(f"{where} has embeddings for {rows} tokens only, but its {CONFIG_FILE} says vocab_size {said}")
+        raise ValueError(f"{where} has embeddings of {rows} tokens, but its {CONFIG_FILE} says vocab_size {said}")
     return said or min(rows, tokens or rows)
 
 
 def _firsts(stages: list[list[Shard]]) -> list[int]:
-    """The first layer of every stage, then the number of all layers."""
+    """The number of each stage's first layer, and the number of layers at the end."""
     found = [0]
     for shards in stages:
         found.append(found[-1] + shards[0].layers)
@@ -309,22 +308,22 @@ def _check_layers(found: int, decoder: DecoderConfig, where: str) -> None:
 
 
 def _shard_shape(entry: Entry, size: int) -> torch.Size:
-    """The shape of one tensor rank's part, of which there are `size`."""
+    """The shape of one of `size` shards."""
     return entry.shard(lambda name: torch.empty(entry.hf_shapes[name], device="meta"), 0, size).shape
 
 
 def _refuse_unused(shard: Shard, used: set[str], where: str) -> None:
-    # some converters wrote a bias of zeros to every norm, and NeMo ignored it
+    # some converters gave every norm a bias of zeros, which NeMo ignores
     unused = [
         name for name in shard.theirs.keys() - used if not (name.endswith(".bias") and not shard.read(name).any())
     ]
     if unused:
         named = ", ".join(sorted(shard.theirs[name] for name in unused)[:3])
-        raise ValueError(f"{where} has {named}, which no model of its {CONFIG_FILE} uses")
+        raise ValueError(f"{where} has {named}, which a model of its {CONFIG_FILE} does not use")
 
 
 def _hf_config(archive: Archive, decoder: DecoderConfig) -> PretrainedConfig | None:
-    """The configuration that came along, if it says the same; else one that is made, without special tokens."""
+    """The archive's ``config.json`` if it describes the same decoder; else a new one, without special tokens."""
     if HF_CONFIG in archive.names:
         config = AutoConfig.from_pretrained(archive.file(HF_CONFIG))
         same = {name: getattr(decoder, name) for name in TRAINING_ONLY}
@@ -337,14 +336,14 @@ def _hf_config(archive: Archive, decoder: DecoderConfig) -> PretrainedConfig | N
 
 
 def _with_embedding_dropout(decoder: DecoderConfig, config: PretrainedConfig | None) -> DecoderConfig:
-    """NeMo has one dropout for embeddings and blocks; a configuration that came along may have two."""
+    """NeMo has one dropout for embeddings and blocks; the archive's ``config.json`` may have two."""
     if config is None or (said := decoder_config_of(config)).hidden_dropout != decoder.hidden_dropout:
         return decoder
     return dataclasses.replace(decoder, embedding_dropout=said.embedding_dropout)
 
 
 def _tokenizer(files: Mapping[str, Path | bytes]) -> dict[str, Any]:
-    """The ``tokenizer`` section for the files that are there."""
+    """The ``tokenizer`` section for these files."""
     section: dict[str, Any] = dict.fromkeys(("library", "type", "model", "vocab_file", "merge_file"))
     if "tokenizer.model" in files:
         return section | {"library": "sentencepiece", "model": "nemo:tokenizer.model"}
@@ -357,8 +356,7 @@ def _tokenizer(files: Mapping[str, Path | bytes]) -> dict[str, Any]:
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file at the root of an archive or of a model's folder goes along with the model: the configuration of
-    transformers, the tokenizer's files, and the heads."""
+    """Whether a file beside the weights belongs to the model: ``config.json``, the tokenizer's files, the heads."""
     if name == HEADS_FILE:
         return True
     ends = (".json", ".txt", ".model", ".jinja")
