@@ -35,10 +35,11 @@ def fewer_rooms(samples, **kwargs):
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer."""
+    config = configure(trlx.load_preset("ppo").evolve(model={"model_path": "architext/gptj-162M"}), hparams)
     return trlx.train(
         reward_fn=chosen_reward(reward, lambda: fewer_rooms, fewer_rooms),
         prompts=[row["prompt"] for row in rows(data, prompts, prompts)],
-        config=configure(trlx.load_preset("ppo").evolve(model={"model_path": "architext/gptj-162M"}), hparams),
+        config=config,
     )
 
 

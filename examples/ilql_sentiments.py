@@ -12,13 +12,14 @@ from examples.imdb import questions, reviews, sentiment_metric
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer. `reward` names what evaluations measure."""
+    config = configure(trlx.load_preset("ilql"), hparams)
     rows = reviews(data)
     return trlx.train(
         samples=[row["text"] for row in rows],
         rewards=[row["label"] for row in rows],
         eval_prompts=questions(data, 256),
         metric_fn=sentiment_metric(reward),
-        config=configure(trlx.load_preset("ilql"), hparams),
+        config=config,
     )
 
 

@@ -26,6 +26,7 @@ def t5_config() -> trlx.TRLConfig:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer. `reward` names what evaluations measure."""
+    config = configure(t5_config(), hparams)
     rows = reviews(data, "train")
     # the encoder reads the opening, the decoder writes the rest
     split = [row["text"].split(" ", 4) for row in rows]
@@ -34,7 +35,7 @@ def main(hparams=None, data: str = "default", reward: str = "default"):
         rewards=[row["label"] for row in rows],
         eval_prompts=openings_of_many_lengths(reviews(data, "test"))[:100],
         metric_fn=sentiment_metric(reward),
-        config=configure(t5_config(), hparams),
+        config=config,
     )
 
 

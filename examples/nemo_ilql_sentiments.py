@@ -13,13 +13,14 @@ from examples.megatron import nemo_arguments, nemo_config
 
 def main(hparams=None, data: str = "default", reward: str = "default", preset: str = "megatron_1.3b"):
     """Trains; returns the trainer. `reward` names what evaluations measure."""
+    config = nemo_config("ilql", preset, hparams)
     rows = reviews(data)
     return trlx.train(
         samples=[row["text"] for row in rows],
         rewards=[row["label"] for row in rows],
         eval_prompts=questions(data, 256),
         metric_fn=sentiment_metric(reward),
-        config=nemo_config("ilql", preset, hparams),
+        config=config,
     )
 
 

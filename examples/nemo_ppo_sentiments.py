@@ -13,11 +13,12 @@ from examples.megatron import nemo_arguments, nemo_config
 
 def main(hparams=None, data: str = "default", reward: str = "default", preset: str = "megatron_1.3b"):
     """Trains; returns the trainer."""
+    config = nemo_config("ppo", preset, hparams)
     return trlx.train(
         reward_fn=sentiment(reward),
         prompts=openings(reviews(data)),
         eval_prompts=questions(data, 256),
-        config=nemo_config("ppo", preset, hparams),
+        config=config,
     )
 
 

@@ -13,11 +13,12 @@ from examples.megatron import nemo_arguments, nemo_config
 
 def main(hparams=None, data: str = "default", reward: str = "default", preset: str = "megatron_1.3b"):
     """Trains, writes ``hf_model`` under train.checkpoint_dir, returns the trainer. `reward` is measured only."""
+    config = nemo_config("sft", preset, hparams)
     trainer = trlx.train(
         samples=[row["text"] for row in reviews(data) if row["label"] == 1],
         eval_prompts=questions(data, 64),
         metric_fn=sentiment_metric(reward),
-        config=nemo_config("sft", preset, hparams),
+        config=config,
     )
     trainer.save_pretrained()
     return trainer

@@ -41,11 +41,12 @@ def place(length: int, middle: float, end: float) -> list[float]:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer."""
+    config = configure(trlx.load_preset("ppo"), hparams)
     return trlx.train(
         reward_fn=dense(sentiment(reward)),
         prompts=openings(reviews(data)),
         eval_prompts=questions(data, 256),
-        config=configure(trlx.load_preset("ppo"), hparams),
+        config=config,
     )
 
 

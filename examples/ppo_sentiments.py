@@ -12,11 +12,12 @@ from examples.imdb import openings, questions, reviews, sentiment
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer."""
+    config = configure(trlx.load_preset("ppo"), hparams)
     return trlx.train(
         reward_fn=sentiment(reward),
         prompts=openings(reviews(data)),
         eval_prompts=questions(data, 256),
-        config=configure(trlx.load_preset("ppo"), hparams),
+        config=config,
     )
 
 

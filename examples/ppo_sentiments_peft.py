@@ -14,13 +14,13 @@ LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 32,
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer."""
+    base = trlx.load_preset("ppo").evolve(model={"peft_config": LORA, "num_layers_unfrozen": -1})
+    config = configure(base, hparams)
     return trlx.train(
         reward_fn=sentiment(reward),
         prompts=openings(reviews(data)),
         eval_prompts=questions(data, 256),
-        config=configure(
-            trlx.load_preset("ppo").evolve(model={"peft_config": LORA, "num_layers_unfrozen": -1}), hparams
-        ),
+        config=config,
     )
 
 

@@ -33,11 +33,12 @@ def t5_config() -> trlx.TRLConfig:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer."""
+    config = configure(t5_config(), hparams)
     return trlx.train(
         reward_fn=sentiment(reward),
         prompts=openings_of_many_lengths(reviews(data, "train")),
         eval_prompts=openings_of_many_lengths(reviews(data, "test"))[:100],
-        config=configure(t5_config(), hparams),
+        config=config,
     )
 
 

@@ -77,13 +77,14 @@ def likeness(outputs, reference, **kwargs):
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer."""
+    config = configure(translation_config(), hparams)
     judge = chosen_reward(reward, comet, likeness)
     return trlx.train(
         reward_fn=judge,
         metric_fn=corpus_metrics(judge) if reward == "default" else None,
         prompts=pairs(data, "train", 20_000),
         eval_prompts=pairs(data, "validation", 1000),
-        config=configure(translation_config(), hparams),
+        config=config,
     )
 
 

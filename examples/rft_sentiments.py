@@ -19,11 +19,12 @@ def rft_config() -> trlx.TRLConfig:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer."""
+    config = configure(rft_config(), hparams)
     return trlx.train(
         reward_fn=sentiment(reward),
         prompts=openings(reviews(data, "train[:512]")),
         eval_prompts=questions(data, 256),
-        config=configure(rft_config(), hparams),
+        config=config,
     )
 
 

@@ -12,11 +12,12 @@ from examples.imdb import questions, reviews, sentiment_metric
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains, writes ``hf_model`` under train.checkpoint_dir, returns the trainer. `reward` is measured only."""
+    config = configure(trlx.load_preset("sft"), hparams)
     trainer = trlx.train(
         samples=[row["text"] for row in reviews(data) if row["label"] == 1],
         eval_prompts=questions(data, 64),
         metric_fn=sentiment_metric(reward),
-        config=configure(trlx.load_preset("sft"), hparams),
+        config=config,
     )
     trainer.save_pretrained()
     return trainer

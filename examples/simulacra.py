@@ -52,12 +52,13 @@ def made() -> Rows:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer. `reward` is not used: ratings are."""
+    config = configure(trlx.load_preset("ilql"), hparams)
     rated = rows(data, ratings, made)
     return trlx.train(
         samples=[row["prompt"] for row in rated],
         rewards=[row["rating"] for row in rated],
         eval_prompts=["An astronaut riding a horse"] * (64 if data == "default" else 4),
-        config=configure(trlx.load_preset("ilql"), hparams),
+        config=config,
     )
 
 

@@ -35,6 +35,7 @@ def alpaca_config() -> trlx.TRLConfig:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains, writes ``hf_model`` under train.checkpoint_dir, returns the trainer. `reward` is measured only."""
+    config = configure(alpaca_config(), hparams)
     lessons = rows(data, lambda: hub_data("tatsu-lab/alpaca", split="train"), _made)
     film_data = data if data == "default" else "made"
     bad = [row["text"][:1024] for row in reviews(film_data, "test") if row["label"] == 0][:256]
@@ -43,7 +44,7 @@ def main(hparams=None, data: str = "default", reward: str = "default"):
         samples=[[prompt(row["instruction"], row.get("input", "")), row["output"]] for row in lessons],
         eval_prompts=[prompt("Rewrite the input into a positive review.", review) for review in bad],
         metric_fn=lambda outputs, **kwargs: {"sentiments": judge(samples=outputs)},
-        config=configure(alpaca_config(), hparams),
+        config=config,
     )
     trainer.save_pretrained()
     return trainer

@@ -45,6 +45,7 @@ def ilql_config() -> trlx.TRLConfig:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer. `reward` is measured only."""
+    config = configure(ilql_config(), hparams)
     pairs = comparisons(data, "train", "Dahoas/full-hh-rlhf")
     judge = helpfulness(reward)
     return trlx.train(
@@ -52,7 +53,7 @@ def main(hparams=None, data: str = "default", reward: str = "default"):
         rewards=[1.0, -1.0] * len(pairs),
         eval_prompts=with_chosen(comparisons(data, "test", "Dahoas/full-hh-rlhf"), 280),
         metric_fn=lambda **given: {"reward": judge(**given)},
-        config=configure(ilql_config(), hparams),
+        config=config,
         stop_sequences=STOP,
     )
 

@@ -59,11 +59,12 @@ def ppo_config() -> trlx.TRLConfig:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer."""
+    config = configure(ppo_config(), hparams)
     return trlx.train(
         reward_fn=helpfulness(reward),
         prompts=with_chosen(comparisons(data, "train", "Dahoas/rm-static")),
         eval_prompts=with_chosen(comparisons(data, "test", "Dahoas/rm-static"), 280),
-        config=configure(ppo_config(), hparams),
+        config=config,
         stop_sequences=STOP,
     )
 

@@ -30,12 +30,13 @@ def sft_config() -> trlx.TRLConfig:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer. `reward` is measured only."""
+    config = configure(sft_config(), hparams)
     judge = helpfulness(reward)
     return trlx.train(
         samples=[row["prompt"] + row["chosen"] for row in comparisons(data, "train", "Dahoas/full-hh-rlhf")],
         eval_prompts=with_chosen(comparisons(data, "test", "Dahoas/full-hh-rlhf"), 280),
         metric_fn=lambda **given: {"reward": judge(**given)},
-        config=configure(sft_config(), hparams),
+        config=config,
         stop_sequences=STOP,
     )
 

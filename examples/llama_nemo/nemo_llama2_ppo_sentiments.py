@@ -36,11 +36,12 @@ def llama_config() -> trlx.TRLConfig:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer."""
+    config = configure(llama_config(), hparams)
     return trlx.train(
         reward_fn=sentiment(reward),
         prompts=openings(reviews(data)),
         eval_prompts=questions(data, 256),
-        config=configure(llama_config(), hparams),
+        config=config,
     )
 
 

@@ -61,11 +61,12 @@ def likeness(outputs, original_summaries, **kwargs):
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer."""
+    config = configure(summary_config(), hparams)
     return trlx.train(
         reward_fn=chosen_reward(reward, meteor, likeness),
         prompts=articles(data, "train", 20_000),
         eval_prompts=articles(data, "validation", 1000),
-        config=configure(summary_config(), hparams),
+        config=config,
     )
 
 

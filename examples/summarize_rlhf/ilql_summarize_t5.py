@@ -45,6 +45,7 @@ def dialogue(row, answer: str):
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains; returns the trainer. `reward` is measured only."""
+    config = configure(ilql_config(), hparams)
     pairs = comparisons(data, "train")
     judge = preference(reward)
     return trlx.train(
@@ -52,7 +53,7 @@ def main(hparams=None, data: str = "default", reward: str = "default"):
         rewards=[1.0, -1.0] * len(pairs),
         eval_prompts=[row["prompt"] for row in posts(data, "valid", 1000)],
         metric_fn=lambda samples, **kwargs: {"rewards": judge(samples=samples)},
-        config=configure(ilql_config(), hparams),
+        config=config,
     )
 
 

@@ -36,11 +36,12 @@ def sft_config() -> trlx.TRLConfig:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains, writes ``hf_model`` under train.checkpoint_dir, returns the trainer. `reward` chooses the metric."""
+    config = configure(sft_config(), hparams)
     trainer = trlx.train(
         samples=[row["prompt"] + row["label"] for row in posts(data, "train")],
         eval_prompts=posts(data, "valid", 2000),
         metric_fn=rouge(reward),
-        config=configure(sft_config(), hparams),
+        config=config,
     )
     trainer.save_pretrained()
     return trainer

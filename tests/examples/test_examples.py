@@ -21,6 +21,7 @@ from examples.summarize_rlhf.reward_model import main as train_reward_model
 from examples.summarize_rlhf.reward_model import pairs
 from examples.summarize_rlhf.task import with_label
 from tests.builders import char_tokenizer
+from trlx.strict import ConfigError
 
 PPO = {"method.num_rollouts": 4, "method.chunk_size": 8, "method.ppo_epochs": 1, "method.gen_kwargs.max_new_tokens": 4}
 OFFLINE = {"method.gen_kwargs.max_new_tokens": 4}
@@ -69,6 +70,13 @@ def test_an_example_trains_a_step(script, tmp_path):
     assert written & {"config.json", "adapter_config.json"}
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert any("time/step" in json.loads(line) for line in lines)
+
+
+def test_a_setting_that_an_example_does_not_know_is_refused_before_anything_is_loaded():
+    for script in SCRIPTS:
+        main = importlib.import_module(f"examples.{script}").main
+        with pytest.raises(ConfigError, match="Did you mean 'total_steps'"):
+            main({"train.total_step": 3}, data="nowhere", reward="nowhere:judge")
 
 
 def test_the_reward_model_learns_from_pairs_and_can_be_a_reward(tmp_path):

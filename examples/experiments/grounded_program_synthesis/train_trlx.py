@@ -52,10 +52,11 @@ def program_config() -> trlx.TRLConfig:
 
 def main(hparams=None, data: str = "default", reward: str = "default"):
     """Trains, writes ``hf_model`` under train.checkpoint_dir, returns the trainer."""
+    config = configure(program_config(), hparams)
     trainer = trlx.train(
         reward_fn=chosen_reward(reward, lambda: correctness, correctness),
         prompts=rows(data, lambda: tasks(1000), lambda: tasks(8)),
-        config=configure(program_config(), hparams),
+        config=config,
     )
     trainer.save_pretrained()
     return trainer
