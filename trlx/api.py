@@ -10,13 +10,13 @@ from typing import Any
 import trlx.trainer.accelerate
 import trlx.trainer.nemo  # noqa: F401  registers its trainers, as the line above does
 from trlx import logging
-from trlx.config import TRLConfig
+from trlx.config import TRLConfig, read_yaml
 from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list
 from trlx.presets import load_preset, over_preset
 from trlx.registry import pipelines, trainers
 from trlx.rollout.weighted import WeightedRewards
-from trlx.strict import check_keywords
+from trlx.strict import called_here, check_keywords, suggestion
 from trlx.trainer.base import OURS, Trainer
 from trlx.trainer.failures import for_users
 from trlx.trainer.run_folder import check_folders
@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 @for_users
 def train(
     model_path: Any = None,
-    reward_fn: Callable[..., Any] | list[Any] | WeightedRewards | None = None,
+    reward_fn: Callable[..., Any] | list[Any] | dict[str, Any] | WeightedRewards | None = None,
     dataset: Iterable[Any] | None = None,
     samples: list[Any] | None = None,
     rewards: list[float] | None = None,
@@ -36,6 +36,7 @@ def train(
     metric_fn: Callable[..., Any] | None = None,
     config: TRLConfig | Mapping[str, Any] | str | Path | None = None,
     stop_sequences: list[str] | None = None,
+    **others: Any,
 ) -> Trainer:
     """Fine-tunes a language model: online with a reward function, or offline on samples.
 
@@ -44,24 +45,25 @@ def train(
         reward_fn: gets those keywords that it names: samples, prompts and outputs (texts without eos), prompt_ids,
             output_ids, ended, messages, the prompts' further keys (lists of one entry per sample), tokenizer and step.
             Returns a number for each sample, or a list of numbers, one per response token, or a dict of these by name.
-            May be ``async def``, a list of functions, or ``trlx.WeightedRewards``. See docs/rewards.md.
+            May be ``async def``, a list or dict of functions, or ``trlx.WeightedRewards``. See docs/rewards.md.
         dataset: deprecated; ``(samples, rewards)``.
         samples: texts, dialogues (lists of alternating prompts and outputs), chats (lists of messages), or a data set.
         rewards: one number per sample (ILQL); without them samples are imitated (SFT).
         prompts: texts, chats, or dicts with "prompt" and further keys, which reach reward_fn as keyword lists.
         eval_prompts: the same for evaluations; by default the first of `prompts`.
         metric_fn: called as reward_fn is, at evaluations; returns a dict of lists of one number per sample, or numbers.
-        config: a TRLConfig, a preset's name, or a YAML file. Without one, the default of PPO (with reward_fn), ILQL
-            (with rewards) or SFT (otherwise), and a dict of settings goes on top of that (see `over_preset`).
+        config: a TRLConfig or a preset's name. Without one, the default of PPO (with reward_fn), ILQL (with rewards) or
+            SFT (otherwise), and a dict of settings or a YAML file goes on top of that (see `over_preset`).
         stop_sequences: texts that end a response and are cut off it.
 
     Returns:
         The trainer, after training: ``.generate``, ``.save_pretrained``, ``.evaluate``.
 
     Raises:
-        ValueError: the arguments contradict each other or the config; the message says what to write instead.
+        ValueError, TypeError: an argument is unknown, or contradicts another one or the config.
         trlx.rollout.scoring.RewardError: reward_fn or metric_fn failed.
     """
+    _refuse(others)
     if dataset is not None:
         warnings.warn("train(dataset=...) is now train(samples=..., rewards=...)", DeprecationWarning, stacklevel=3)
         samples, rewards = dataset
@@ -85,6 +87,13 @@ def train(
     return trainer
 
 
+def _refuse(others: Iterable[str]) -> None:
+    for name in others:
+        here = called_here(name)
+        advice = f" Write {here}; settings go into config={{...}}." if here else suggestion(name, train.__annotations__)
+        raise TypeError(f"train() has no argument {name!r}.{advice}")
+
+
 def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards) -> None:
     """Gives a trainer what it learns from and what it is evaluated on."""
     if trainer.online:
@@ -104,8 +113,9 @@ def _config(config: Any, model_path, reward_fn, rewards) -> TRLConfig:
         logger.warning("No config: taking the default one of the method that the arguments ask for")
         config = {}
     if isinstance(config, (str, Path)):
-        config = load_preset(str(config))
-    elif isinstance(config, Mapping):
+        is_file = Path(config).is_file()
+        config = read_yaml(config) if is_file else load_preset(str(config))
+    if isinstance(config, Mapping):
         offline = "sft" if rewards is None else "ilql"
         config = over_preset(config, offline if reward_fn is None else "ppo")
     elif not isinstance(config, TRLConfig):
@@ -159,7 +169,7 @@ def _pipeline(prompts: list[Any], trainer: Trainer) -> PromptPipeline:
     if room < 1:
         raise ValueError(
             f"train.seq_length ({config.train.seq_length}) leaves no room for a prompt beside "
-            f"gen_kwargs.max_new_tokens ({new_tokens}): raise the one or lower the other"
+            f"the method's max_new_tokens ({new_tokens}): raise the one or lower the other"
         )
     pipeline_class, special_tokens = pipelines.get(config.train.pipeline), trainer.backend.layout.special_tokens
     made = pipeline_class(as_list(prompts, "prompts"), room, trainer.tokenizer, add_special_tokens=special_tokens)

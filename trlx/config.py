@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import operator
 import os
 import warnings
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 
 from trlx import logging
 from trlx.method_configs import MethodConfig, get_method
-from trlx.strict import ConfigError, Section, build, called_here, suggestion, unknown_key
+from trlx.strict import ConfigError, Section, build, called_here, suggestion, unknown_key, with_numbers, yaml_file
 from trlx.tracebacks import short_errors
 
 logger = logging.get_logger(__name__)
@@ -105,6 +106,10 @@ class OptimizerConfig(Section):
     def check(self) -> None:
         self.name = self.name.lower()
         self.require_choice("name", [*OPTIMIZERS, *NEMO_OPTIMIZERS])
+        self.kwargs = with_numbers(self.kwargs)
+        rate = self.kwargs.get("lr")
+        if isinstance(rate, str) or (isinstance(rate, (int, float)) and not 0 <= rate < math.inf):
+            raise ConfigError(f"optimizer.kwargs.lr must be a number of at least 0, got {rate!r}")
 
 
 @dataclass
@@ -122,6 +127,7 @@ class SchedulerConfig(Section):
     def check(self) -> None:
         self.name = self.name.lower()
         self.require_choice("name", [*SCHEDULERS, *NEMO_SCHEDULERS])
+        self.kwargs = with_numbers(self.kwargs)
 
 
 @dataclass
@@ -316,7 +322,7 @@ def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """YAML files merged left to right, then dotted overrides, with interpolations resolved.
 
     Raises:
-        ConfigError: an override has no value, or an interpolation leads nowhere.
+        ConfigError: a file is no YAML or has no sections, an override has no value, or an interpolation leads nowhere.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationResolutionError
@@ -326,7 +332,7 @@ def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         if "=" not in override:
             raise ConfigError(f"The override {override!r} has no value; write it as section.key=value")
     _check_sections(override.partition("=")[0].split(".")[0] for override in overrides)
-    whole = OmegaConf.merge(*(OmegaConf.load(file) for file in files), OmegaConf.from_dotlist(list(overrides)))
+    whole = OmegaConf.merge(*map(yaml_file, files), OmegaConf.from_dotlist(list(overrides)))
     try:
         return OmegaConf.to_container(whole, resolve=True)
     except InterpolationResolutionError as error:

@@ -20,7 +20,7 @@ MEGATRON = "megatron_"
 
 
 @short_errors
-def load_preset(name: str, *more: str, overrides: tuple[str, ...] | list[str] = ()) -> TRLConfig:
+def load_preset(name: str | Path, *more: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> TRLConfig:
     """The preset `name`, with further presets or YAML files merged over it, then dotted overrides.
 
     Example: ``load_preset("ppo", overrides=["method.gamma=0.99"])``.
@@ -29,7 +29,7 @@ def load_preset(name: str, *more: str, overrides: tuple[str, ...] | list[str] = 
         ValueError: there is no such preset; the message lists those there are. Or it is only a part of a configuration.
     """
     paths = [preset_path(part) for part in (name, *more)]
-    if len(paths) == 1 and name.startswith(MEGATRON):
+    if len(paths) == 1 and str(name).startswith(MEGATRON):
         raise ConfigError(f'{name} has no method: write load_preset("ppo", "{name}"), or another method\'s preset')
     return TRLConfig.load_yaml(*paths, overrides=overrides)
 
@@ -71,8 +71,11 @@ def megatron_preset(name: str | Path) -> DictConfig:
     return config if inner is None else OmegaConf.create(OmegaConf.to_container(inner))
 
 
-def preset_path(name: str) -> Path:
+def preset_path(name: str | Path) -> Path:
     """The YAML file of a preset; a path to an existing file stands for itself."""
+    if not isinstance(name, (str, Path)):
+        raise ConfigError(f'A preset has a name, e.g. load_preset("ppo").evolve(train={{"seed": 1}}), got {name!r}')
+    name = str(name)
     file, presets = Path(name), _presets()
     if file.is_file():
         return file

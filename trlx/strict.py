@@ -167,6 +167,36 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     raise ConfigError(f"{key} must be {expected}, got {value!r} ({type(value).__name__})")
 
 
+def yaml_file(file: str | os.PathLike) -> Any:
+    """The sections of a YAML file, interpolations as they are written.
+
+    Raises:
+        ConfigError: it is no YAML, or has no sections.
+    """
+    from omegaconf import OmegaConf
+    from yaml import MarkedYAMLError
+
+    try:
+        found = OmegaConf.load(file)
+    except MarkedYAMLError as error:
+        raise ConfigError(f"{file}, line {error.problem_mark.line + 1}, is not YAML: {error.problem}") from None
+    if not OmegaConf.is_dict(found):
+        raise ConfigError(f"{file} must have sections with settings, e.g. train: {{seed: 1}}")
+    return found
+
+
+def with_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with texts that are numbers as such: YAML takes ``1e-4`` for a text."""
+    return {name: _read(value) if isinstance(value, str) else value for name, value in settings.items()}
+
+
+def _read(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _number(value: Any, kinds: list[type]) -> int | float | None:
     # bool is an int to Python, but `epochs: true` is a slip of the pen; numpy's numbers are numbers
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

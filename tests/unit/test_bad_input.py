@@ -82,7 +82,8 @@ def test_wrong_data_is_refused(tmp_path, method, arguments, words):
             "Unknown key 'optimizer.kwargs.learning_rate': write optimizer.kwargs.lr instead",
         ),
         ({"optimizer": {"kwargs": {"lrr": 1.0}}}, "Unknown key 'optimizer.kwargs.lrr'. Did you mean 'lr'"),
-        ({"optimizer": {"kwargs": {"lr": "x"}}}, "optimizer.kwargs do not fit"),
+        ({"optimizer": {"kwargs": {"lr": "x"}}}, "optimizer.kwargs.lr must be a number of at least 0, got 'x'"),
+        ({"optimizer": {"kwargs": {"betas": 1}}}, "optimizer.kwargs do not fit"),
         ({"scheduler": {"kwargs": {"eta": 1.0}}}, "Unknown key 'scheduler.kwargs.eta'. Did you mean 'eta_min'"),
         (
             {"scheduler": {"name": "linear"}},
@@ -133,18 +134,23 @@ def test_method_and_trainer_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("algorithm", "method", "train", "words"),
     [
-        ("SFT", {"gen_kwargs": {"temprature": 1.0}}, {}, "Unknown key 'gen_kwargs.temprature'. Did you mean 'temp"),
+        ("SFT", {"gen_kwargs": {"temprature": 1.0}}, {}, "Unknown key 'method.gen_kwargs.temprature'. Did you mean"),
         (
             "PPO",
             {"gen_experience_kwargs": {"max_new_tokens": 6, "topk": 1}},
             {},
-            "'gen_kwargs.topk'. Did you mean 'top_k'",
+            "'method.gen_experience_kwargs.topk'. Did you mean 'top_k'",
         ),
         ("PPO", {"gen_kwargs": {"temperature": 0}}, {}, "method.gen_kwargs asks for the likeliest token always"),
         ("PPO", {"gen_experience_kwargs": {"do_sample": False}}, {}, "method.gen_experience_kwargs asks for the likel"),
         ("RFT", {"gen_kwargs": {"num_beams": 2}}, {}, "method.gen_kwargs.num_beams searches"),
-        ("PPO", {"gen_kwargs": {"beta": 1}}, {}, "gen_kwargs.beta is 1, but only ILQL has the Q heads"),
-        ("PPO", {"gen_experience_kwargs": {"max_new_tokens": 6, "beta": 1}}, {}, "gen_kwargs.beta is 1, but only ILQL"),
+        ("PPO", {"gen_kwargs": {"beta": 1}}, {}, "method.gen_kwargs.beta is 1, but only ILQL has the Q"),
+        (
+            "PPO",
+            {"gen_experience_kwargs": {"max_new_tokens": 6, "beta": 1}},
+            {},
+            "gen_experience_kwargs.beta is 1, but",
+        ),
         ("SFT", {"gen_kwargs": {"early_stopping": "often"}}, {}, "early_stopping"),
         ("ILQL", {}, {"trainer_kwargs": {"logit_mask": [[True]]}}, r"shape \[1, 1\], but the model has 38 tokens"),
     ],
@@ -158,7 +164,7 @@ def test_generation_settings_are_refused_when_the_trainer_is_built(tmp_path, alg
 def test_settings_assigned_one_by_one_are_checked_when_the_trainer_is_built(tmp_path):
     config = tiny_config(tmp_path, "PPO")
     config.method.gen_kwargs["temprature"] = 0.5
-    with pytest.raises(ValueError, match="Unknown key 'gen_kwargs.temprature'"):
+    with pytest.raises(ValueError, match="Unknown key 'method.gen_kwargs.temprature'"):
         trlx.train(config=config, **DATA["PPO"])
     del config.method.gen_kwargs["temprature"]
     config.train.minibatch_size = 3

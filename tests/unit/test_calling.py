@@ -138,6 +138,12 @@ def test_what_a_function_asks_for_in_vain_is_named_before_it_is_called():
     with pytest.raises(TypeError, match="reward_fn must be a function, got 3"):
         Scorer(3, char_tokenizer())
 
+    async def later(samples):
+        return {}
+
+    with pytest.raises(TypeError, match="metric_fn must be a plain function: write def in place of async def"):
+        Metric(later)
+
 
 def test_metric_fn_gets_texts_and_metadata_and_the_rest_where_it_asks():
     got = {}

@@ -49,6 +49,8 @@ def test_every_method_has_a_default_preset(method):
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match="Did you mean 'ppo'.*Known:.*ilql"):
         load_preset("ppoo")
+    with pytest.raises(ConfigError, match=r"A preset has a name, e.g. load_preset\(\"ppo\"\).evolve"):
+        load_preset({"train.seed": 1})
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,8 @@ def test_an_unknown_preset_lists_the_known_ones():
         ({"scheduler": {"name": "cosin"}}, "scheduler.name: unknown value 'cosin'"),
         ({"model": {"num_layers_unfrozen": -2}}, "model.num_layers_unfrozen must be -1"),
         ({"model": {"model_path": 3}}, "model.model_path must be a path, hub name or PretrainedConfig"),
+        ({"optimizer": {"kwargs": {"lr": -1e-4}}}, "optimizer.kwargs.lr must be a number of at least 0, got -0.0001"),
+        ({"optimizer": {"kwargs": {"lr": "nan"}}}, "optimizer.kwargs.lr must be a number of at least 0, got nan"),
         ({"train": {"tracker": "tensorbord"}}, "Did you mean 'tensorboard'"),
     ],
 )
@@ -94,6 +98,28 @@ def test_yaml_files_and_overrides_merge_left_to_right(tmp_path):
     config = load_preset("ppo", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), overrides=["method.lam=0.75"])
     assert (config.method.gamma, config.method.lam, config.train.seed) == (0.6, 0.75, 1)
     assert config.train.tags == ["x", "y"] and config.train.total_steps == 2000
+
+
+def test_a_number_written_as_text_is_a_number():
+    kwargs = {"lr": "1e-4", "betas": [0.9, 0.95], "decay": "cosine"}
+    config = minimal(optimizer={"kwargs": kwargs}, scheduler={"kwargs": {"eta_min": "1e-6", "T_max": 5}})
+    assert config.optimizer.kwargs == kwargs | {"lr": 1e-4} and config.scheduler.kwargs == {"eta_min": 1e-6, "T_max": 5}
+    config.optimizer.kwargs["lr"] = "-1"
+    with pytest.raises(ConfigError, match="optimizer.kwargs.lr must be a number of at least 0, got -1"):
+        config.check()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  seed: [1\n", "mine.yaml, line 3, is not YAML: .*expected"),
+        ("- seed\n", "mine.yaml must have sections with settings"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path, text, words):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_preset("ppo", tmp_path / "mine.yaml")
 
 
 def test_an_override_without_a_value_is_refused():

@@ -61,7 +61,7 @@ def test_a_bar_says_what_happens_between_steps_and_nothing_tears_it(monkeypatch,
     written, lines = screen.getvalue(), screen.lines()
     for text in ("evaluating 0/4", "sampling 0/8", "sampling 4/8", "waiting for scores"):
         assert text in written
-    assert re.search(r"8/8 \[.*, reward [0-9.e-]+, KL [0-9.e-]+, evaluated [0-9.e-]+, [0-9,]+ tokens/s\]", written)
+    assert re.search(r"8/8 \|.*, reward [0-9.e-]+, KL [0-9.e-]+, evaluated [0-9.e-]+, [0-9,]+ tokens/s\s", written)
     # lines of tables and messages stand alone
     assert [line for line in lines if line.startswith("Evaluation at step")] == [
         line for line in lines if "Evaluation at step" in line
@@ -70,7 +70,11 @@ def test_a_bar_says_what_happens_between_steps_and_nothing_tears_it(monkeypatch,
     assert all(line.startswith(("┏", "┡")) and line.endswith(("┓", "┩")) for line in lines if "━" in line)
     assert lines.count("[WARNING] in between") == sum("in between" in line for line in lines) == 7
     # of the bar what is left is its end
-    assert sum("step/s" in line or "s/step" in line for line in lines) == 1
+    assert sum("tokens/s" in line for line in lines) == 1
+    bar = display._Bar(0, 2000)
+    bar.step("reward 0.123, KL 0.0123, loss -0.0123, evaluated 0.877, 12,345 tokens/s")
+    bar.close()
+    assert re.fullmatch(r"1/2000 \|.*\| 00:00<.*, 12,345 tokens/s", screen.lines()[-2])
 
 
 def test_a_run_begins_with_what_runs_where_and_ends_with_what_came_of_it(caplog, tmp_path):
@@ -81,7 +85,7 @@ def test_a_run_begins_with_what_runs_where_and_ends_with_what_came_of_it(caplog,
     assert trainer.backend.parameter_counts() == (trained, frozen)
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("trlx")]
     begin = (
-        "AcceleratePPOTrainer, step 0/4\n"
+        "AcceleratePPOTrainer, step 0/4 (train.total_steps: 4)\n"
         f"  model    a new gpt2: {trained:,} parameters train, {frozen:,} are frozen\n"
         "  device   cpu, 1 process, float32\n"
         f"  folder   {tmp_path}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -189,6 +190,18 @@ def test_any_error_between_steps_saves_what_was_trained(tmp_path, monkeypatch):
     same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
 
 
+def test_a_reward_that_ends_the_program_leaves_word_of_what_is_saved(tmp_path, caplog):
+    def reward(outputs, step):
+        if step == 4:
+            sys.exit(3)
+        return [float(len(output)) for output in outputs]
+
+    with pytest.raises(SystemExit, match="3"):
+        train = {"checkpoint_interval": 3, "eval_interval": 100}
+        trlx.train(config=tiny_config(tmp_path, "PPO", train=train), reward_fn=reward, prompts=PROMPTS)
+    assert f"sys.exit(3) was called at step 4. {TOLD.format(tmp_path / 'checkpoint_4', 4)}" in caplog.text
+
+
 def test_an_error_in_the_middle_of_an_update_saves_nothing(tmp_path, monkeypatch):
     fail_from(4, "update_heads", monkeypatch, FloatingPointError("overflow"))  # every second step
     with pytest.raises(FloatingPointError) as stopped:
@@ -196,6 +209,31 @@ def test_an_error_in_the_middle_of_an_update_saves_nothing(tmp_path, monkeypatch
     assert saved_step(tmp_path) == 6
     problem = "Step 8 is not saved: the error came in the middle of an update."
     assert stopped.value.__notes__ == [f"{problem} {TOLD.format(tmp_path / 'checkpoint_6', 6)}"]
+
+
+@pytest.mark.parametrize(
+    ("train", "kept"),
+    [
+        ({"checkpoint_interval": 1, "eval_interval": 100}, [2, 3, 4]),  # the checkpoint that is due finds out
+        ({"checkpoint_interval": 2, "eval_interval": 5}, [2, 4]),  # so does sampling
+    ],
+)
+def test_weights_that_have_diverged_take_the_place_of_no_checkpoint(tmp_path, monkeypatch, train, kept):
+    update = AccelerateBackend.train_step
+
+    def growing(self, *args):
+        metrics = update(self, *args)
+        if self.scheduler.last_epoch == 5:
+            for weight in self.policy.parameters():
+                weight.data.mul_(1e30)
+        return metrics
+
+    monkeypatch.setattr(AccelerateBackend, "train_step", growing)
+    with pytest.raises(FloatingPointError, match=r"have diverged \(lower optimizer.kwargs.lr\)") as stopped:
+        run("SFT", tmp_path, train={"keep_checkpoints": 3, **train})
+    problem = "Step 5 is not saved: its weights are of no use."
+    assert stopped.value.__notes__ == [f"{problem} {TOLD.format(tmp_path / 'checkpoint_4', 4)}"]
+    assert [int(path.name[-1]) for path in checkpoint.checkpoints(tmp_path)] == kept
 
 
 def test_where_saving_fails_both_errors_are_shown(tmp_path, monkeypatch):

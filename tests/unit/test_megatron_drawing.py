@@ -173,6 +173,13 @@ def test_top_k_and_temperature_come_after_beta():
     assert draw(rows, [[2.0, 1.5, -1.0]] * 4, HEADS)[0] == [1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(do_sample):
+    for broken in (math.nan, math.inf):
+        with pytest.raises(FloatingPointError, match="log-probabilities are not finite"):
+            draw(drawing([[0], [0]], do_sample=do_sample), [[0.0, 1.0], [broken, 0.0]])
+
+
 def test_a_forbidden_token_stays_forbidden_under_beta():
     mask = [[False, False, True]] * 3
     rows = drawing([[0]], do_sample=False, extra={"beta": 100, "logit_mask": mask})

@@ -110,11 +110,14 @@ def test_a_response_ends_with_its_first_eos():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temprature": 0.5}, "Unknown key 'gen_kwargs.temprature'. Did you mean 'temperature'"),
-        ({"topk": 5}, "Unknown key 'gen_kwargs.topk'. Did you mean 'top_k'"),
-        ({"betta": None}, "Unknown key 'gen_kwargs.betta'. Did you mean 'beta'"),
-        ({"max_tokens": 5}, "Unknown key 'gen_kwargs.max_tokens'. Write method.gen_kwargs.max_new_tokens instead"),
-        ({"streamer": 1}, "Unknown key 'gen_kwargs.streamer'. Known are the settings of transformers'"),
+        ({"temprature": 0.5}, "Unknown key 'method.gen_kwargs.temprature'. Did you mean 'temperature'"),
+        ({"topk": 5}, "Unknown key 'method.gen_kwargs.topk'. Did you mean 'top_k'"),
+        ({"betta": None}, "Unknown key 'method.gen_kwargs.betta'. Did you mean 'beta'"),
+        (
+            {"max_tokens": 5},
+            "Unknown key 'method.gen_kwargs.max_tokens'. Write method.gen_kwargs.max_new_tokens instead",
+        ),
+        ({"streamer": 1}, "Unknown key 'method.gen_kwargs.streamer'. Known are the settings of transformers'"),
         (
             {"num_return_sequences": 2},
             "num_return_sequences is 2, but every prompt gets one response: repeat",

@@ -1,6 +1,8 @@
 """What a run may be started with, and what is decided or refused before anything is sampled."""
 
 import json
+import re
+import traceback
 
 import pytest
 from transformers import GPTJConfig, LlamaConfig, T5Config
@@ -42,6 +44,11 @@ def test_a_config_may_be_the_name_of_a_preset_or_a_file(tmp_path):
     (tmp_path / "mine.yaml").write_text(json.dumps(load_preset("sft", overrides=["train.seed=5"]).to_json()))
     for path in (tmp_path / "mine.yaml", str(tmp_path / "mine.yaml")):
         assert _config(path, None, None, None).train.seed == 5
+    (tmp_path / "part.yml").write_text("train: {seed: 6}\nmethod.gamma: 0.5\n")
+    part = _config(str(tmp_path / "part.yml"), "m", share_of_a, None)
+    assert (part.train.seed, part.method.gamma, part.method.name, part.model.model_path) == (6, 0.5, "PPOConfig", "m")
+    with pytest.raises(ValueError, match="There is no file other.yml in"):
+        _config(str(tmp_path / "other.yml"), None, share_of_a, None)
     with pytest.raises(ValueError, match="Unknown preset 'ppoo'. Did you mean 'ppo'"):
         _config("ppoo", None, share_of_a, None)
     with pytest.raises(TypeError, match="config must be a TRLConfig, a dict, or the name of a preset or file, got 3"):
@@ -55,6 +62,20 @@ def test_a_dict_may_name_a_method_of_ones_own():
 
     config = _config({"method": {"name": "Own"}, "train.seed": 2}, None, share_of_a, None)
     assert (type(config.method), config.train.seed, config.train.epochs) == (Own, 2, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("learning_rate", "'learning_rate'. Write optimizer.kwargs.lr; settings go into config={...}"),
+        ("reward_funcs", "'reward_funcs'. Write trlx.train(reward_fn=...);"),
+        ("evalprompts", "'evalprompts'. Did you mean 'eval_prompts'?"),
+    ],
+)
+def test_an_argument_that_train_does_not_take_is_answered_with_what_to_write(name, words):
+    with pytest.raises(TypeError, match=re.escape(f"train() has no argument {words}")) as refused:
+        trlx.train("gpt2", **{name: 1})
+    assert {entry.filename for entry in traceback.extract_tb(refused.value.__traceback__)} == {__file__}
 
 
 def test_no_prompts_are_refused_with_what_brings_the_originals_back(tmp_path):

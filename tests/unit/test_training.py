@@ -302,13 +302,18 @@ def test_steps_with_gradients_that_are_not_finite_change_nothing_and_are_counted
     # of half a cosine over 50 steps, 1e-4 + (3e-3 - 1e-4) * (1 + cos(pi / 50)) / 2
     rates = [trainer.backend.train_step(rows, trainer.loss)["learning_rate_group_0"] for _ in range(2)]
     assert rates == pytest.approx([3e-3, 2.9971388e-3], abs=1e-9)
+    trainer.backend.policy.model.lm_head.weight.data.fill_(float("nan"))
+    for do_sample in (True, False):
+        with pytest.raises(FloatingPointError, match="log-probabilities are not finite"):
+            trainer.generate("ab", do_sample=do_sample)
 
 
-def test_a_run_ends_where_no_step_changes_anything(tmp_path, monkeypatch):
+def test_a_run_ends_where_no_step_changes_anything(tmp_path, monkeypatch, caplog):
     broken = {"loss": 1.0, "grad_norm": float("nan"), "skipped_steps": 1.0}
     monkeypatch.setattr(AccelerateBackend, "train_step", lambda self, *args: dict(broken))
     with pytest.raises(FloatingPointError, match="25 steps in a row"):
-        run("SFT", tmp_path, train={"total_steps": 40, "eval_interval": 100, "checkpoint_interval": 100})
+        run("SFT", tmp_path, train={"total_steps": 40, "eval_interval": 100, "checkpoint_interval": 5})
+    assert checkpoint.newest(tmp_path) is None and caplog.text.count("no checkpoint is written until") == 1
     assert [line["skipped_steps"] for line in metrics(tmp_path) if "grad_norm" in line] == [*range(1, 25)]
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import gc
+import traceback
 import warnings
 
 import pytest
@@ -71,7 +72,12 @@ def test_a_list_of_functions_is_a_sum_and_parts_are_called_as_functions_are(toke
     functions = [lengths, Judge(), lambda outputs: [2, 2], functools.partial(lengths), (lengths, 0.5)]
     scores, parts = judged(tokenizer, kind(functions))
     assert scores == [1 + 1 + 2 + 1 + 0.5, 3 + 1 + 2 + 3 + 1.5]
-    assert list(parts[0]) == ["lengths", "Judge", "reward", "partial", "lengths_4"]
+    assert list(parts[0]) == ["lengths", "Judge", "reward_2", "partial", "lengths_4"]
+
+
+def test_a_dict_of_functions_is_a_sum_of_parts_with_these_names(tokenizer):
+    rewards = {"long": lengths, "half": (lengths, 0.5)}
+    assert judged(tokenizer, rewards) == ([1.5, 4.5], [{"long": 1.0, "half": 1.0}, {"long": 3.0, "half": 3.0}])
 
 
 @pytest.mark.parametrize(
@@ -81,13 +87,15 @@ def test_a_list_of_functions_is_a_sum_and_parts_are_called_as_functions_are(toke
         ({}, "no reward function in the list"),
         ([3], r"is a function, or \(function, weight\), got 3"),
         ({"a": (lengths, "1")}, "got .*'1'"),
+        ({"a": (0.1, lengths)}, r"is a function, or \(function, weight\), got \(0.1, "),
         ({"a": (lengths, float("nan"))}, "nan"),
         ([trlx.WeightedRewards([lengths])], "WeightedRewards object"),
     ],
 )
 def test_what_is_no_list_of_functions_is_refused(rewards, words):
-    with pytest.raises((TypeError, ValueError), match=words):
+    with pytest.raises((TypeError, ValueError), match=words) as refused:
         trlx.WeightedRewards(rewards)
+    assert {entry.filename for entry in traceback.extract_tb(refused.value.__traceback__)} == {__file__}
 
 
 def test_a_part_that_fails_or_asks_in_vain_is_named(tokenizer):

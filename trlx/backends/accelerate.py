@@ -308,7 +308,8 @@ def _load_policy(model: ModelConfig, needs: ModelNeeds) -> Policy:
 
 def _warn_of_ignored(model: ModelConfig, adapted: str | None) -> None:
     if model.num_layers_unfrozen != -1:
-        logger.warning("model.num_layers_unfrozen is ignored: with an adapter only the adapter and the heads train")
+        # no warning: it may be the preset's
+        logger.info("With an adapter only the adapter and the heads train, whatever model.num_layers_unfrozen says")
     if adapted is not None and model.peft_config is not None:
         logger.warning(f"model.peft_config is ignored: {model.model_path} is an adapter of its own, which trains on")
 

@@ -7,11 +7,17 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
 from trlx.models.policy import Policy
 from trlx.models.shaping import shaping
-from trlx.rollout.sampling import SHAPING, SamplingConfig, cut_at_eos
+from trlx.rollout.sampling import SHAPING, SamplingConfig, check_logits, cut_at_eos
 
 KEPT_SETTINGS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """What a model's own generation settings may still decide; they say how its sequences are built, not how to sample."""
@@ -19,7 +25,11 @@ KEPT_SETTINGS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id"
 
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[list[int]], sampling: SamplingConfig, device) -> list[list[int]]:
-    """One response per prompt: ids as sampled, up to and including the first eos."""
+    """One response per prompt: ids as sampled, up to and including the first eos.
+
+    Raises:
+        FloatingPointError: see `check_logits`.
+    """
     if not prompts:
         return []
     shape = {name: sampling.extra[name] for name in SHAPING if name in sampling.extra}
@@ -29,7 +39,7 @@ def generate(policy: Policy, prompts: list[list[int]], sampling: SamplingConfig,
         sequences = policy.model.generate(
             **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()},
             generation_config=generation_config(sampling),
-            logits_processor=processors,
+            logits_processor=LogitsProcessorList([_Checked(), *processors]),
             stopping_criteria=StoppingCriteriaList(criteria),
             synced_gpus=False,  # weights are whole here, so that no process has to go on for another
         )
@@ -53,6 +63,14 @@ def generation_config(sampling: SamplingConfig) -> GenerationConfig:
         **(random_draw if sampling.do_sample else {}),
         **{name: value for name, value in sampling.extra.items() if name not in SHAPING},
     )
+
+
+class _Checked(LogitsProcessor):
+    """Leaves logits as they are. ``generate`` ends a process on CUDA, and goes on where it does not draw."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_logits(scores)
+        return scores
 
 
 @contextmanager

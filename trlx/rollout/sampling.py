@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trlx.batch import Rollout
@@ -25,6 +26,13 @@ BACKEND_DECIDES = ("use_cache", "synced_gpus")
 
 SHAPING = ("beta", "logit_mask")
 """Settings that are ours; ``transformers`` does not know them."""
+
+GEN_KWARGS = "method.gen_kwargs"
+
+DIVERGED = (
+    "The model's log-probabilities are not finite: its weights have diverged (lower optimizer.kwargs.lr), or it needs "
+    "numbers larger than fp16 has (write train.mixed_precision: bf16)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +53,18 @@ class SamplingConfig:
     pad_token_id: int = 0
     stop: Stopper | None = None
     """Texts that end a response."""
+    where: str = field(default=GEN_KWARGS, compare=False)
+    """Where these settings are written, for messages."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further arguments as given, e.g. ``{"repetition_penalty": 1.2}``, or ``{"beta": 1}`` for ILQL."""
 
     @classmethod
     def from_kwargs(
-        cls, gen_kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stop: Stopper | None = None
+        cls,
+        gen_kwargs: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Stopper | None = None,
+        where: str = GEN_KWARGS,
     ) -> SamplingConfig:
         """Settings from a config's ``gen_kwargs``; None stands for the default, temperature 0 for ``do_sample: false``.
 
@@ -58,21 +72,23 @@ class SamplingConfig:
             ValueError: nobody knows a setting, max_new_tokens is missing, a value is out of range or asks for something
                 else than one response per prompt, or a list stands where one value is needed.
         """
-        _check_names(gen_kwargs)
+        _check_names(gen_kwargs, where)
         given = {name: value for name, value in gen_kwargs.items() if value is not None and name not in BACKEND_DECIDES}
-        name, values = sweep(given)
+        name, values = sweep(given, where)
         if name is not None:
             raise ValueError(
-                f"gen_kwargs.{name} is the list {values}, but only evaluations sweep over values: give one value "
+                f"{where}.{name} is the list {values}, but only evaluations sweep over values: give one value "
                 "here, or for PPO's rollouts other settings in method.gen_experience_kwargs"
             )
         if "max_new_tokens" not in given:
-            raise ValueError("gen_kwargs.max_new_tokens is missing: write how many tokens a response may have, e.g. 40")
-        given = _checked(given)
-        own = {f.name for f in fields(cls)} - {"stop", "extra"}
+            raise ValueError(f"{where}.max_new_tokens is missing: write how many tokens a response may have, e.g. 40")
+        given = _checked(given, where)
+        own = {f.name for f in fields(cls)} - _NOT_GIVEN
         tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         known = tokens | {name: value for name, value in given.items() if name in own}
-        return cls(**known, stop=stop, extra={name: value for name, value in given.items() if name not in own})
+        return cls(
+            **known, stop=stop, where=where, extra={name: value for name, value in given.items() if name not in own}
+        )
 
     def check_shaping(self, has_q: bool, vocabulary: int) -> None:
         """Makes sure that a model of `vocabulary` tokens, with or without Q heads, can do what `SHAPING` asks.
@@ -83,7 +99,7 @@ class SamplingConfig:
         beta, mask = self.extra.get("beta"), self.extra.get("logit_mask")
         if beta is not None and not has_q:
             raise ValueError(
-                f"gen_kwargs.beta is {beta}, but only ILQL has the Q heads that sampling with beta needs: remove beta"
+                f"{self.where}.beta is {beta}, but only ILQL has the Q heads that sampling with beta needs: remove beta"
             )
         if mask is not None and _shape(mask) != [vocabulary, vocabulary]:
             raise ValueError(
@@ -115,7 +131,7 @@ class SamplingConfig:
         return float(self.temperature) if self.do_sample else 1.0
 
 
-def sweep(gen_kwargs: Mapping[str, Any]) -> tuple[str | None, list[Any]]:
+def sweep(gen_kwargs: Mapping[str, Any], where: str = GEN_KWARGS) -> tuple[str | None, list[Any]]:
     """The one argument whose value is a list, and its values; (None, []) where there is none.
 
     Raises:
@@ -123,11 +139,11 @@ def sweep(gen_kwargs: Mapping[str, Any]) -> tuple[str | None, list[Any]]:
     """
     swept = [name for name, value in gen_kwargs.items() if _is_swept(name, value)]
     if len(swept) > 1:
-        raise ValueError(f"gen_kwargs sweeps over {' and '.join(swept)}: give only one argument a list of values")
+        raise ValueError(f"{where} sweeps over {' and '.join(swept)}: give only one argument a list of values")
     if not swept:
         return None, []
     if not len(gen_kwargs[swept[0]]):
-        raise ValueError(f"gen_kwargs.{swept[0]} is an empty list: write a value, or several to compare at evaluation")
+        raise ValueError(f"{where}.{swept[0]} is an empty list: write a value, or several to compare at evaluation")
     return swept[0], list(gen_kwargs[swept[0]])
 
 
@@ -176,6 +192,16 @@ def check_rollouts(gen_kwargs: Mapping[str, Any], key: str) -> None:
         raise ValueError(f"{key}.num_beams searches for likely responses instead of drawing them: {advice}")
 
 
+def check_logits(logits: Tensor) -> None:
+    """Makes sure that a token can be drawn from every row of `logits` [..., V], as the model gives them.
+
+    Raises:
+        FloatingPointError: none can.
+    """
+    if not logits.amax(dim=-1).isfinite().all():
+        raise FloatingPointError(DIVERGED)
+
+
 def cut_at_eos(ids: Sequence[int], eos_ids: Sequence[int]) -> list[int]:
     """`ids` up to and including the first of `eos_ids`; all of them where there is none."""
     end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
@@ -198,19 +224,23 @@ _REFUSED = {
 """Settings that transformers knows and that do not work here, and what to do about it."""
 
 
-def _check_names(gen_kwargs: Mapping[str, Any]) -> None:
+_NOT_GIVEN = {"stop", "extra", "where"}
+"""What `SamplingConfig` has beside settings."""
+
+
+def _check_names(gen_kwargs: Mapping[str, Any], where: str) -> None:
     theirs = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
-    known = {f.name for f in fields(SamplingConfig)} - {"stop", "extra"} | theirs | {*SHAPING, *BACKEND_DECIDES}
+    known = {f.name for f in fields(SamplingConfig)} - _NOT_GIVEN | theirs | {*SHAPING, *BACKEND_DECIDES}
     for name, value in gen_kwargs.items():
         if name not in known:
             here = called_here(f"method.gen_kwargs.{name}")
             near = f" Write {here} instead." if here else suggestion(name, known)
             raise ValueError(
-                f"Unknown key 'gen_kwargs.{name}'.{near} Known are the settings of transformers' GenerationConfig, "
+                f"Unknown key '{where}.{name}'.{near} Known are the settings of transformers' GenerationConfig, "
                 f"{' and '.join(SHAPING)}"
             )
         if name in _REFUSED and (value is True or value not in (None, False, 1)):
-            raise ValueError(f"gen_kwargs.{name} is {value!r}, but {_REFUSED[name]}")
+            raise ValueError(f"{where}.{name} is {value!r}, but {_REFUSED[name]}")
 
 
 def _shape(mask: Any) -> list[int] | str:
@@ -224,21 +254,21 @@ def _is_swept(name: str, value: Any) -> bool:
     return isinstance(value, (list, tuple)) and name not in LISTS
 
 
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
+def _checked(given: dict[str, Any], where: str) -> dict[str, Any]:
     for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("top_k", 0)):
         if name in given:
-            given[name] = _whole(name, given[name], least)
+            given[name] = _whole(f"{where}.{name}", given[name], least)
     if given.get("temperature") == 0:
         given |= {"temperature": 1.0, "do_sample": False}
     if given.get("temperature", 1.0) < 0:
-        raise ValueError(f"gen_kwargs.temperature must be 0 (greedy) or more, got {given['temperature']}")
+        raise ValueError(f"{where}.temperature must be 0 (greedy) or more, got {given['temperature']}")
     if not 0 < given.get("top_p", 1.0) <= 1:
-        raise ValueError(f"gen_kwargs.top_p must be above 0 and at most 1, got {given['top_p']}")
+        raise ValueError(f"{where}.top_p must be above 0 and at most 1, got {given['top_p']}")
     return given
 
 
-def _whole(name: str, value: Any, least: int) -> int:
+def _whole(key: str, value: Any, least: int) -> int:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or value < least or not float(value).is_integer():
-        raise ValueError(f"gen_kwargs.{name} must be a whole number of at least {least}, got {value!r}")
+        raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}")
     return int(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import queue
 import threading
 import time
@@ -131,6 +132,8 @@ class Metric(UserFunction):
 
     def __init__(self, metric_fn: Callable[..., Any]):
         super().__init__("metric_fn", metric_fn, unasked=RESERVED[:3])
+        if inspect.iscoroutinefunction(metric_fn):
+            raise TypeError("metric_fn must be a plain function: write def in place of async def")
 
     def __call__(self, arguments: Arguments) -> dict[str, list[float] | float]:
         """By name, one number per sample or a plain number.

@@ -9,6 +9,7 @@ from typing import Any
 
 from trlx.data.prompts import RESERVED
 from trlx.rollout.calling import UserFunction
+from trlx.tracebacks import short_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class WeightedRewards:
         ValueError, TypeError: there are none, or one of them is no such pair.
     """
 
+    @short_errors
     def __init__(self, rewards: Mapping[str, Any] | Iterable[Any]):
         pairs = {name: _pair(entry) for name, entry in dict(rewards).items()} if isinstance(rewards, Mapping) else {}
         for fn, weight in () if isinstance(rewards, Mapping) else map(_pair, rewards):
@@ -50,8 +52,8 @@ class WeightedRewards:
 
 
 def parts_of(reward_fn: Any) -> list[Part]:
-    """The parts of what a user passes as reward_fn: a function, a list or tuple of them, or `WeightedRewards`."""
-    if isinstance(reward_fn, (list, tuple)):
+    """The parts of what a user passes as reward_fn: a function, a list or dict of them, or `WeightedRewards`."""
+    if isinstance(reward_fn, (list, tuple, Mapping)):
         reward_fn = WeightedRewards(reward_fn)
     if isinstance(reward_fn, WeightedRewards):
         return reward_fn.parts
@@ -67,5 +69,6 @@ def _pair(entry: Any) -> tuple[Callable[..., Any], float]:
 
 def _name(fn: Callable[..., Any], taken: Mapping[str, Any]) -> str:
     name = getattr(fn, "__name__", type(fn).__name__)
-    name = name if name.isidentifier() else "reward"  # a lambda has a name in brackets
+    if not name.isidentifier():  # a lambda has a name in brackets
+        return f"reward_{len(taken)}"
     return name if name not in taken else f"{name}_{len(taken)}"

@@ -25,7 +25,7 @@ from trlx.data.prompts import PromptPipeline
 from trlx.data.store import Store, pass_order, shard
 from trlx.methods.masked import Metrics
 from trlx.models.source import tokenizer_for
-from trlx.rollout.sampling import SamplingConfig, one_setting, sweep_variants
+from trlx.rollout.sampling import GEN_KWARGS, SamplingConfig, one_setting, sweep_variants
 from trlx.rollout.scoring import Scorer
 from trlx.rollout.stopping import Stopper
 from trlx.tracking import Tracker, default_run_name
@@ -34,7 +34,7 @@ from trlx.trainer.display import Display
 from trlx.trainer.evaluate import Evaluator
 from trlx.trainer.failures import rescuing
 from trlx.trainer.guards import Interrupts, SkippedSteps, leave_if_asked
-from trlx.trainer.saving import make_folder, read_run, write_run
+from trlx.trainer.saving import check_weights, make_folder, read_run, write_run
 from trlx.trainer.sequences import sample
 from trlx.trainer.together import on_main
 
@@ -95,6 +95,7 @@ class Trainer(OldNames, ABC):
         self.saved: tuple[Path, int] | None = None  # the last checkpoint to resume from, and its step
         self.at_boundary = True  # between steps, where what is saved can be resumed from
         self._skipped = SkippedSteps()
+        self._probe: TokenBatch | None = None  # a row of the last step
 
     # what a method says
 
@@ -198,7 +199,7 @@ class Trainer(OldNames, ABC):
             For a text its response, for a list of texts theirs. For tokens int64 [B, T + new]: the prompts, padded on
             the tokenizer's padding side, each followed by its response, padded on the right.
         """
-        sampling = self.sampling(one_setting({**self.sampling_kwargs, **gen_kwargs}))
+        sampling = self.sampling(one_setting({**self.sampling_kwargs, **gen_kwargs}), "gen_kwargs")
         return sample(self.backend, self.tokenizer, sampling, input_ids, attention_mask)
 
     def save_pretrained(
@@ -225,7 +226,10 @@ class Trainer(OldNames, ABC):
 
         Raises:
             ValueError: `directory` holds other things than a checkpoint.
+            FloatingPointError: without `directory`, where the model's log-probabilities are no longer finite.
         """
+        if directory is None and self._probe is not None:
+            check_weights(self.backend, self._probe)
         self.state.method = self.method_state()
         # after training the tracker is closed, and what the last checkpoint said of it still holds
         self.state.tracker = (self.tracker and self.tracker.state()) or self.state.tracker
@@ -272,9 +276,9 @@ class Trainer(OldNames, ABC):
         """Generation settings of rollouts; of evaluations where the method has none."""
         return self.config.method.gen_kwargs
 
-    def sampling(self, gen_kwargs: dict[str, Any]) -> SamplingConfig:
+    def sampling(self, gen_kwargs: dict[str, Any], where: str = GEN_KWARGS) -> SamplingConfig:
         """Generation settings, checked and completed with this run's tokens and stop sequences."""
-        return SamplingConfig.from_kwargs(gen_kwargs, self.tokenizer, self.stopper)
+        return SamplingConfig.from_kwargs(gen_kwargs, self.tokenizer, self.stopper, where)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates now, logs the result, keeps the best checkpoint. Random number generators stay as they were."""
@@ -328,6 +332,7 @@ class Trainer(OldNames, ABC):
         tokens = self.store.num_tokens(self._rows())
         self.at_boundary = False
         metrics = self.backend.train_step(batch, self.loss)
+        self._probe = batch.rows(slice(0, 1))
         self._advance()
         self.after_step(metrics)
         self.at_boundary = True
@@ -340,7 +345,8 @@ class Trainer(OldNames, ABC):
         train, is_last = self.config.train, self.finished
         if is_last or self.state.step % train.eval_interval == 0:
             self.evaluate()
-        if is_last or self.state.step % (train.checkpoint_interval or train.eval_interval) == 0:
+        is_due = self.state.step % (train.checkpoint_interval or train.eval_interval) == 0
+        if is_last or (is_due and not self._skipped.in_a_row):
             self.save()
 
     def _advance(self) -> None:

@@ -115,7 +115,8 @@ class _Bar(_Nothing):
     """A bar at the bottom of a terminal; without a `total` a count."""
 
     def __init__(self, step: int, total: int | None):
-        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+        shape = "{desc}{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # all in 100 columns
+        self.bar = tqdm(total=total, initial=step, bar_format=shape, dynamic_ncols=True)
 
     def step(self, shown: str) -> None:
         self.show(shown)
@@ -211,8 +212,10 @@ def _introduction(trainer: Trainer) -> str:
     name = model if isinstance(model, (str, Path)) else f"a new {model.model_type}"
     device = torch.cuda.get_device_name(backend.device) if backend.device.type == "cuda" else backend.device.type
     processes = "1 process" if backend.processes == 1 else f"{backend.processes} processes"
+    ends = "total_steps" if trainer.total_steps == config.train.total_steps else "epochs"
+    limit = "" if trainer.total_steps is None else f" (train.{ends}: {getattr(config.train, ends)})"
     return _block(
-        f"{type(trainer).__name__}, {_place(trainer.state.step, trainer.total_steps)}",
+        f"{type(trainer).__name__}, {_place(trainer.state.step, trainer.total_steps)}{limit}",
         model=f"{name}: {trained:,} parameters train, {frozen:,} are frozen",
         device=f"{device}, {processes}, {str(backend.precision).removeprefix('torch.')}",
         folder=config.train.checkpoint_dir,

@@ -43,7 +43,10 @@ def rescuing(trainer: Trainer) -> Iterator[None]:
         logger.warning(told)
         raise shared(SystemExit(EXIT_REQUEUE)) from None
     except BaseException as error:
-        report(_noted(error, _save(trainer, error, first_step)))
+        told = _save(trainer, error, first_step)
+        if isinstance(error, SystemExit):  # Python ends without a word of it
+            logger.warning(f"sys.exit({error.code!r}) was called at step {trainer.state.step}. {told}")
+        report(_noted(error, told))
         raise
 
 
@@ -69,6 +72,8 @@ def _save(trainer: Trainer, error: BaseException, first_step: int) -> str:
         why = "stopped at once"
     elif not trainer.at_boundary:
         why = "the error came in the middle of an update"
+    elif isinstance(error, FloatingPointError):
+        why = "its weights are of no use"
     elif not is_shared(error):
         why = "the error is not on all processes, which save together"
     else:

@@ -132,7 +132,8 @@ class SkippedSteps:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         metrics["skipped_steps"] = float(state.skipped_steps)
         if skipped:
-            logger.warning(f"Step {state.step}: gradients are not finite, nothing was updated")
+            until = "; no checkpoint is written until a step updates something" if self.in_a_row == 1 else ""
+            logger.warning(f"Step {state.step}: gradients are not finite, nothing was updated{until}")
         if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"Gradients were not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row. Lower optimizer.kwargs.lr, set "

@@ -42,8 +42,8 @@ class ILQLTrainer(OfflineTrainer):
     def needs(self) -> ModelNeeds:
         return ModelNeeds(value_head=True, q_heads=2 if self.method.two_qs else 1)
 
-    def sampling(self, gen_kwargs: dict[str, Any]) -> SamplingConfig:
-        sampling = super().sampling({**SAMPLING_DEFAULTS, **gen_kwargs})
+    def sampling(self, gen_kwargs: dict[str, Any], *where: str) -> SamplingConfig:
+        sampling = super().sampling({**SAMPLING_DEFAULTS, **gen_kwargs}, *where)
         if self.logit_mask is None:
             return sampling
         return replace(sampling, extra={**sampling.extra, "logit_mask": self.logit_mask})

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trlx import logging
 from trlx.backends.base import ModelNeeds
 from trlx.batch import Rollout, TokenBatch, TokenScores
 from trlx.data.prompts import Prompt, PromptPipeline, PromptStream
@@ -27,10 +28,12 @@ from trlx.methods.ppo import (
     scale_scores,
     token_rewards,
 )
-from trlx.rollout.sampling import check_rollouts
+from trlx.rollout.sampling import GEN_KWARGS, check_rollouts
 from trlx.trainer.base import Trainer
 from trlx.trainer.first_step import check_first_kl, check_first_ratio
 from trlx.trainer.rollouts import RolloutLog, RolloutSource
+
+logger = logging.get_logger(__name__)
 
 
 class PPOTrainer(Trainer):
@@ -46,7 +49,8 @@ class PPOTrainer(Trainer):
                 "PPO needs reward_fn: a function of samples, prompts and outputs that returns their scores"
             )
         method: PPOConfig = config.method
-        check_rollouts(method.sampling, f"method.gen{'_experience' if method.gen_experience_kwargs else ''}_kwargs")
+        self.sampling_key = "method.gen_experience_kwargs" if method.gen_experience_kwargs else GEN_KWARGS
+        check_rollouts(method.sampling, self.sampling_key)
         self.method = method
         self.inner_epochs = method.ppo_epochs
         self.eval_batch_size = method.chunk_size
@@ -55,12 +59,13 @@ class PPOTrainer(Trainer):
             self.kl = AdaptiveKL(method.init_kl_coef, method.target, method.horizon)
         self.moments = RunningMoments()
         self.ref_std = method.ref_std
+        self.clips_all = False  # that a warning says so
         self.stream: PromptStream | None = None
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
         self.source = RolloutSource(
             self.backend,
             self.scorer,
-            self.sampling(method.sampling),
+            self.sampling(method.sampling, self.sampling_key),
             config.train,
             self.display,
         )
@@ -73,7 +78,7 @@ class PPOTrainer(Trainer):
             reference=True,
             # a dropped unit would make the policy that is trained another than the one that sampled
             dropout=False,
-            temperature=self.sampling(self.method.sampling).logprob_temperature,
+            temperature=self.sampling(self.method.sampling, self.sampling_key).logprob_temperature,
         )
 
     def add_prompt_pipeline(self, pipeline: PromptPipeline) -> None:
@@ -162,6 +167,12 @@ class PPOTrainer(Trainer):
     def _with_scaled_scores(self, batch: TokenBatch) -> tuple[TokenBatch, dict[str, float]]:
         method = self.method
         scores = clip_scores(batch.scores, method.cliprange_reward)
+        if not self.clips_all and (scores != batch.scores).any(dim=1).all():
+            self.clips_all = True
+            logger.warning(
+                f"method.cliprange_reward ({method.cliprange_reward:g}) clips the score of every rollout, so that they "
+                "are all alike: raise it, or write null for no limit"
+            )
         # of what is clipped already: a single outlier would make all other scores small for the rest of the run
         mean, std = self.moments.update(scores.sum(dim=1))
         if self.ref_std is None:

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trlx import checkpoint, logging
+from trlx.backends.base import Backend
+from trlx.backends.distress import shared
+from trlx.batch import TokenBatch
 from trlx.checkpoint import RandomState
+from trlx.rollout.sampling import DIVERGED
 from trlx.trainer.changes import changes, keeps_averages
 from trlx.trainer.together import on_main
 
@@ -43,6 +47,16 @@ def write_run(trainer: Trainer, target: Path) -> None:
             checkpoint.write_state(folder, trainer.state, identity(trainer))
             trainer.write_rollouts(folder)
         trainer.save_pretrained(folder / "hf_model")
+
+
+def check_weights(backend: Backend, batch: TokenBatch) -> None:
+    """Keeps a model that has diverged from taking the place of a checkpoint that can be used. Called on every process.
+
+    Raises:
+        FloatingPointError: log-probabilities of `batch` are not finite.
+    """
+    if backend.any_process(not backend.score(batch).logprobs.isfinite().all()):
+        raise shared(FloatingPointError(DIVERGED))
 
 
 def read_run(trainer: Trainer, directory: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from trlx.methods.ilql import shifted_logits
-from trlx.rollout.sampling import SHAPING, SamplingConfig
+from trlx.rollout.sampling import SHAPING, SamplingConfig, check_logits
 
 SETTINGS = (*SHAPING, "repetition_penalty", "no_repeat_ngram_size")
 """Supported generation settings besides the fields of `SamplingConfig`."""
@@ -31,7 +31,9 @@ def check_settings(sampling: SamplingConfig, has_q: bool, vocabulary: int) -> No
     """
     for name in sampling.extra:
         if name not in SETTINGS:
-            raise ValueError(f"gen_kwargs.{name} does not work with a NeMo trainer, which knows {', '.join(SETTINGS)}")
+            raise ValueError(
+                f"{sampling.where}.{name} does not work with a NeMo trainer, which knows {', '.join(SETTINGS)}"
+            )
     sampling.check_shaping(has_q, vocabulary)
 
 
@@ -57,7 +59,11 @@ class Drawing:
         """int64 [3, B]: the next token of each row, whether the row was done before it, and after it.
 
         `logits` [B, V] float32 and `hidden` [B, d] are those of the last column. ILQL's shift needs `heads`.
+
+        Raises:
+            FloatingPointError: see `check_logits`.
         """
+        check_logits(logits)
         before = list(self.done)
         chosen = self._choose(self._shaped(logits, hidden, heads))
         for row, (token, done) in enumerate(zip(chosen.tolist(), before, strict=True)):
