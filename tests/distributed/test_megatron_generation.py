@@ -197,6 +197,8 @@ def check_steps(folder, prompts, sampling, expected, steps):
     """Every stage works until the last of its rows is done, and not longer."""
     for layout in (TENSOR, PIPELINE | CHUNKS):
         backend = backend_of(folder, layout)
+        with pytest.raises(ValueError, match="Prompt 0 has the token 99, but the model knows"):
+            backend.generate([[99]], sampling)
         passes = []
         backend.stage[0].decoder.register_forward_hook(lambda *_, passes=passes: passes.append(1))
         assert backend.generate(prompts, sampling) == expected

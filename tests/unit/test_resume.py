@@ -143,6 +143,25 @@ def test_learning_twice_goes_on(tmp_path):
     assert steps(tmp_path) == [1, 2, 3] and names(tmp_path / "earlier.1") == ["best_checkpoint", "checkpoint_3"]
 
 
+def test_learning_goes_on_from_a_checkpoint_of_another_folder_if_anything_is_left_to_learn(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="trlx")
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    sft(other, [0.0, 1.0, 2.0, 3.0])
+    trainer = sft(mine, [0.0, 1.0, 2.0, 3.0, 0.5])
+    trainer.load(other / "checkpoint_3")
+    trainer.learn()
+    assert "Nothing is left to learn" in caplog.messages[-1] and names(mine) == [*WRITTEN, "samples"]
+    trainer.load(other / "checkpoint_2")
+    trainer.learn()
+    said = caplog.messages[-1].splitlines()
+    assert said[0].startswith("Done: step 3")
+    # nothing of other's best checkpoint is here
+    assert said[1:] == ["  best     reward 2 at step 2", f"  weights  {mine / 'checkpoint_3' / 'hf_model'}"]
+    assert "checkpoint_3" in names(mine / "earlier.1") and "earlier.1" not in names(other)
+    trainer.load(other / "checkpoint_2")
+    assert trainer.saved == (other / "checkpoint_2", 2)
+
+
 def test_what_is_saved_after_training_goes_on_in_the_same_file_of_metrics(tmp_path):
     sft(tmp_path, [0.0, 1.0], total_steps=1).save(tmp_path / "saved")
     sft(tmp_path, [2.0, 3.0], resume_from_checkpoint=str(tmp_path / "saved"))

@@ -9,6 +9,7 @@ import pytest
 import trlx
 from tests.runs import tiny_config
 from tests.unit.test_checkpoint import write
+from tests.unit.test_resume import names
 from trlx import checkpoint
 from trlx.strict import ConfigError
 from trlx.trainer import run_folder
@@ -41,6 +42,27 @@ def test_a_folder_that_a_run_writes_into_is_locked_against_a_second_one(tmp_path
         assert str(found.value).startswith(f"{tmp_path} is written into by another run, process {os.getpid()} on ")
         assert "set train.checkpoint_dir" in str(found.value) and str(tmp_path / LOCK_FILE) in str(found.value)
     assert not in_a_child(refused, tmp_path) and not refused(tmp_path)
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, "SFT", model={"model_path": "nomodel"})
+    with locked(tmp_path), pytest.raises(RuntimeError, match="is written into by another run"):
+        trlx.train(samples=["ab"], config=config)
+    with locked(tmp_path, fcntl.LOCK_SH), pytest.raises(OSError, match="No model"):  # another process of the same job
+        trlx.train(samples=["ab"], config=config)
+    (tmp_path / "file").touch()
+    for name in ("checkpoint_dir", "logging_dir"):
+        there = config.evolve(train={name: str(tmp_path / "file" / "run")})
+        with pytest.raises(
+            ValueError, match=f"train.{name} is .*/file/run, but .*/file is a file: name another folder"
+        ):
+            trlx.train(samples=["ab"], config=there)
+    monkeypatch.setattr(os, "access", lambda path, how: (path, how) != (tmp_path, os.W_OK))
+    with pytest.raises(
+        ValueError, match=f"train.checkpoint_dir is .*/new, but {tmp_path} cannot be written into: name"
+    ):
+        trlx.train(samples=["ab"], config=config.evolve(train={"checkpoint_dir": str(tmp_path / "new")}))
+    assert names(tmp_path) == [LOCK_FILE, "file"]
 
 
 def test_a_folder_is_locked_as_long_as_its_run_lasts(tmp_path):

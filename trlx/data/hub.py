@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,12 @@ def check_source(path: Any, where: str, options: Mapping[str, Any] | None = None
     if not isinstance(path, str) or Path(path).is_file() or {"config", "gguf_file"} & options.keys():
         return
     check_folder(path, where)
+    which = {name: options[name] for name in WHICH_FILES if name in options}
     try:
-        found = cached_file(path, "config.json", **{name: options[name] for name in WHICH_FILES if name in options})
+        with suppress(OSError):  # what is in the cache is not waited for where there is no network
+            if cached_file(path, "config.json", **{**which, "local_files_only": True}):
+                return
+        found = cached_file(path, "config.json", **which)
     except Exception as error:  # of many kinds
         raise OSError(
             f"No model at {path!r}, which is {where}: there is no such folder, nor a model of that name on the Hugging "
