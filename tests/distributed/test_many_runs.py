@@ -57,12 +57,14 @@ def side_by_side(folder):
     """Trainers of one layout share its processes; those of another take them."""
     first = tiny("NeMoPPOTrainer", folder / "first", TENSOR)
     before = first.generate([[4, 5]], do_sample=False).tolist()
+    with pytest.raises(ValueError, match="Prompt 0 has 64 tokens, which with max_new_tokens=1 are more than the 64"):
+        first.generate([[4] * 64])
     tiny("NeMoPPOTrainer", folder / "second", TENSOR)
     assert first.generate([[4, 5]], do_sample=False).tolist() == before
     first.save_pretrained(folder / "exported")
     tiny("NeMoPPOTrainer", folder / "third", PIPELINE)
     for use in (lambda: first.generate([[4, 5]]), lambda: first.save_pretrained(folder / "again")):
-        with pytest.raises(RuntimeError, match="before the next one with other parallel sizes is built"):
+        with pytest.raises(RuntimeError, match="use this trainer before you build the next one"):
             use()
 
 

@@ -151,6 +151,14 @@ def test_a_tokenizer_that_cannot_be_known_or_cannot_pad_is_asked_for():
         SequenceClassifierReward(classifier(), char_tokenizer(pad=False, eos=False))
 
 
+def test_a_model_that_is_not_there_is_one_sentence_without_frames_of_the_library():
+    with pytest.raises(OSError, match="No model at 'nomodel', which is the reward model: there is no such") as found:
+        SequenceClassifierReward("nomodel")
+    assert found.value.__suppress_context__ and [frame.path.name for frame in found.traceback] == [
+        "test_reward_models.py"
+    ]
+
+
 def test_a_reward_model_trains_a_policy(tmp_path):
     config = tiny_config(tmp_path, "PPO", train={"total_steps": 1})
     reward = SequenceClassifierReward(classifier(), char_tokenizer())

@@ -17,6 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trlx.data.hub import check_source, no_bars
+from trlx.tracebacks import short_errors
+
 
 class SequenceClassifierReward:
     """A reward_fn that scores whole samples with a sequence classifier.
@@ -39,10 +42,12 @@ class SequenceClassifierReward:
         truncation_side: the end where longer samples are cut: "left" (the response stays) or "right".
 
     Raises:
+        OSError: there is no model of that name.
         ValueError: `label` is missing, unknown or given for a model with one; or the tokenizer cannot be found or has
             neither a pad nor an eos token.
     """
 
+    @short_errors
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -55,6 +60,7 @@ class SequenceClassifierReward:
         dtype: torch.dtype | None = None,
         truncation_side: str = "left",
     ):
+        check_source(model, "the reward model")
         self._source = model
         self._device = device
         self._dtype = dtype
@@ -85,7 +91,8 @@ class SequenceClassifierReward:
         model, device = self._source, self._device
         if not isinstance(model, PreTrainedModel):
             how = {} if self._dtype is None else {"dtype": self._dtype}
-            model = AutoModelForSequenceClassification.from_pretrained(model, **how)
+            with no_bars():
+                model = AutoModelForSequenceClassification.from_pretrained(model, **how)
             device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
         # decoders classify at the last token that is not this one
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
