@@ -1,7 +1,9 @@
 """Two revisions compared, on a git repository made for it."""
 
 import json
+import runpy
 import subprocess
+import sys
 
 import pytest
 
@@ -127,3 +129,10 @@ def test_metrics_that_one_side_lacks_and_times_are_left_out():
     old = {"run@1": {"reward/mean": [(0, 1.0)], "metrics/gone": [(0, 1.0)], "time/step": [(0, 1.0)]}}
     new = {"run@1": {"reward/mean": [(0, 2.0)], "time/step": [(0, 1.0)]}, "other@1": {"reward/mean": [(0, 2.0)]}}
     assert [row["metric"] for row in differences(old, new)] == ["reward/mean"]
+
+
+def test_the_command_has_its_old_name_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reference", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("trlx.reference", run_name="__main__")
+    assert "usage: python -m trlx compare" in capsys.readouterr().out

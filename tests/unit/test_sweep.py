@@ -12,12 +12,13 @@ import pytest
 import yaml
 
 from trlx.config import TRLConfig
+from trlx.launch import sweep as sweeping
 from trlx.launch.cli import main
-from trlx.launch.results import Result, read_results
+from trlx.launch.results import Result, ranked
 from trlx.launch.script import check_script
 from trlx.launch.space import Parameter, read_space
 from trlx.launch.sweep import Sweep
-from trlx.launch.trial import Launch, Trial, TrialError, claim_folder
+from trlx.launch.trial import Trial, TrialError, launch_command
 from trlx.optional import is_available
 from trlx.presets import default_ppo_config
 
@@ -65,9 +66,19 @@ def write_space(folder, entries=None, **tune):
 
 
 def trial_of(script, metric="reward/mean", lr=1.0, **options):
-    folder = script.parent / "trial"
-    folder.mkdir(exist_ok=True)
-    return Trial(Launch(str(script), ROOT, metric), folder, {"optimizer.kwargs.lr": lr}, **options)
+    settings = {"optimizer.kwargs.lr": lr}
+    return Trial(launch_command(str(script)), ROOT, script.parent / "trial", settings, metric, **options)
+
+
+def swept(script, *options, values=(1.0, 3.0, 2.0), **tune):
+    """(The exit status, the results in their order, the folder) of a sweep over learning rates."""
+    out, found = script.parent / "out", []
+    config = write_space(script.parent, {"optimizer.kwargs.lr": {"strategy": "grid", "values": list(values)}}, **tune)
+    with pytest.MonkeyPatch.context() as patch:
+        write = sweeping.write_results
+        patch.setattr(sweeping, "write_results", lambda *given: found.append(given[1]) or write(*given))
+        status = main(["sweep", str(script), "--config", str(config), "-y", "--out", str(out), *options])
+    return status, found[0], out
 
 
 @pytest.mark.parametrize("name", ["ppo_sweep", "ilql_sweep"])
@@ -131,7 +142,7 @@ def test_a_number_within_the_bounds_stands_for_a_value():
 WRONG = [
     ({"strategy": "unifrom", "values": [0, 1]}, "unknown strategy 'unifrom'. Did you mean 'uniform'?"),
     ({"strategy": "uniform", "values": [0, 1, 2]}, "uniform takes the values [low, high]; got [0, 1, 2]"),
-    ({"strategy": "qloguniform", "values": [1, 2]}, "takes the values [low, high, q] and, if you like, base"),
+    ({"strategy": "qloguniform", "values": [1, 2]}, "takes the values [low, high, q], and the base of the logarithm"),
     ({"strategy": "qrandn", "values": [0, 1]}, "qrandn takes the values [mean, standard deviation, q]"),
     ({"strategy": "uniform", "values": [1, 0]}, "low must be below high"),
     ({"strategy": "loguniform", "values": [0, 1]}, "low must be above 0"),
@@ -193,7 +204,7 @@ def test_a_trial_hands_out_every_evaluation_from_the_first_to_the_last(script):
     trial = trial_of(script, lr=0.5)
     found = [trial.next_evaluation(0.02) for _ in range(5)]
     assert found == [{"step": step, "reward/mean": 0.5 * (step + 1)} for step in (0, 2, 4, 6)] + [None]
-    assert json.loads((trial.folder / "trial.json").read_text())["state"] == "finished"
+    assert json.loads((trial.folder / "trial.json").read_text())["optimizer.kwargs.lr"] == 0.5
     assert (trial.folder / "output.log").read_text() == "lr is 0.5\n"
 
 
@@ -219,7 +230,6 @@ def test_a_stopped_trial_has_no_process_left(script):
     process = trial._process
     trial.stop()
     assert process.returncode is not None
-    assert json.loads((trial.folder / "trial.json").read_text())["state"] == "stopped"
     assert "KeyboardInterrupt" in (trial.folder / "output.log").read_text()
 
 
@@ -227,7 +237,6 @@ def test_a_trial_that_fails_shows_the_end_of_its_output(script):
     trial = trial_of(script, lr=0)
     with pytest.raises(TrialError, match=r"ended with code 1(.|\n)*a rate of nothing"):
         trial.next_evaluation(0.02)
-    assert json.loads((trial.folder / "trial.json").read_text())["state"] == "failed"
 
 
 def test_a_metric_that_is_not_measured_ends_the_trial_at_its_first_evaluation(script):
@@ -235,21 +244,24 @@ def test_a_metric_that_is_not_measured_ends_the_trial_at_its_first_evaluation(sc
     trial = trial_of(script, metric="reward/maen")
     with pytest.raises(TrialError, match="Did you mean 'reward/mean'"):
         trial.next_evaluation(0.02)
+    trial.stop()
 
 
 def test_a_metric_that_is_not_finite_ends_the_trial(script):
     script.with_name("go").write_text("-1")
     trial = trial_of(script)
+    trial.folder.mkdir()
     (trial.folder / "metrics.jsonl").write_text('{"step": 0, "reward/mean": null}\n')
     with pytest.raises(TrialError, match="not a finite number at step 0"):
         trial.next_evaluation(0.02)
+    trial.stop()
 
 
-def test_several_processes_or_a_config_are_started_by_accelerate(tmp_path):
+def test_several_processes_or_a_config_are_started_by_accelerate():
     def command(**options):
-        return Launch("s.py", tmp_path, "m", **options).command(Path("h.json"))[1:]
+        return launch_command("s.py", **options)[1:]
 
-    work = ["-m", "trlx.launch.script", "s.py", "h.json"]
+    work = ["-m", "trlx.launch.script", "s.py"]
     accelerate = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
     assert command(num_gpus=1) == work
     assert command(num_gpus=2) == [*accelerate, "--multi_gpu", "--num_processes", "2", *work]
@@ -257,48 +269,49 @@ def test_several_processes_or_a_config_are_started_by_accelerate(tmp_path):
     assert command(accelerate_config=config) == [*accelerate, "--config_file", "ddp.yaml", *work]
 
 
-def test_trials_claim_the_folders_that_are_free(tmp_path):
-    (tmp_path / "trial_001").mkdir()
-    assert [claim_folder(tmp_path)[0] for _ in range(3)] == [0, 2, 3]
-
-
 def test_every_trial_has_a_seed_unless_the_seed_is_swept(script, monkeypatch):
     monkeypatch.chdir(script.parent)
     sweep = Sweep.of("measure.py", write_space(script.parent))
-    assert [sweep.trial({}).hparams for _ in range(2)] == [{"train.seed": 1000}, {"train.seed": 1001}]
-    assert sweep.trial({"train.seed": 5}).hparams == {"train.seed": 5}
-    assert sweep.launch.common["train.project_name"] == "sweep_measure"
+    assert [sweep.hparams(number, {}) for number in range(2)] == [{"train.seed": 1000}, {"train.seed": 1001}]
+    assert sweep.hparams(0, {"train.seed": 5}) == {"train.seed": 5}
+    trial = sweep.trial(2, {"method.tau": 0.5})
+    assert (trial.settings["train.project_name"], trial.settings["method.tau"]) == ("sweep_measure", 0.5)
     assert sweep.folder.parent == script.parent / "ckpts" / "sweeps"
+    assert trial.folder == sweep.folder / "trial_002"
+
+
+def test_a_folder_with_the_trials_of_another_sweep_is_refused(script):
+    (script.parent / "out" / "trial_000").mkdir(parents=True)
+    for local in ([], ["--local"]):
+        with pytest.raises(SystemExit, match="out holds the trials of another sweep; name another folder"):
+            swept(script, *local)
 
 
 def test_a_sweep_without_ray_ranks_its_trials_and_writes_the_best(script, capsys):
-    out = script.parent / "out"
-    values = [1.0, 3.0, 0, 2.0]
-    config = write_space(script.parent, {"optimizer.kwargs.lr": {"strategy": "grid", "values": values}})
-    assert main(["sweep", str(script), "--config", str(config), "--local", "-y", "--out", str(out)]) == 0
-    results = read_results(out, "reward/mean", "max")
+    status, results, out = swept(script, "--local", values=[1.0, 3.0, 0, 2.0])
+    assert status == 0
     assert [trial.name for trial in results] == ["trial_001", "trial_003", "trial_000", "trial_002"]
-    assert [trial.state for trial in results] == ["finished"] * 3 + ["failed"]
+    assert [trial.is_ranked for trial in results] == [True] * 3 + [False]
     assert results[0].series == [(0, 3.0), (2, 9.0), (4, 15.0), (6, 21.0)]
     best = yaml.safe_load((out / "best.yaml").read_text())
     assert best == {"train": {"seed": 1001}, "optimizer": {"kwargs": {"lr": 3.0}}}
-    page = (out / "summary.html").read_text()
-    assert "a rate of nothing" in page
+    page, printed = (out / "summary.html").read_text(), capsys.readouterr().out
     assert "data:image/png" in page
     assert "http" not in page
-    assert "trial_001" in capsys.readouterr().out
+    for text in (page, printed):
+        assert "a rate of nothing" in text
+        assert "trial_001" in text
 
 
-def test_the_lowest_is_best_where_the_mode_is_min(script):
-    out = script.parent / "out"
-    config = write_space(script.parent, mode="min")
-    assert main(["sweep", str(script), "--config", str(config), "--local", "-y", "--out", str(out)]) == 0
-    assert [trial.name for trial in read_results(out, "reward/mean", "min")] == ["trial_000", "trial_002", "trial_001"]
+def test_the_lowest_is_best_where_the_mode_is_min():
+    found = [Result(f"trial_{number}", {}, [(0, 9.0), (2, last)]) for number, last in enumerate((2.0, 1.0, 3.0))]
+    assert [trial.name for trial in ranked(found, "min")] == ["trial_1", "trial_0", "trial_2"]
+    assert [trial.name for trial in ranked(found, "max")] == ["trial_2", "trial_0", "trial_1"]
 
 
 def test_a_trial_that_failed_is_not_ranked_by_what_it_measured_before():
-    assert not Result("trial_000", {}, "failed", "out of memory", [(0, 9.0)]).is_ranked
-    assert Result("trial_000", {}, "stopped", None, [(0, 9.0)]).is_ranked
+    assert not Result("trial_000", {}, [(0, 9.0)], "out of memory").is_ranked
+    assert Result("trial_000", {}, [(0, 9.0)]).is_ranked
 
 
 def test_nothing_starts_before_someone_has_agreed(script, monkeypatch):
@@ -316,31 +329,45 @@ def test_the_command_has_its_old_name_too(script):
     assert ended.returncode == 1
     assert (
         ended.stderr
-        == "trlx sweep: --local knows search_alg random and scheduler fifo only, and no time_budget_s: leave it out\n"
+        == "trlx sweep: --local knows search_alg random, scheduler fifo and no time_budget_s: leave --local out\n"
     )
 
 
 @pytest.mark.skipif(is_available("ray"), reason="ray is installed")
 def test_without_ray_the_error_says_how_to_install_it(script):
-    arguments = ["sweep", str(script), "--config", str(write_space(script.parent)), "-y"]
     with pytest.raises(SystemExit, match=r'needs ray, which is not installed: pip install "trlx\[sweep\]"'):
-        main(arguments)
+        swept(script)
 
 
 @needs_ray
-@pytest.mark.parametrize("scheduler", ["fifo", "hyperband"])
+@pytest.mark.parametrize("scheduler", ["fifo", "hyperband", "asha"])
 def test_a_sweep_on_ray_finds_the_best_of_a_grid(script, scheduler):
-    out = script.parent / "out"
-    config = write_space(script.parent, scheduler=scheduler, max_evaluations=3)
-    assert main(["sweep", str(script), "--config", str(config), "--num_cpus", "1", "-y", "--out", str(out)]) == 0
-    results = read_results(out, "reward/mean", "max")
+    _, results, out = swept(script, "--num_cpus", "1", scheduler=scheduler, max_evaluations=3)
     assert len(results) == 3
     assert results[0].hparams["optimizer.kwargs.lr"] == 3.0
     assert results[0].series[0] == (0, 3.0)
+    seed = yaml.safe_load((out / "best.yaml").read_text())["train"]["seed"]
+    assert results[0].name == f"trial_{seed - 1000:03d}"
+
+
+@needs_ray
+def test_the_same_command_runs_trials_again_that_failed_and_no_others(script):
+    values, text = [1.0, 0], script.read_text()
+    _, results, out = swept(script, "--num_cpus", "1", values=values)
+    assert results[1].error.startswith("The run ended with code 1.")
+    assert results[1].error.endswith("a rate of nothing")
+    script.write_text(text.replace('lr"] == 0', 'lr"] < 0'))
+    _, results, _ = swept(script, "--num_cpus", "1", values=values)
+    assert [(trial.name, trial.error, len(trial.series)) for trial in results] == [
+        ("trial_000", None, 4),
+        ("trial_001", None, 4),
+    ]
+    assert [(out / f"trial_00{n}" / "output.log").read_text().count("lr is") for n in range(2)] == [1, 2]
+    with pytest.raises(SystemExit, match="holds the trials of another sweep"):
+        swept(script, "--num_cpus", "1", values=[5.0])
 
 
 @needs_ray
 def test_a_trial_that_needs_more_than_there_is_is_refused(script):
-    arguments = ["sweep", str(script), "--config", str(write_space(script.parent)), "--num_cpus", "9999", "-y"]
     with pytest.raises(SystemExit, match="a trial needs 9999 CPUs and there are"):
-        main(arguments)
+        swept(script, "--num_cpus", "9999")

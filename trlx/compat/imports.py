@@ -11,7 +11,7 @@ import importlib.util
 import operator
 import warnings
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 _SECTIONS = "TRLConfig ModelConfig TokenizerConfig OptimizerConfig SchedulerConfig TrainConfig"
@@ -200,13 +200,17 @@ _GONE = _GONE_MODULES | {
 GONE: dict[str, str] = {name: f"{name} of CarperAI's trlx is gone: {instead}" for name, instead in _GONE.items()}
 """Old dotted name -> the sentence that says what to use instead."""
 
+OLD_COMMANDS = {"trlx.sweep": "sweep", "trlx.reference": "compare"}
+"""Old module -> command: ``python -m trlx.sweep`` is ``python -m trlx sweep``."""
+
 
 def find_spec(name: str) -> ModuleSpec | None:
     """The spec of an old module, or of a name that is gone; None for names that CarperAI's trlx never had."""
-    if name not in OLD_PATHS and name not in GONE:
+    is_command = name.removesuffix(".__main__") in OLD_COMMANDS
+    if name not in OLD_PATHS and name not in GONE and not is_command:
         return None
     # Python looks up ``from package import name`` as the module package.name too, and so gets the sentence about name
-    return importlib.util.spec_from_loader(name, _Loader(), is_package=True)
+    return importlib.util.spec_from_loader(name, _Loader(), origin=name, is_package=not name.endswith(".__main__"))
 
 
 class _Loader:
@@ -218,12 +222,18 @@ class _Loader:
     def exec_module(self, module: ModuleType) -> None:
         """Nothing to run: `_OldModule` reads the table."""
 
+    def get_code(self, name: str) -> CodeType:
+        """What ``python -m`` runs for an old command."""
+        command = OLD_COMMANDS[name.removesuffix(".__main__")]
+        source = f"import sys; from trlx.launch.cli import main; sys.exit(main(['{command}', *sys.argv[1:]]))"
+        return compile(source, name, "exec")
+
 
 class _OldModule(ModuleType):
     """Looks up each name on first use, and warns once per module."""
 
     def __getattr__(self, name: str) -> Any:
-        table, full_name = OLD_PATHS[self.__name__], f"{self.__name__}.{name}"
+        table, full_name = OLD_PATHS.get(self.__name__, {}), f"{self.__name__}.{name}"
         if name not in table:
             raise AttributeError(GONE.get(full_name, f"module {self.__name__!r} has no attribute {name!r}"))
         if not any(known in self.__dict__ for known in table):
@@ -234,7 +244,7 @@ class _OldModule(ModuleType):
         return value
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *OLD_PATHS[self.__name__]})
+        return sorted({*super().__dir__(), *OLD_PATHS.get(self.__name__, {})})
 
 
 def _advice(old: str, name: str) -> str:

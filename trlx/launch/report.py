@@ -1,4 +1,4 @@
-"""A run's learning curves as a picture, and with samples and settings as one page that needs no other file."""
+"""``python -m trlx report``: a run's learning curves as a picture, and a page with them, samples and settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_SAMPLES = 40
 def write_report(folder: Path, title: str) -> tuple[Path, Path]:
     """Writes ``report.png`` and ``report.html`` into a run's folder and returns their paths.
 
-    Reads ``metrics.jsonl``; the samples of the last evaluation and ``config.json`` where there are such files.
+    Reads ``metrics.jsonl`` and, if they are there, ``config.json`` and the samples of the last evaluation.
 
     Raises:
         FileNotFoundError: there are no metrics in `folder`.
@@ -28,8 +28,27 @@ def write_report(folder: Path, title: str) -> tuple[Path, Path]:
     png, page = folder / "report.png", folder / "report.html"
     metrics = read_metrics(folder)
     draw(metrics, title, png)
-    page.write_text(_page(folder, title, metrics, png), encoding="utf-8")
+    # the picture shows the title
+    parts = [f"<h1>{picture(title, png)}</h1>", _headline(metrics), _samples(folder), _settings(folder / "config.json")]
+    page.write_text(html(title, parts), encoding="utf-8")
     return png, page
+
+
+def html(title: str, parts: list[str]) -> str:
+    """A page of the parts that are not empty. The page needs no other file."""
+    return _FRAME.format(title=escape(title), style=_STYLE, body="\n".join(filter(None, parts)))
+
+
+def picture(title: str, png: Path) -> str:
+    """A picture for `html`, with the bytes of the file inside."""
+    return f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}">'
+
+
+def table(columns: list[str], rows: list[list[Any]]) -> str:
+    """A table for `html`; numbers get four digits, and None an empty cell."""
+    head = "".join(f"<th>{escape(str(column))}</th>" for column in columns)
+    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
 def read_metrics(folder: Path) -> dict[str, Series]:
@@ -52,18 +71,6 @@ def read_metrics(folder: Path) -> dict[str, Series]:
     return metrics
 
 
-def _page(folder: Path, title: str, metrics: dict[str, Series], png: Path) -> str:
-    picture = base64.b64encode(png.read_bytes()).decode()
-    parts = [
-        f'<h1><img alt="{escape(title)}" src="data:image/png;base64,{picture}"></h1>',  # the picture shows the title
-        _headline(metrics),
-        _samples(folder),
-        _settings(folder / "config.json"),
-    ]
-    body = "\n".join(part for part in parts if part)
-    return _FRAME.format(title=escape(title), style=_STYLE, body=body)
-
-
 def _headline(metrics: dict[str, Series]) -> str:
     """First, best and last value of what evaluations measure."""
     measured = {name: series for name, series in metrics.items() if name.startswith(("reward/", "metrics/"))}
@@ -71,7 +78,7 @@ def _headline(metrics: dict[str, Series]) -> str:
         return ""
     rows = [[name, series[0][1], max(value for _, value in series), series[-1][1]] for name, series in measured.items()]
     last_step = max(series[-1][0] for series in measured.values())
-    return _table([f"Mean over the evaluation, step 0 to {last_step}", "first", "highest", "last"], rows)
+    return table([f"Mean over the evaluation, step 0 to {last_step}", "first", "highest", "last"], rows)
 
 
 def _samples(folder: Path) -> str:
@@ -86,7 +93,7 @@ def _samples(folder: Path) -> str:
     shown = rows[:MOST_SAMPLES]
     count = f"{len(shown)} of {len(rows)} samples" if len(shown) < len(rows) else f"{len(rows)} samples"
     heading = f"<h2>Samples <small>{count} of the evaluation at step {step}</small></h2>"
-    return heading + _table(list(rows[0]), [list(row.values()) for row in shown])
+    return heading + table(list(rows[0]), [list(row.values()) for row in shown])
 
 
 def _settings(path: Path) -> str:
@@ -94,12 +101,6 @@ def _settings(path: Path) -> str:
         return ""
     text = json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=2, ensure_ascii=False)
     return f"<details><summary>Settings</summary><pre>{escape(text)}</pre></details>"
-
-
-def _table(columns: list[str], rows: list[list[Any]]) -> str:
-    head = "".join(f"<th>{escape(str(column))}</th>" for column in columns)
-    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
 def _cell(value: Any) -> str:

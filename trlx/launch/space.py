@@ -1,4 +1,4 @@
-"""What a sweep varies and how it looks for the best: its YAML file, checked before anything starts."""
+"""The YAML file of a sweep: what varies and how to search. It is checked before anything starts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,19 @@ from typing import Any
 from trlx.config import read_yaml
 from trlx.strict import ConfigError, Section, build, suggestion
 
-SEARCHES = ("random", "bayesopt", "bohb")
-SCHEDULERS = ("fifo", "hyperband", "hyperbandforbohb")
-OWN_FOLDER = ("train.checkpoint_dir", "train.logging_dir", "train.resume_from_checkpoint")
-"""Settings that the sweep itself makes for every trial."""
+SCHEDULERS = {"fifo": "fifo", "asha": "async_hyperband", "hyperband": "hyperband", "hyperbandforbohb": "hb_bohb"}
+"""Their names in ``ray.tune.create_scheduler``."""
+RESERVED = ("train.checkpoint_dir", "train.logging_dir", "train.resume_from_checkpoint")
+"""Settings that the sweep chooses for every trial."""
+_KINDS = {
+    "uniform": ("low", "high"),
+    "loguniform": ("low", "high"),
+    "randn": ("mean", "standard deviation"),
+    "randint": ("low", "high"),
+    "lograndint": ("low", "high"),
+}
+"""What the values of a strategy are. With the prefix q they end with q: what is drawn is rounded to its multiples."""
+STRATEGIES = (*_KINDS, *(f"q{kind}" for kind in _KINDS), "choice", "grid")
 
 
 @dataclass
@@ -26,26 +35,26 @@ class TuneConfig(Section):
     section = "tune_config"
 
     metric: str
-    """Name in metrics.jsonl that trials are judged by, at every evaluation."""
+    """Name in metrics.jsonl by which trials are judged, at every evaluation."""
     mode: str = "max"
     """max or min."""
     search_alg: str | None = "random"
-    """random (also over grids), bayesopt or bohb."""
+    """random (which tries grids as well), bayesopt or bohb."""
     scheduler: str | None = "fifo"
-    """fifo lets every trial run to its end; hyperband and hyperbandforbohb give the good ones more evaluations."""
+    """fifo lets every trial run to its end; asha, hyperband and hyperbandforbohb end bad trials early."""
     num_samples: int = 1
-    """Trials; with grids, how often each point of them is tried."""
+    """Number of trials; with grids, how often each point of the grid is tried."""
     max_evaluations: int = 81
-    """For the hyperbands: evaluations that the best trials may have, the one before the first step included."""
+    """Evaluations of the best trials under a scheduler that ends others early, with the one at step 0."""
     max_concurrent_trials: int | None = None
-    """Trials at once; null: as many as there are GPUs or CPUs for."""
+    """Trials at once; null: as many as the GPUs or CPUs allow."""
     time_budget_s: float | None = None
-    """Seconds after which no trial goes on."""
+    """Seconds after which all trials end."""
 
     def check(self) -> None:
         self.search_alg, self.scheduler = self.search_alg or "random", self.scheduler or "fifo"
         self.require_choice("mode", ["max", "min"])
-        self.require_choice("search_alg", SEARCHES)
+        self.require_choice("search_alg", ["random", "bayesopt", "bohb"])
         self.require_choice("scheduler", SCHEDULERS)
         self.require(self.num_samples >= 1, "num_samples", "be at least 1")
         self.require(self.max_evaluations >= 2, "max_evaluations", "be at least 2")
@@ -55,49 +64,43 @@ class TuneConfig(Section):
 
 @dataclass(frozen=True)
 class Parameter:
-    """How the values of one setting are chosen; strategies and their values are those of ``ray.tune``.
-
-    [q](uniform | loguniform | randint | lograndint): low, high[, q][, base of the logarithm, which changes nothing].
-    Integers stay below high, with q they may reach it. [q]randn: mean, standard deviation[, q]. With q values are
-    rounded to its multiples. choice: any values, drawn; grid: any values, all tried.
-    """
+    """How the values of one setting are chosen. Strategies and their values are those of ``ray.tune``."""
 
     strategy: str
     values: tuple
 
     def draw(self, rng: Random) -> Any:
-        """One value, drawn without ray."""
+        """One value of a random search without Ray."""
         if self.strategy == "choice":
             return rng.choice(self.values)
-        return self.decode((rng.gauss if self._kind == "randn" else rng.uniform)(*self.bounds))
+        return self.decode((rng.gauss if self.strategy.endswith("randn") else rng.uniform)(*self.bounds))
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The range of plain numbers that `decode` makes values of; mean and standard deviation for [q]randn."""
+        """The range of numbers that `decode` turns into values: of logarithms for a logarithmic strategy."""
         low, high = self.values[:2]
-        if self.strategy == "qrandint":
-            high += 1  # its upper bound may be reached
-        return (math.log(low), math.log(high)) if self._kind.startswith("log") else (low, high)
+        high += self.strategy == "qrandint"  # its values may reach `high`
+        return (math.log(low), math.log(high)) if "log" in self.strategy else (low, high)
 
     def decode(self, number: float) -> Any:
-        """The value that a number within `bounds` stands for: out of the logarithm, whole, rounded."""
+        """The value for a number within `bounds`: its exponential, an integer or a multiple of q."""
         low, high = self.values[:2]
-        quantized = self.strategy != self._kind
-        value = math.exp(number) if self._kind.startswith("log") else number
-        if self._kind.endswith("randint"):
+        quantized = self.strategy.startswith("q")
+        value = math.exp(number) if "log" in self.strategy else number
+        if self.strategy.endswith("randint"):
             value = min(math.floor(value + 1e-9), high if quantized else high - 1)
         if quantized:
             value = round(value / self.values[2]) * self.values[2]
-        return value if self._kind == "randn" else min(max(value, low), high)
+        return value if self.strategy.endswith("randn") else min(max(value, low), high)
 
     @property
-    def _kind(self) -> str:
-        return self.strategy.removeprefix("q")
+    def is_constant(self) -> bool:
+        return self.strategy in ("choice", "grid") and len(self.values) == 1
 
 
 @dataclass(frozen=True)
 class Space:
-    """A sweep's file: what varies, what is the same in all trials, and how to search."""
+    """A sweep's file: how to search, what varies, and the settings that are the same in all trials."""
 
     tune: TuneConfig
     varied: Mapping[str, Parameter]
@@ -130,60 +133,50 @@ def read_space(path: Path) -> Space:
         raise FileNotFoundError(f"there is no {path}" + (f"; did you mean {other}?" if other.is_file() else ""))
     entries = read_yaml(path)
     if "tune_config" not in entries:
-        raise ConfigError(
-            f"{path} has no tune_config, the section with metric, mode, search_alg, scheduler, num_samples"
-        )
+        raise ConfigError(f"{path} has no tune_config: write that section, with the metric that judges trials")
     tune = build(TuneConfig, entries.pop("tune_config"), "tune_config")
     parameters = {name: _parameter(name, entry) for name, entry in entries.items()}
-    # one value is a setting: outside of the search even those algorithms take it that know only numbers
-    fixed = {name: p.values[0] for name, p in parameters.items() if p.strategy in ("choice", "grid") and _is_one(p)}
-    varied = {name: p for name, p in parameters.items() if name not in fixed}
+    # a single value is kept out of the search, so that it may be a text where the search knows only numbers
+    fixed = {name: p.values[0] for name, p in parameters.items() if p.is_constant}
+    varied = {name: p for name, p in parameters.items() if not p.is_constant}
     _check_search(tune, varied)
     return Space(tune, varied, fixed)
 
 
 def _parameter(name: str, entry: Any) -> Parameter:
-    if name in OWN_FOLDER:
+    if name in RESERVED:
         raise ConfigError(f"{name} cannot be swept: every trial gets a folder of its own; remove the entry")
     if not isinstance(entry, Mapping) or set(entry) != {"strategy", "values"}:
-        raise ConfigError(
-            f"{name} must have strategy and values, as in {{strategy: uniform, values: [0, 1]}}; got {entry!r}"
-        )
-    strategy = "grid" if entry["strategy"] == "grid_search" else entry["strategy"]
+        example = "{strategy: uniform, values: [0, 1]}"
+        raise ConfigError(f"{name} must have strategy and values, as in {example}; got {entry!r}")
+    strategy, values = "grid" if entry["strategy"] == "grid_search" else entry["strategy"], entry["values"]
     if strategy not in STRATEGIES:
         near = suggestion(strategy, STRATEGIES)
         raise ConfigError(f"{name}: unknown strategy {strategy!r}.{near} Known: {', '.join(STRATEGIES)}")
-    if not isinstance(entry["values"], list) or not entry["values"]:
-        raise ConfigError(f"{name}: values must be a list that is not empty, got {entry['values']!r}")
-    parameter = Parameter(strategy, tuple(entry["values"]))
-    if strategy not in ("choice", "grid"):
-        _check_numbers(name, parameter)
-    return parameter
+    for holds, rule in _rules(strategy, values):
+        if not holds:
+            raise ConfigError(f"{name}: {rule}; got {values!r}")
+    return Parameter(strategy, tuple(values))
 
 
-def _check_numbers(name: str, parameter: Parameter) -> None:
-    strategy, values = parameter.strategy, parameter.values
+def _rules(strategy: str, values: Any) -> Iterator[tuple[bool, str]]:
+    """(Whether the values keep a rule, the rule). A rule is worked out only if those before it hold."""
+    yield isinstance(values, list) and len(values) > 0, "values must be a list that is not empty"
     kind = strategy.removeprefix("q")
-    names = ["mean", "standard deviation"] if kind == "randn" else ["low", "high"]
-    names += ["q"] if strategy != kind else []
-    most = len(names) + kind.startswith("log")
-    if not len(names) <= len(values) <= most:
-        optional = " and, if you like, base" if most > len(names) else ""
-        raise ConfigError(f"{name}: {strategy} takes the values [{', '.join(names)}]{optional}; got {list(values)}")
-    kinds = int if kind.endswith("randint") else (int, float)
-    if not all(isinstance(value, kinds) and not isinstance(value, bool) for value in values):
-        what = "integers" if kinds is int else "numbers"
-        raise ConfigError(f"{name}: the values of {strategy} must be {what}, got {list(values)}")
-    if kind != "randn" and not values[0] < values[1]:
-        raise ConfigError(f"{name}: low must be below high, got {list(values)}")
-    if kind.startswith("log") and values[0] <= 0:
-        raise ConfigError(f"{name}: low must be above 0 for {strategy}, got {values[0]}")
-    if strategy != kind and values[2] <= 0:
-        raise ConfigError(f"{name}: q must be above 0, got {values[2]}")
+    if kind not in _KINDS:
+        return
+    names = [*_KINDS[kind], *(["q"] if kind != strategy else [])]
+    optional = ", and the base of the logarithm if you like" if "log" in kind else ""
+    yield 0 <= len(values) - len(names) <= bool(optional), f"{strategy} takes the values [{', '.join(names)}]{optional}"
+    types, word = ((int,), "integers") if kind.endswith("randint") else ((int, float), "numbers")
+    yield all(type(value) in types for value in values), f"the values of {strategy} must be {word}"
+    yield kind == "randn" or values[0] < values[1], "low must be below high"
+    yield "log" not in kind or values[0] > 0, f"low must be above 0 for {strategy}"
+    yield kind == strategy or values[2] > 0, "q must be above 0"
 
 
 def _check_search(tune: TuneConfig, varied: Mapping[str, Parameter]) -> None:
-    """Refuses what a search could only complain about after its first trials."""
+    """Refuses what bayesopt and bohb would complain about only after their first trials."""
     if tune.search_alg == "random":
         return
     if not varied:
@@ -195,11 +188,3 @@ def _check_search(tune: TuneConfig, varied: Mapping[str, Parameter]) -> None:
                 f"{name}: search_alg {tune.search_alg} cannot choose by {parameter.strategy}: write uniform or "
                 "loguniform with a low and a high value, or search_alg: random"
             )
-
-
-def _is_one(parameter: Parameter) -> bool:
-    return len(parameter.values) == 1
-
-
-_KINDS = ("uniform", "loguniform", "randn", "randint", "lograndint")
-STRATEGIES = (*_KINDS, *(f"q{kind}" for kind in _KINDS), "choice", "grid")

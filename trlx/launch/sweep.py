@@ -1,7 +1,8 @@
-"""Hyper-parameter sweeps: many runs of a script, each with settings of its own, on ray or one after the other."""
+"""``python -m trlx sweep``: many runs of a script, each with settings of its own, on Ray or one after the other."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,14 +10,18 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from trlx.launch.results import read_results, write_results
+from trlx.launch.results import Result, ranked, write_results
 from trlx.launch.script import check_script, script_path
-from trlx.launch.space import Parameter, Space, TuneConfig, read_space
-from trlx.launch.trial import Launch, Trial, TrialError, claim_folder
+from trlx.launch.space import SCHEDULERS, Parameter, Space, read_space
+from trlx.launch.trial import Trial, TrialError, launch_command
 from trlx.optional import is_available, optional_import, require
 
 FIRST_SEED = 1000
 """Trial n has the seed FIRST_SEED + n, unless the sweep varies ``train.seed``."""
+COPY = "sweep.yaml"
+"""Copy of the sweep's file in the folder of all trials. A later command goes on only with the same sweep."""
+LOCAL = ("random", "fifo", None)
+"""Search, scheduler and time budget that need no Ray."""
 
 
 def run(
@@ -31,35 +36,48 @@ def run(
     out: Path | None = None,
     assume_yes: bool = False,
 ) -> int:
-    """A whole sweep: checks, asks, runs all trials and writes what they found. 0 if any trial can be ranked, else 1.
+    """Checks everything, asks, runs all trials and writes what they found; returns 0 if a trial is ranked, else 1.
 
     Args:
-        num_gpus: of each trial; None: one where this machine has one.
-        out: folder of all trials.
+        num_gpus: GPUs of each trial; None: one if this machine has one.
+        out: folder of all trials. If it holds this sweep already, the sweep goes on.
 
-    Raises: as `Sweep.of`, `run_in_sequence` and `run_on_ray`.
+    Raises: as `Sweep.of`, `run_local` and `run_on_ray`.
     """
-    num_gpus = int(_has_gpu()) if num_gpus is None else num_gpus
-    sweep = Sweep.of(script, config, num_gpus=num_gpus, accelerate_config=accelerate_config, folder=out)
-    question = f"Run main() of {script} {sweep.space.num_trials} times, in {sweep.folder}? [y/n] "
-    if not assume_yes and not _confirmed(question):
+    if num_gpus is None:
+        import torch
+
+        num_gpus = int(torch.cuda.is_available())
+    sweep = Sweep.of(script, config, num_gpus=num_gpus, accelerate_config=accelerate_config, folder=out, local=local)
+    what = "Go on with" if sweep.is_begun else f"Run main() of {script} {sweep.space.num_trials} times, in"
+    if not assume_yes and not _confirmed(f"{what} {sweep.folder}? [y/n] "):
         return 1
-    if local:
-        run_in_sequence(sweep)
-    else:
-        run_on_ray(sweep, num_cpus, server_address)
-    written = sweep.write()
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(config, sweep.folder / COPY)
+    found = run_local(sweep) if local else run_on_ray(sweep, num_cpus, server_address)
+    tune = sweep.space.tune
+    written = write_results(sweep.folder, ranked(found, tune.mode), tune.metric, tune.mode, sweep.space.varied)
     print(*written, sep="\n")
     return 0 if written[-1].suffix == ".yaml" else 1
 
 
+def _confirmed(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
 @dataclass(frozen=True)
 class Sweep:
-    """A script, what of it to vary, and the folder of all trials."""
+    """What starts the script, what to vary, and the folder of all trials; `common` are settings of the tracker."""
 
-    launch: Launch
+    command: list[str]
+    cwd: Path
     space: Space
     folder: Path
+    common: Mapping[str, Any]
+    num_gpus: int
 
     @classmethod
     def of(
@@ -70,84 +88,87 @@ class Sweep:
         num_gpus: int = 0,
         accelerate_config: Path | None = None,
         folder: Path | None = None,
+        local: bool = False,
     ) -> Sweep:
         """Reads and checks everything; starts nothing.
 
         Raises:
             FileNotFoundError: the script, `config` or `accelerate_config` is not there.
-            ValueError: the script has no ``main``, or something in `config` is wrong; the message says what to write.
+            ValueError: the script has no ``main``, or something in `config` is wrong, or `folder` holds another sweep;
+                the message says what to write.
         """
         check_script(script)
         space = read_space(config)
+        if local and (space.tune.search_alg, space.tune.scheduler, space.tune.time_budget_s) != LOCAL:
+            raise ValueError("--local knows search_alg random, scheduler fifo and no time_budget_s: leave --local out")
         if accelerate_config is not None and not accelerate_config.is_file():
             raise FileNotFoundError(f"there is no {accelerate_config}, which --accelerate_config names")
         name, time = script_path(script).stem, datetime.now().replace(microsecond=0).isoformat()
         folder = folder or Path("ckpts", "sweeps", f"{name}-{time.replace(':', '')}")
-        if any(folder.glob("trial_*")):
-            raise ValueError(f"{folder} holds the trials of an older sweep; name another folder")
+        command = launch_command(script, num_gpus, accelerate_config and accelerate_config.resolve())
         common = {"train.project_name": f"sweep_{name}", "train.group_name": time}
-        accelerate_config = accelerate_config and accelerate_config.resolve()
-        launch = Launch(script, Path.cwd(), space.tune.metric, common, num_gpus, accelerate_config)
-        return cls(launch, space, folder.resolve())
+        sweep = cls(command, Path.cwd(), space, folder.resolve(), common, num_gpus)
+        is_same = not local and sweep.is_begun and read_space(folder / COPY) == space
+        if any(folder.glob("trial_*")) and not is_same:
+            raise ValueError(f"{folder} holds the trials of another sweep; name another folder")
+        return sweep
 
-    def trial(self, chosen: Mapping[str, Any]) -> Trial:
-        """A new trial with the settings chosen for it, in a folder and with a seed of its own."""
-        number, folder = claim_folder(self.folder)
-        return Trial(self.launch, folder, {"train.seed": FIRST_SEED + number, **self.space.fixed, **chosen})
+    @property
+    def ray_folder(self) -> Path:
+        return self.folder / "ray"
 
-    def write(self) -> list[Path]:
-        """Prints and writes what the trials found; returns the paths, ``best.yaml`` last if there is one."""
-        tune = self.space.tune
-        results = read_results(self.folder, tune.metric, tune.mode)
-        return write_results(self.folder, results, tune.metric, tune.mode, self.space.varied)
+    @property
+    def is_begun(self) -> bool:
+        """Whether Ray has begun this sweep before."""
+        return self.ray_folder.is_dir()
 
+    def hparams(self, number: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a trial: its seed, the settings that all trials share, and those chosen for it."""
+        return {"train.seed": FIRST_SEED + number, **self.space.fixed, **chosen}
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _confirmed(question: str) -> bool:
-    try:
-        return input(question).strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
+    def trial(self, number: int, chosen: Mapping[str, Any], seen: int = -1) -> Trial:
+        settings = {**self.common, **self.hparams(number, chosen)}
+        return Trial(self.command, self.cwd, self.folder / name_of(number), settings, self.space.tune.metric, seen)
 
 
-def run_in_sequence(sweep: Sweep, seed: int = 0) -> None:
-    """Random and grid search without ray, one trial after the other; Ctrl-C ends it.
+def name_of(number: int) -> str:
+    """The name of a trial, and of its folder."""
+    return f"trial_{number:03d}"
 
-    Raises:
-        ValueError: the sweep asks for what only ray has.
-    """
-    tune = sweep.space.tune
-    if (tune.search_alg, tune.scheduler, tune.time_budget_s) != ("random", "fifo", None):
-        raise ValueError("--local knows search_alg random and scheduler fifo only, and no time_budget_s: leave it out")
-    for chosen in sweep.space.draws(Random(seed)):
-        trial = sweep.trial(chosen)
+
+def number_of(name: str) -> int:
+    """The number in the name of a trial. Ray adds to the name of a folder if it starts a trial again."""
+    return int(name.split("_")[1])
+
+
+def run_local(sweep: Sweep, seed: int = 0) -> list[Result]:
+    """Random and grid search without Ray, one trial after the other. Ctrl-C ends the sweep."""
+    metric, results = sweep.space.tune.metric, []
+    for number, chosen in enumerate(sweep.space.draws(Random(seed))):
+        trial, series, error = sweep.trial(number, chosen), [], None
         try:
             while (found := trial.next_evaluation()) is not None:
-                print(
-                    f"{trial.folder.name}: {tune.metric} {found[tune.metric]:.4g} at step {found['step']}", flush=True
-                )
-        except TrialError as error:
-            print(f"{trial.folder.name}: {error}", flush=True)
+                series.append((found["step"], found[metric]))
+                print(f"{name_of(number)}: {metric} {found[metric]:.4g} at step {found['step']}", flush=True)
+        except TrialError as failure:
+            error = str(failure)
         except KeyboardInterrupt:
-            return
+            break
         finally:
             trial.stop()
+            results.append(Result(name_of(number), sweep.hparams(number, chosen), series, error))
+    return results
 
 
-def run_on_ray(sweep: Sweep, num_cpus: int | None = None, server_address: str | None = None) -> None:
-    """Searches with ray.tune, as many trials at a time as the machine or cluster has room for.
+def run_on_ray(sweep: Sweep, num_cpus: int | None = None, server_address: str | None = None) -> list[Result]:
+    """Searches with Ray Tune, as many trials at a time as the machine or cluster has room for.
 
     Args:
         num_cpus: for each process of a trial; None: 4, or as many as there are.
         server_address: host:port of a Ray Client server; None: ``RAY_ADDRESS``, else this machine.
 
     Raises:
-        ImportError: ray, or what a search algorithm needs, is not installed.
+        ImportError: Ray, or a package that a search algorithm needs, is not installed.
         ValueError: a trial needs more GPUs or CPUs than there are.
     """
     require("ray", extra="sweep", purpose="A sweep (but for one with --local)")
@@ -157,26 +178,30 @@ def run_on_ray(sweep: Sweep, num_cpus: int | None = None, server_address: str | 
 
     ray.init(address=f"ray://{server_address}" if server_address else None, ignore_reinit_error=True)
     try:
-        resources = _resources(ray.cluster_resources(), sweep.launch.num_gpus, num_cpus)
-        tuner = tune.Tuner(
-            tune.with_resources(_trainable(tune, sweep), resources),
-            param_space=_param_space(tune, sweep.space),
-            tune_config=_tune_config(tune, sweep.space),
-            run_config=tune.RunConfig(
-                name="ray",
-                storage_path=str(sweep.folder),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            ),
-        )
-        tuner.fit()
+        resources = _resources(ray.cluster_resources(), sweep.num_gpus, num_cpus)
+        trainable = tune.with_resources(_trainable(tune, sweep), resources)
+        if sweep.is_begun:
+            tuner = tune.Tuner.restore(str(sweep.ray_folder), trainable, resume_unfinished=True, restart_errored=True)
+        else:
+            tuner = tune.Tuner(
+                trainable,
+                param_space=_param_space(tune, sweep.space),
+                tune_config=_tune_config(tune, sweep.space),
+                run_config=tune.RunConfig(
+                    name=sweep.ray_folder.name,
+                    storage_path=str(sweep.folder),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                ),
+            )
+        return [_result(sweep, found) for found in tuner.fit()]
     finally:
         ray.shutdown()
 
 
 def _require_search(search: str) -> None:
-    """Ray leaves what its search algorithms need to those who use them."""
+    """Makes sure that the package of a search algorithm is installed; Ray does not bring it."""
     if search == "bayesopt" and not hasattr(optional_import("bayes_opt", extra="sweep"), "UtilityFunction"):
-        # version 2 renamed what ray calls
+        # version 2 renamed what Ray calls
         raise ImportError('search_alg bayesopt needs a package of its own: pip install "bayesian-optimization<2"')
     if search == "bohb" and not (is_available("hpbandster") and is_available("ConfigSpace")):
         raise ImportError("search_alg bohb needs packages of its own: pip install hpbandster ConfigSpace")
@@ -187,40 +212,39 @@ def _resources(there: Mapping[str, float], num_gpus: int, num_cpus: int | None) 
     cpus = processes * num_cpus if num_cpus else min(4 * processes, there.get("CPU", 1))
     wanted = {"cpu": cpus, "gpu": num_gpus}
     for name, count in wanted.items():
-        if count > there.get(name.upper(), 0):
-            has = int(there.get(name.upper(), 0))
+        has = int(there.get(name.upper(), 0))
+        if count > has:  # Ray would wait for them
             raise ValueError(f"a trial needs {count:g} {name.upper()}s and there are {has}: lower --num_{name}s")
     return wanted
 
 
 def _trainable(tune: Any, sweep: Sweep) -> type:
-    """What ray runs in a process beside each trial's own."""
-
     class RayTrial(tune.Trainable):
+        """A trial as Ray sees it: Ray runs this in a process of its own, which starts the process of the script."""
+
         def setup(self, config: dict[str, Any]) -> None:
-            self.chosen = _plain(sweep.space, config)
-            self.trial_run: Trial | None = None
-            self.last: dict[str, float] = {}
+            self.last: dict[str, float] = {"step": -1}
+            self.run = self._trial(config)
 
         def step(self) -> dict[str, Any]:
-            self.trial_run = self.trial_run or sweep.trial(self.chosen)
-            found = self.trial_run.next_evaluation()
+            found = self.run.next_evaluation()
             self.last = found or self.last
             return {**self.last, "done": found is None}
 
         def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-            # ray saves when it pauses a trial in favour of others; the weights lie in the trial's own folder
-            self.trial_run.pause()
-            return {"folder": str(self.trial_run.folder), "hparams": self.trial_run.hparams, "last": self.last}
+            # Ray saves a trial before it pauses it in favour of others; weights are in the trial's own folder
+            self.run.pause()
+            return {"last": self.last}
 
         def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             self.last = checkpoint["last"]
-            folder, seen = Path(checkpoint["folder"]), int(self.last["step"])
-            self.trial_run = Trial(sweep.launch, folder, checkpoint["hparams"], seen)
+            self.run = self._trial(self.config)
 
         def cleanup(self) -> None:
-            if self.trial_run is not None:
-                self.trial_run.stop()
+            self.run.stop()
+
+        def _trial(self, config: dict[str, Any]) -> Trial:
+            return sweep.trial(number_of(self.trial_name), _chosen(sweep.space, config), int(self.last["step"]))
 
     return RayTrial
 
@@ -228,53 +252,50 @@ def _trainable(tune: Any, sweep: Sweep) -> type:
 def _param_space(tune: Any, space: Space) -> dict[str, Any]:
     if space.tune.search_alg != "bayesopt":
         return {name: _domain(tune, parameter) for name, parameter in space.varied.items()}
-    # it would search a logarithmic range as if it were even, so it gets plain numbers
+    # Ray's bayesopt would search a logarithmic range as if it were linear, so it searches the logarithms
     return {name: tune.uniform(*parameter.bounds) for name, parameter in space.varied.items()}
 
 
 def _domain(tune: Any, parameter: Parameter) -> Any:
-    values = list(parameter.values)
     if parameter.strategy in ("choice", "grid"):
-        return getattr(tune, {"grid": "grid_search"}.get(parameter.strategy, parameter.strategy))(values)
-    return getattr(tune, parameter.strategy)(*values)
+        return {"choice": tune.choice, "grid": tune.grid_search}[parameter.strategy](list(parameter.values))
+    return getattr(tune, parameter.strategy)(*parameter.values)
 
 
-def _plain(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What ray chose as settings: values of numpy as Python's, numbers that stand for values as those."""
-    chosen = {name: value.item() if hasattr(value, "item") else value for name, value in config.items()}
+def _chosen(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Ray chose, as settings: Python's numbers instead of numpy's, and values instead of their logarithms."""
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in config.items()}
     if space.tune.search_alg == "bayesopt":
-        return {name: space.varied[name].decode(value) for name, value in chosen.items()}
-    return chosen
+        return {name: space.varied[name].decode(value) for name, value in plain.items()}
+    return plain
 
 
 def _tune_config(tune: Any, space: Space) -> Any:
     settings = space.tune
     judged = {"metric": settings.metric, "mode": settings.mode}
+    # a scheduler counts what a trial reports, which are evaluations
+    longest = {} if settings.scheduler == "fifo" else {"max_t": settings.max_evaluations}
     return tune.TuneConfig(
         **judged,
-        search_alg=_search(settings.search_alg, judged),
-        scheduler=_scheduler(tune, settings),
+        search_alg=None if settings.search_alg == "random" else tune.create_searcher(settings.search_alg, **judged),
+        scheduler=tune.create_scheduler(SCHEDULERS[settings.scheduler], **longest),
         num_samples=settings.num_samples,
         max_concurrent_trials=settings.max_concurrent_trials,
         time_budget_s=settings.time_budget_s,
+        trial_name_creator=_trial_name,
+        trial_dirname_creator=_trial_name,
     )
 
 
-def _search(name: str, judged: dict[str, str]) -> Any:
-    if name == "bayesopt":
-        from ray.tune.search.bayesopt import BayesOptSearch
-
-        return BayesOptSearch(**judged)
-    if name == "bohb":
-        from ray.tune.search.bohb import TuneBOHB
-
-        return TuneBOHB(**judged)
-    return None
+def _trial_name(trial: Any) -> str:
+    return name_of(int(trial.experiment_tag.split("_")[0]))
 
 
-def _scheduler(tune: Any, settings: TuneConfig) -> Any:
-    classes = {"hyperband": "HyperBandScheduler", "hyperbandforbohb": "HyperBandForBOHB"}
-    if settings.scheduler not in classes:
-        return None
-    # its unit of time is what a trial reports, which are evaluations
-    return getattr(tune.schedulers, classes[settings.scheduler])(max_t=settings.max_evaluations)
+def _result(sweep: Sweep, found: Any) -> Result:
+    number, metric, table = number_of(Path(found.path).name), sweep.space.tune.metric, found.metrics_dataframe
+    # a trial that was started again reports some evaluations twice
+    series = {} if table is None or metric not in table else dict(zip(table["step"], table[metric], strict=True))
+    hparams = sweep.hparams(number, _chosen(sweep.space, found.config))
+    # the cause is a TrialError, and Ray's error the same with traces of Ray's own processes
+    error = found.error and str(getattr(found.error, "cause", found.error))
+    return Result(name_of(number), hparams, sorted(series.items()), error)
