@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trlx import logging
-from trlx.backends.base import PATIENCE, UPDATES_FILE, Backend, LossFn, ModelNeeds
+from trlx.backends.base import HALVES, PATIENCE, UPDATES_FILE, Backend, LossFn, ModelNeeds
 from trlx.backends.deepspeed import unseen_by_accelerate, wants_deepspeed, zero_for
 from trlx.backends.generation import generate, generation_config
 from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
@@ -47,8 +47,6 @@ from trlx.rollout.sampling import SamplingConfig
 logger = logging.get_logger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""By ``mixed_precision``."""
 
 
 class AccelerateBackend(Backend):

@@ -28,6 +28,9 @@ from trlx.rollout.sampling import SamplingConfig
 PATIENCE = timedelta(hours=6)
 """How long processes wait while the main one scores rollouts; torch's own ten minutes end runs with slow rewards."""
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""By ``train.mixed_precision``."""
+
 UPDATES_FILE = "updates.json"
 """In a checkpoint: optimizer steps done, on which the learning rate depends, and the loss scale of fp16."""
 

@@ -62,6 +62,14 @@ def hf_config_of(decoder: DecoderConfig, family: str | None = None) -> Pretraine
     raise ValueError(f"transformers has no architecture for this decoder. {'; '.join(reasons)}")
 
 
+def find_hf_config(decoder: DecoderConfig) -> PretrainedConfig | None:
+    """`hf_config_of`, or None if no family can describe the decoder."""
+    try:
+        return hf_config_of(decoder)
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True)
 class Family:
     """An architecture of transformers."""

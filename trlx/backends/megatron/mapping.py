@@ -21,6 +21,9 @@ from torch import Tensor
 
 from trlx.backends.megatron.decoder_config import DecoderConfig
 
+VOCAB_DIVISOR = 128
+"""NeMo's default: the vocabulary is padded to a multiple of this x the tensor parallel size."""
+
 
 class Slice(Protocol):
     """A tensor, or what safetensors' ``get_slice`` returns: indexing reads the values."""

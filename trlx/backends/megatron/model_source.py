@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trlx import logging
 from trlx.backends.base import ModelNeeds
 from trlx.backends.megatron.decoder_config import DecoderConfig
-from trlx.backends.megatron.families import decoder_config_of, hf_config_of
+from trlx.backends.megatron.families import decoder_config_of, find_hf_config
 from trlx.backends.megatron.nemo.file import read_megatron_cfg
 from trlx.backends.megatron.nemo.weights import family_of, is_companion, is_nemo, open_nemo, write_nemo
 from trlx.backends.megatron.settings import MegatronSettings
@@ -133,7 +133,7 @@ def find_source(
         _check_same(found.decoder, settings.decoder)
     else:
         decoder = dataclasses.replace(settings.decoder, vocab_size=len(tokenizer))
-        found = ModelSource(decoder, _hf_config(decoder), None)
+        found = ModelSource(decoder, find_hf_config(decoder), None)
     found.decoder = _with_dropout(found.decoder, settings)
     if found.heads is not None:
         taken = fitting_heads(found.heads.tensors, _head_shapes(found.decoder, needs), found.heads.where)
@@ -159,13 +159,6 @@ def _pretrained(
     decoder = decoder_config_of(config)
     _check_same(decoder, settings.decoder)
     return ModelSource(decoder, config, tensors, InMemory(load_file(heads), str(heads)) if heads.is_file() else None)
-
-
-def _hf_config(decoder: DecoderConfig) -> PretrainedConfig | None:
-    try:
-        return hf_config_of(decoder)
-    except ValueError:
-        return None
 
 
 def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> ModelSource:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from trlx import logging
+from trlx.backends.base import HALVES
 from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.learning_rate import Schedule, read_schedule
+from trlx.backends.megatron.mapping import VOCAB_DIVISOR
 from trlx.backends.megatron.nemo.decoder import read_decoder
 from trlx.backends.megatron.nemo.file import WHERE, Lookup, read_megatron_cfg
 from trlx.backends.megatron.nemo.keys import check_keys
@@ -38,7 +40,6 @@ PRECISIONS = {
     **dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16),
     **dict.fromkeys(("16", "16-mixed"), torch.float16),
 }
-MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class MegatronSettings:
     hidden_dropout: float | None
     """None: the pretrained model's own; so for `attention_dropout`."""
     attention_dropout: float | None
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: int = VOCAB_DIVISOR
     devices: int | None = None
     """``trainer.devices``, processes per node; None: not written, or "auto"."""
     num_nodes: int | None = None
@@ -156,7 +157,7 @@ def read_settings(
         pretrained_model=_pretrained_model(trainer_kwargs, model, decoder),
         hidden_dropout=gpt.number("hidden_dropout", least=0, below=1),
         attention_dropout=gpt.number("attention_dropout", least=0, below=1),
-        make_vocab_size_divisible_by=gpt.integer("make_vocab_size_divisible_by", 128),
+        make_vocab_size_divisible_by=gpt.integer("make_vocab_size_divisible_by", VOCAB_DIVISOR),
         devices=_count(trainer, "devices"),
         num_nodes=_count(trainer, "num_nodes"),
     )
@@ -283,7 +284,7 @@ def _schedule(written: Lookup, scheduler: SchedulerConfig, total_steps: int | No
 
 def _dtype(trainer: Lookup, gpt: Lookup, train: TrainConfig) -> torch.dtype:
     if train.mixed_precision is not None:
-        return MIXED_PRECISIONS[train.mixed_precision]
+        return HALVES.get(train.mixed_precision, torch.float32)
     section = trainer if trainer.has("precision") else gpt
     written = Lookup({"precision": str(section.get("precision", 32))}, section.where)
     return PRECISIONS[written.choice("precision", "32", PRECISIONS)]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from trlx.backends.base import ModelNeeds
 from trlx.backends.megatron.decoder_config import DecoderConfig
-from trlx.backends.megatron.mapping import padded_vocab
+from trlx.backends.megatron.mapping import VOCAB_DIVISOR, padded_vocab
 from trlx.backends.megatron.settings import OPTIONS, MegatronSettings, ParallelSizes, Recompute, read_settings
 from trlx.backends.megatron.size_checks import check_sizes
 from trlx.config import TRLConfig
@@ -48,7 +48,7 @@ class Run:
     """Heads, reference and dropout, as the trainer asks for them."""
     unfrozen: int = -1
     """``model.num_layers_unfrozen``."""
-    divisor: int = 128
+    divisor: int = VOCAB_DIVISOR
     """``make_vocab_size_divisible_by``."""
 
     @property

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from trlx.backends.megatron.decoder_config import DecoderConfig
-from trlx.backends.megatron.families import TRAINING_ONLY, decoder_config_of, hf_config_of
-from trlx.backends.megatron.mapping import MEGATRON, Entry, Read, entries, padded_vocab
+from trlx.backends.megatron.families import TRAINING_ONLY, decoder_config_of, find_hf_config
+from trlx.backends.megatron.mapping import MEGATRON, VOCAB_DIVISOR, Entry, Read, entries, padded_vocab
 from trlx.backends.megatron.nemo.archive import CONFIG_FILE, WEIGHTS_FILE, Archive, Rank, opened, write_archive
 from trlx.backends.megatron.nemo.config import read_config, warn_of_unknown, write_config
 from trlx.backends.megatron.nemo.names import Shard, in_stage, layer_of, nemo_name
@@ -27,8 +27,6 @@ from trlx.backends.megatron.weights import InMemory, TensorSource
 from trlx.models.policy import HEADS_FILE
 
 HF_CONFIG = "config.json"
-DIVISOR = 128
-"""The vocabulary is padded to a multiple of this x the tensor parallel size: NeMo's default."""
 EMBEDDING, POSITIONS, HEAD = (
     "embedding.word_embeddings.weight",
     "embedding.position_embeddings.weight",
@@ -118,10 +116,10 @@ def write_nemo(
     """
     if decoder.num_layers % pipeline:
         raise ValueError(f"{decoder.num_layers} layers cannot be divided evenly over {pipeline} pipeline ranks")
-    rows = padded_vocab(decoder.vocab_size, DIVISOR * tensor)
+    rows = padded_vocab(decoder.vocab_size, VOCAB_DIVISOR * tensor)
     found = entries(decoder, family, rows)
     dtype = read(found[EMBEDDING].hf_names[0])[:1].dtype
-    config = write_config(decoder, tensor=tensor, pipeline=pipeline, rows=rows, divisor=DIVISOR, dtype=dtype)
+    config = write_config(decoder, tensor=tensor, pipeline=pipeline, rows=rows, divisor=VOCAB_DIVISOR, dtype=dtype)
     files = files or {}
     config["tokenizer"] = _tokenizer(files)
     write_archive(path, config, _Ranks(found, decoder, read, tensor, pipeline), files)
@@ -329,10 +327,7 @@ def _hf_config(archive: Archive, decoder: DecoderConfig) -> PretrainedConfig | N
         same = {name: getattr(decoder, name) for name in TRAINING_ONLY}
         if dataclasses.replace(decoder_config_of(config), **same) == decoder:
             return config
-    try:
-        return hf_config_of(decoder)
-    except ValueError:
-        return None
+    return find_hf_config(decoder)
 
 
 def _with_embedding_dropout(decoder: DecoderConfig, config: PretrainedConfig | None) -> DecoderConfig:
