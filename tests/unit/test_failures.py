@@ -236,6 +236,22 @@ def test_weights_that_have_diverged_take_the_place_of_no_checkpoint(tmp_path, mo
     assert [int(path.name[-1]) for path in checkpoint.checkpoints(tmp_path)] == kept
 
 
+def test_a_checkpoint_of_the_weights_that_no_step_could_change_is_not_recommended(tmp_path, monkeypatch):
+    update = AccelerateBackend.train_step
+
+    def overflowing(self, *args):
+        metrics = update(self, *args) if self.scheduler.last_epoch < 5 else {"loss": 1.0}
+        return {"grad_norm": float("inf"), "skipped_steps": 1.0, **metrics}
+
+    monkeypatch.setattr(AccelerateBackend, "train_step", overflowing)
+    with pytest.raises(FloatingPointError, match="25 steps in a row") as stopped:
+        run("SFT", tmp_path, train={"checkpoint_interval": 1, "eval_interval": 100, "total_steps": 40})
+    last, good = tmp_path / "checkpoint_05", tmp_path / "checkpoint_04"
+    problem = f"Step 30 is not saved: its weights are of no use, nor are those of {last}, which are the same."
+    told = f"The last checkpoint is {good}, of step 4; to go on from there: train.resume_from_checkpoint={good}"
+    assert stopped.value.__notes__ == [f"{problem} {told}"]
+
+
 def test_where_saving_fails_both_errors_are_shown(tmp_path, monkeypatch):
     fail_from(1, "save", monkeypatch, OSError(28, "No space left"))
     fail_from(6, "generate", monkeypatch, MemoryError("no memory left"))

@@ -94,7 +94,7 @@ class Trainer(OldNames, ABC):
         self.pending: dict[str, float] = {}  # what collect() measured, logged with the next step
         self.saved: tuple[Path, int] | None = None  # the last checkpoint to resume from, and its step
         self.at_boundary = True  # between steps, where what is saved can be resumed from
-        self._skipped = SkippedSteps()
+        self.skipped = SkippedSteps()
         self._probe: TokenBatch | None = None  # a row of the last step
 
     # what a method says
@@ -336,7 +336,7 @@ class Trainer(OldNames, ABC):
         self._advance()
         self.after_step(metrics)
         self.at_boundary = True
-        self._skipped.count(metrics, self.state)
+        self.skipped.count(metrics, self.state)
         metrics |= {**self.pending, "time/step": time.perf_counter() - began}
         metrics["time/tokens_per_second"] = self.display.tokens_per_second(tokens)
         self.pending = {}
@@ -346,7 +346,7 @@ class Trainer(OldNames, ABC):
         if is_last or self.state.step % train.eval_interval == 0:
             self.evaluate()
         is_due = self.state.step % (train.checkpoint_interval or train.eval_interval) == 0
-        if is_last or (is_due and not self._skipped.in_a_row):
+        if is_last or (is_due and not self.skipped.in_a_row):
             self.save()
 
     def _advance(self) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from trlx import logging
+from trlx import checkpoint, logging
 from trlx.backends.distress import is_shared, report, shared, watching
 from trlx.tracebacks import short_errors
 from trlx.trainer.guards import Interrupted
@@ -73,7 +72,7 @@ def _save(trainer: Trainer, error: BaseException, first_step: int) -> str:
     elif not trainer.at_boundary:
         why = "the error came in the middle of an update"
     elif isinstance(error, FloatingPointError):
-        why = "its weights are of no use"
+        why = f"its weights are of no use{_passed_over(trainer)}"
     elif not is_shared(error):
         why = "the error is not on all processes, which save together"
     else:
@@ -86,11 +85,21 @@ def _save(trainer: Trainer, error: BaseException, first_step: int) -> str:
     return f"Step {step} is not saved: {why}. {_how_to_go_on(trainer)}"
 
 
+def _passed_over(trainer: Trainer) -> str:
+    """Takes back the last checkpoint if since then no step has changed the weights, which are those of no use."""
+    if trainer.saved is None or trainer.saved[1] < trainer.state.step - trainer.skipped.in_a_row:
+        return ""
+    folder = trainer.saved[0]
+    older = [path for path in checkpoint.checkpoints(folder.parent) if path.name < folder.name]
+    trainer.saved = (older[-1], checkpoint.read_state(older[-1])[0].step) if older else None
+    return f", nor are those of {folder}, which are the same"
+
+
 def _how_to_go_on(trainer: Trainer) -> str:
     if trainer.saved is None:
         return "There is no checkpoint yet"
     folder, step = trainer.saved
-    setting = "auto" if folder.parent == Path(trainer.config.train.checkpoint_dir) else folder
+    setting = "auto" if folder == checkpoint.newest(trainer.config.train.checkpoint_dir) else folder
     return (
         f"The last checkpoint is {folder}, of step {step}; to go on from there: train.resume_from_checkpoint={setting}"
     )
