@@ -68,6 +68,7 @@ def test_a_reward_that_takes_too_long_stops_the_run(tmp_path):
 def test_wrong_data_is_refused(tmp_path, method, arguments, words):
     with pytest.raises((ValueError, TypeError), match=words):
         train(tmp_path, method, **arguments)
+    assert not any(tmp_path.iterdir())  # the run has not begun
 
 
 @pytest.mark.parametrize(
