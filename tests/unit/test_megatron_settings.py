@@ -199,7 +199,7 @@ def test_a_mapping_an_omegaconf_config_and_a_presets_name_are_read_alike():
         (model(num_layers=2.5, hidden_size=4, num_attention_heads=2), "model.num_layers must be a whole number"),
         (model(sequence_parallel="yes"), "megatron_cfg.model.sequence_parallel must be true or false, got 'yes'"),
         ({"trainer": {"precision": 64}}, "trainer.precision: unknown value '64'.*Known: 32, .*bf16-mixed"),
-        (model(fp8=True), "model.fp8 is True, which trlx does not do: write trainer.precision: bf16"),
+        (model(fp8=True), "model.fp8 is True, which trlx does not support: write trainer.precision: bf16"),
         ({"trainer": {"accumulate_grad_batches": 4}}, "accumulate_grad_batches is 4.*write train.minibatch_size"),
         ({"restore_from_path": "x.nemo"}, "restore_from_path is 'x.nemo'.*train.trainer_kwargs.pretrained_model"),
     ],

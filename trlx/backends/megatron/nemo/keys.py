@@ -1,4 +1,4 @@
-"""Every key of a NeMo-shaped file, and what becomes of it: honoured, refused, or without effect.
+"""Every key of a NeMo config file: honoured, refused, or without effect.
 
 docs/megatron-config.md has these tables in Markdown.
 """
@@ -16,12 +16,12 @@ HONOURED: dict[str, str] = {
     "trainer.num_nodes": "nodes",
     "trainer.precision": "32, 32-true; bf16, bf16-mixed; 16, 16-mixed; `train.mixed_precision` wins",
     "trainer.gradient_clip_val": "largest norm of the gradients, 0 is off; `train.max_grad_norm` wins unless it is 1.0",
-    "model.precision": "where `trainer.precision` is not written",
-    "model.micro_batch_size": "rows per forward pass, at most `train.batch_size`; `train.minibatch_size` wins",
+    "model.precision": "used if `trainer.precision` is not written",
+    "model.micro_batch_size": "rows per microbatch, at most `train.batch_size`; `train.minibatch_size` wins",
     "model.tensor_model_parallel_size": "processes that share every layer",
-    "model.pipeline_model_parallel_size": "stages that share the layers out",
+    "model.pipeline_model_parallel_size": "stages, each with a part of the layers",
     "model.virtual_pipeline_model_parallel_size": "chunks of layers per stage (interleaved schedule)",
-    "model.sequence_parallel": "norms and dropout are shared out too; off, with a warning, where the tensor size is 1",
+    "model.sequence_parallel": "norms and dropout are divided too; off, with a warning, if the tensor size is 1",
     "model.activations_checkpoint_granularity": "selective (attention only) or full; null is off",
     "model.activations_checkpoint_method": "uniform or block, with full; selective needs none",
     "model.activations_checkpoint_num_layers": "layers recomputed at a time (uniform), or recomputed in all (block)",
@@ -55,10 +55,10 @@ HONOURED: dict[str, str] = {
     "model.optim.sched.name": "CosineAnnealing, WarmupAnnealing, WarmupPolicy; the `scheduler` section wins",
     "model.optim.sched.warmup_steps": "steps of linear warm-up",
     "model.optim.sched.constant_steps": "steps at `min_lr` before `max_steps`",
-    "model.optim.sched.min_lr": "where annealing ends",
-    "model.optim.sched.max_steps": "step that annealing ends at; null is `train.total_steps`",
+    "model.optim.sched.min_lr": "last rate of the decay",
+    "model.optim.sched.max_steps": "step at which the decay ends; null is `train.total_steps`",
 }
-"""Key: what it does."""
+"""Key -> what it does."""
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "restore_from_path": ((), "write train.trainer_kwargs.pretrained_model"),
@@ -66,32 +66,32 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.resume_from_checkpoint": ((), "write train.resume_from_checkpoint"),
     "model.num_micro_batches_with_partial_activation_checkpoints": ((), "set activations_checkpoint_num_layers"),
     "model.activations_checkpoint_layers_per_pipeline": ((), "every stage recomputes alike; leave it out"),
-    "model.ffn_dropout": ((0,), "there is hidden_dropout and attention_dropout"),
-    "model.use_scaled_init_method": ((True,), "projections that end a block always start smaller by sqrt(2 x layers)"),
+    "model.ffn_dropout": ((0,), "write hidden_dropout or attention_dropout"),
+    "model.use_scaled_init_method": ((True,), "output and down projections always start smaller by sqrt(2 x layers)"),
     "model.headscale": ((False,), "heads are not scaled"),
-    "model.transformer_block_type": (("pre_ln",), "norms stand before what they normalise"),
-    "model.normalize_attention_scores": ((True,), "scores are always divided by the root of a head's width"),
-    "model.attention_type": (("multihead",), "there is no other attention; num_query_groups shares keys and values"),
-    "model.fp32_residual_connection": ((False,), "the residual stream has the type of the weights"),
-    "model.fp16_lm_cross_entropy": ((False,), "log-probabilities are computed in float32"),
-    "model.pre_process": ((True,), "the pipeline decides which stage embeds"),
-    "model.post_process": ((True,), "the pipeline decides which stage has the head"),
+    "model.transformer_block_type": (("pre_ln",), "norms always come before attention and feed-forward"),
+    "model.normalize_attention_scores": ((True,), "scores are always divided by the square root of kv_channels"),
+    "model.attention_type": (("multihead",), "write num_query_groups to share keys and values"),
+    "model.fp32_residual_connection": ((False,), "the residual stream always has the type of the weights"),
+    "model.fp16_lm_cross_entropy": ((False,), "log-probabilities are always computed in float32"),
+    "model.pre_process": ((True,), "the first stage always has the embedding"),
+    "model.post_process": ((True,), "the last stage always has the output layer"),
     "model.native_amp_init_scale": ((2**32,), "float16 starts with a loss scale of 2^32"),
     "model.native_amp_growth_interval": ((1000,), "the loss scale doubles after 1000 finite steps"),
     "model.hysteresis": ((2,), "the loss scale halves after 2 overflows"),
     "model.fp8": ((False,), "write trainer.precision: bf16"),
     "model.fp8_e4m3": ((False,), "write trainer.precision: bf16"),
     "model.fp8_hybrid": ((False,), "write trainer.precision: bf16"),
-    "model.nsys_profile.enabled": ((False,), "there is no profiler in here: run the script under nsys"),
+    "model.nsys_profile.enabled": ((False,), "run the script under nsys"),
 }
-"""Key: the values that are accepted beside null, and what to do in place of another."""
+"""Key -> (the accepted values besides null, what to do instead of using another value)."""
 
 NO_EFFECT: dict[str, str] = {
     "name": "`train.run_name`",
-    "trainer.accelerator": "a GPU where there is one",
+    "trainer.accelerator": "a GPU if there is one",
     "trainer.logger": "`train.tracker`",
     "trainer.enable_checkpointing": "`train.checkpoint_interval`",
-    "trainer.replace_sampler_ddp": "rows are always shared out over data ranks",
+    "trainer.replace_sampler_ddp": "rows are always divided over data ranks",
     "trainer.max_epochs": "`train.epochs`",
     "trainer.max_steps": "`train.total_steps`",
     "trainer.log_every_n_steps": "every step is logged",
@@ -106,7 +106,7 @@ NO_EFFECT: dict[str, str] = {
     "exp_manager.create_wandb_logger": "`train.tracker: wandb`",
     "exp_manager.wandb_logger_kwargs": "`train.project_name`, `run_name`, `entity_name`, `group_name`, `tags`",
     "exp_manager.resume_if_exists": "`train.resume_from_checkpoint: auto`",
-    "exp_manager.resume_ignore_no_checkpoint": "`auto` starts afresh where there is no checkpoint",
+    "exp_manager.resume_ignore_no_checkpoint": "`auto` starts a new run if there is no checkpoint",
     "exp_manager.create_checkpoint_callback": "`train.checkpoint_interval`",
     "exp_manager.checkpoint_callback_params.monitor": "the best checkpoint is that of the highest reward",
     "exp_manager.checkpoint_callback_params.save_top_k": "`train.save_best`",
@@ -123,9 +123,9 @@ NO_EFFECT: dict[str, str] = {
     "model.seq_length": "`train.seq_length`",
     "model.seed": "`train.seed`",
     "model.padded_vocab_size": "computed from the vocabulary and `make_vocab_size_divisible_by`",
-    "model.apply_query_key_layer_scaling": "changes nothing but float16's range; softmax is computed in float32",
-    "model.do_layer_norm_weight_decay": "weight decay falls on all weights, as with the Accelerate trainers",
-    "model.megatron_legacy": "an archive's own model_config.yaml says how its rows are ordered",
+    "model.apply_query_key_layer_scaling": "softmax is computed in float32",
+    "model.do_layer_norm_weight_decay": "weight decay applies to all weights, as with the Accelerate trainers",
+    "model.megatron_legacy": "the archive's model_config.yaml",
     "model.tokenizer.library": "the `tokenizer` section",
     "model.tokenizer.type": "the `tokenizer` section",
     "model.tokenizer.model": "the `tokenizer` section",
@@ -152,7 +152,7 @@ NO_EFFECT: dict[str, str] = {
     "model.fp8_interval": "there is no fp8",
     "model.fp8_amax_history_len": "there is no fp8",
     "model.fp8_amax_compute_algo": "there is no fp8",
-    "model.use_cpu_initialization": "random weights do not depend on where they are made",
+    "model.use_cpu_initialization": "random weights do not depend on the device",
     "model.onnx_safe": "there is no export to ONNX",
     "model.apex_transformer_log_level": "`trlx.logging.set_verbosity`",
     "model.target": "`train.trainer`",
@@ -175,16 +175,16 @@ NO_EFFECT: dict[str, str] = {
     "model.nsys_profile.ranks": "there is no profiler",
     "model.nsys_profile.gen_shape": "there is no profiler",
 }
-"""Key: what decides in its place."""
+"""Key -> what decides instead."""
 
 KEYS = (*HONOURED, *REFUSED, *NO_EFFECT)
 
 
 def check_keys(config: Mapping[str, Any]) -> None:
-    """Makes sure that every key of a NeMo-shaped mapping is known, and asks for nothing that is not done.
+    """Checks that every key of a NeMo config is known and has a supported value.
 
     Raises:
-        ConfigError: an unknown key (the nearest known one is named), or a value that is refused.
+        ConfigError: a key is unknown or its value is refused; the message names the nearest known key.
     """
     _check_below("", config)
 
@@ -201,7 +201,7 @@ def _check_below(prefix: str, values: Mapping[str, Any]) -> None:
 def _check_accepted(path: str, value: Any) -> None:
     accepted, advice = REFUSED[path]
     if value is not None and value not in accepted:
-        raise ConfigError(f"{WHERE}.{path} is {value!r}, which trlx does not do: {advice}")
+        raise ConfigError(f"{WHERE}.{path} is {value!r}, which trlx does not support: {advice}")
 
 
 def _check_section(path: str, value: Any) -> None:
@@ -214,6 +214,6 @@ def _check_section(path: str, value: Any) -> None:
 
 
 def _at_depth(depth: int) -> list[str]:
-    """The keys and sections below so many sections."""
+    """The keys and sections at this depth."""
     cut = (".".join(key.split(".")[: depth + 1]) for key in KEYS if key.count(".") >= depth)
     return list(dict.fromkeys(cut))
