@@ -271,7 +271,7 @@ def test_several_processes_or_a_config_are_started_by_accelerate():
 
 def test_every_trial_has_a_seed_unless_the_seed_is_swept(script, monkeypatch):
     monkeypatch.chdir(script.parent)
-    sweep = Sweep.of("measure.py", write_space(script.parent))
+    sweep = Sweep("measure.py", read_space(write_space(script.parent)))
     assert [sweep.hparams(number, {}) for number in range(2)] == [{"train.seed": 1000}, {"train.seed": 1001}]
     assert sweep.hparams(0, {"train.seed": 5}) == {"train.seed": 5}
     trial = sweep.trial(2, {"method.tau": 0.5})
@@ -365,6 +365,15 @@ def test_the_same_command_runs_trials_again_that_failed_and_no_others(script):
     assert [(out / f"trial_00{n}" / "output.log").read_text().count("lr is") for n in range(2)] == [1, 2]
     with pytest.raises(SystemExit, match="holds the trials of another sweep"):
         swept(script, "--num_cpus", "1", values=[5.0])
+
+
+@needs_ray
+@pytest.mark.skipif(is_available("bayes_opt"), reason="bayesian-optimization is installed")
+def test_a_search_whose_package_is_missing_is_refused(script):
+    from ray import tune
+
+    with pytest.raises(ImportError, match='search_alg bayesopt needs packages of its own: pip install "bayesian-opt'):
+        sweeping._searcher(tune, "bayesopt", {"metric": "reward/mean", "mode": "max"})
 
 
 @needs_ray

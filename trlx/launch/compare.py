@@ -1,4 +1,4 @@
-"""Two revisions of a git repository compared by the metrics of the same scripts, run in turns."""
+"""``python -m trlx compare``: the metrics of the same scripts at two revisions of a git repository."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import torch
 
 from trlx.launch.curves import Series
-from trlx.launch.report import read_metrics
+from trlx.launch.report import print_table, read_metrics
 from trlx.tracking import EARLIER, METRICS
 
 SCRIPTS = (
@@ -27,28 +25,29 @@ SCRIPTS = (
     "python -m examples.randomwalks.ppo_randomwalks --seed {seed}",
     "python -m examples.randomwalks.ilql_randomwalks --seed {seed}",
 )
-"""Minutes on a CPU. PPO begins with the model that the first one writes."""
+"""They take minutes on a CPU. PPO starts from the model that SFT writes."""
 SHOWN = ("reward/", "metrics/", "losses/total_loss")
-"""Beginnings of the names of metrics that are compared."""
+"""Metrics are compared if their names begin so."""
 
 Runs = dict[str, dict[str, Series]]
-"""Metrics by the name of the run: the path of metrics.jsonl in the worktree, and the seed."""
+"""Name of a run -> its metrics. The name is the folder of its metrics.jsonl in the worktree, ``@`` and the seed."""
 
 
 def compare(revision: str, against: str, scripts: Sequence[str], seeds: Sequence[int], out: Path) -> Path:
     """Runs scripts with the code of two revisions, prints how their metrics differ and writes ``comparison.json``.
 
-    Each revision is checked out into a temporary worktree of the repository around the current folder. For every seed
-    and script first `against` runs, then `revision`, so that a machine which slows down slows both.
+    Each revision is checked out into a temporary worktree of the repository that holds the current folder. Each script
+    runs at `against` and then at `revision`, before the next script: if the machine slows down, it slows both.
 
     Args:
-        revision, against: what git can resolve, or REPOSITORY:BRANCH, a path, address or owner/name on GitHub.
-        scripts: command lines; ``python`` is this one, ``{seed}`` becomes the seed.
-        out: folder; also gets the ``metrics.jsonl`` of every run.
+        revision, against: a revision as git names it, or REPOSITORY:BRANCH. The repository is a path, an address, or
+            owner/name on GitHub.
+        scripts: command lines. ``python`` becomes the running interpreter, and ``{seed}`` the seed.
+        out: folder for ``comparison.json`` and the ``metrics.jsonl`` of every run.
 
     Raises:
         ValueError: git does not know a revision.
-        RuntimeError: a script failed, or wrote no metrics below its worktree.
+        ChildProcessError: a script failed, or wrote no metrics below its worktree.
     """
     out.mkdir(parents=True, exist_ok=True)
     names = {"against": against, "revision": revision}
@@ -69,7 +68,10 @@ def compare(revision: str, against: str, scripts: Sequence[str], seeds: Sequence
 
 
 def differences(against: Runs, revision: Runs) -> list[dict]:
-    """For every metric that both measured: the last value and the mean over steps (`area`), averaged over seeds."""
+    """One row for every metric that both revisions measured.
+
+    A row holds the last value and the mean over steps (`area`) of both, averaged over seeds.
+    """
     series: dict[tuple[str, str], list[tuple[Series, Series]]] = {}
     for run, metrics in against.items():
         for name, old in metrics.items():
@@ -87,16 +89,14 @@ def differences(against: Runs, revision: Runs) -> list[dict]:
 
 
 def area(series: Series) -> float:
-    """The area under a curve by the trapezoid rule, divided by its steps: a mean in the metric's own unit."""
-    steps = series[-1][0] - series[0][0]
-    if not steps:
-        return series[-1][1]
-    pairs = zip(series, series[1:], strict=False)
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairs) / steps
+    """The area under a curve divided by its number of steps: the mean over steps, in the metric's own unit."""
+    steps, values = torch.tensor(series, dtype=torch.float64).T
+    span = steps[-1] - steps[0]
+    return float(torch.trapezoid(values, steps) / span if span else values[-1])
 
 
 def _commit(name: str) -> str:
-    """The commit that a name stands for, fetched where the name says from where."""
+    """The commit that a name stands for. REPOSITORY:BRANCH is fetched first."""
     repository, _, branch = name.rpartition(":")
     if repository:
         is_github = repository.count("/") == 1 and not Path(repository).exists()
@@ -125,19 +125,19 @@ def _git(*arguments: str, name: str | None = None) -> str:
 
 
 def _run(command: str, folder: Path, seed: int, out: Path) -> Runs:
-    """Runs a command in a worktree with its code; the metrics that are new there, copied to `out`."""
+    """Runs a command with the code of a worktree, copies the new metrics to `out` and returns them."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob(METRICS)}
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    # before an installed trlx, whichever revision that is of
+    # Python finds the worktree's trlx before an installed one
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         end = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
-        raise RuntimeError(f"{command} ended with code {done.returncode}:\n{end}")
+        raise ChildProcessError(f"{command} ended with code {done.returncode}:\n{end}")
     found = [path for path in folder.rglob(METRICS) if not path.parent.name.startswith(EARLIER)]
     written = [path for path in found if before.get(path) != path.stat().st_mtime_ns]
     if not written:
-        raise RuntimeError(f"{command} wrote no {METRICS} below its current folder: leave out absolute paths")
+        raise ChildProcessError(f"{command} wrote no {METRICS} below its current folder: leave out absolute paths")
     runs = {}
     for path in written:
         name = f"{path.parent.relative_to(folder).as_posix()}@{seed}"
@@ -148,12 +148,11 @@ def _run(command: str, folder: Path, seed: int, out: Path) -> Runs:
 
 
 def _print(rows: list[dict], names: dict[str, str]) -> None:
-    title = f"{names['revision']} minus {names['against']}"
-    table = Table("run", "metric", "last", "difference", "mean over steps", "difference", title=title)
+    cells = []
     for row in rows:
-        cells = [row["run"], row["metric"]]
+        cells.append([row["run"], row["metric"]])
         for kind in ("last", "area"):
             old, new = row[f"against_{kind}"], row[f"revision_{kind}"]
-            cells += [f"{new:.4g}", f"{new - old:+.3g}"]
-        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
-    Console().print(table)
+            cells[-1] += [new, f"{new - old:+.3g}"]
+    columns = ["run", "metric", "last", "difference", "mean over steps", "difference"]
+    print_table(f"{names['revision']} minus {names['against']}", columns, cells)

@@ -8,6 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from trlx.launch.curves import Series, draw
 from trlx.tracking import METRICS, SAMPLES
 
@@ -42,6 +46,16 @@ def html(title: str, parts: list[str]) -> str:
 def picture(title: str, png: Path) -> str:
     """A picture for `html`, with the bytes of the file inside."""
     return f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}">'
+
+
+def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """Prints a table; floats get four digits, and None an empty cell."""
+    printed = Table(*columns, title=title)
+    for row in rows:
+        cells = [f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value) for value in row]
+        # as Text, since rich reads [square brackets] in a str as markup
+        printed.add_row(*(Text(cell, overflow="fold") for cell in cells))
+    Console().print(printed)
 
 
 def table(columns: list[str], rows: list[list[Any]]) -> str:

@@ -8,12 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from trlx.launch.curves import COLORS, Series, draw
-from trlx.launch.report import html, picture, table
+from trlx.launch.report import html, picture, print_table, table
 from trlx.optional import is_available
 
 
@@ -53,24 +49,15 @@ def write_results(folder: Path, results: list[Result], metric: str, mode: str, v
         values = [value for _, value in trial.series]
         measured = [values[-1], best_of(values), trial.series[-1][0]] if values else [None, None, None]
         rows.append([trial.name, *map(trial.hparams.get, varied), *measured, trial.error])
-    _print(title, columns[:-1], [row[:-1] for row in rows])
+    print_table(title, columns[:-1], [row[:-1] for row in rows])
     for trial in results:
         if trial.error is not None:
-            Console().print(Text(f"{trial.name}: {trial.error}"))
+            print(f"{trial.name}: {trial.error}")
     page = folder / "summary.html"
     page.write_text(html(title, [_curves(folder, title, results), table(columns, rows)]), encoding="utf-8")
     if not results or not results[0].is_ranked:
         return [page]
     return [page, _write_best(folder / "best.yaml", results[0], title)]
-
-
-def _print(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    printed = Table(*columns, title=title)
-    for row in rows:
-        cells = [f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value) for value in row]
-        # as Text, since rich reads [square brackets] in a str as markup
-        printed.add_row(*(Text(cell, overflow="fold") for cell in cells))
-    Console().print(printed)
 
 
 def _curves(folder: Path, title: str, results: list[Result]) -> str:

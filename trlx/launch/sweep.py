@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from random import Random
@@ -14,14 +13,14 @@ from trlx.launch.results import Result, ranked, write_results
 from trlx.launch.script import check_script, script_path
 from trlx.launch.space import SCHEDULERS, Parameter, Space, read_space
 from trlx.launch.trial import Trial, TrialError, launch_command
-from trlx.optional import is_available, optional_import, require
+from trlx.optional import require
 
 FIRST_SEED = 1000
 """Trial n has the seed FIRST_SEED + n, unless the sweep varies ``train.seed``."""
 COPY = "sweep.yaml"
 """Copy of the sweep's file in the folder of all trials. A later command goes on only with the same sweep."""
-LOCAL = ("random", "fifo", None)
-"""Search, scheduler and time budget that need no Ray."""
+PACKAGES = {"bayesopt": '"bayesian-optimization<2"', "bohb": "hpbandster ConfigSpace"}
+"""What Ray's searches need beside Ray, for pip."""
 
 
 def run(
@@ -42,13 +41,21 @@ def run(
         num_gpus: GPUs of each trial; None: one if this machine has one.
         out: folder of all trials. If it holds this sweep already, the sweep goes on.
 
-    Raises: as `Sweep.of`, `run_local` and `run_on_ray`.
+    Raises:
+        FileNotFoundError: the script, `config` or `accelerate_config` is not there.
+        ValueError: the script has no ``main``, or something in `config` is wrong, or `out` holds another sweep; the
+            message says what to write.
+        Others: see `run_on_ray`.
     """
     if num_gpus is None:
         import torch
 
         num_gpus = int(torch.cuda.is_available())
-    sweep = Sweep.of(script, config, num_gpus=num_gpus, accelerate_config=accelerate_config, folder=out, local=local)
+    if accelerate_config is not None and not accelerate_config.is_file():
+        raise FileNotFoundError(f"there is no {accelerate_config}, which --accelerate_config names")
+    check_script(script)
+    sweep = Sweep(script, read_space(config), out, num_gpus, accelerate_config)
+    sweep.check(local)
     what = "Go on with" if sweep.is_begun else f"Run main() of {script} {sweep.space.num_trials} times, in"
     if not assume_yes and not _confirmed(f"{what} {sweep.folder}? [y/n] "):
         return 1
@@ -68,59 +75,33 @@ def _confirmed(question: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
 class Sweep:
-    """What starts the script, what to vary, and the folder of all trials; `common` are settings of the tracker."""
+    """What a trial of this sweep is: which script runs, with which settings, in which folder."""
 
-    command: list[str]
-    cwd: Path
-    space: Space
-    folder: Path
-    common: Mapping[str, Any]
-    num_gpus: int
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         script: str,
-        config: Path,
-        *,
+        space: Space,
+        folder: Path | None = None,
         num_gpus: int = 0,
         accelerate_config: Path | None = None,
-        folder: Path | None = None,
-        local: bool = False,
-    ) -> Sweep:
-        """Reads and checks everything; starts nothing.
-
-        Raises:
-            FileNotFoundError: the script, `config` or `accelerate_config` is not there.
-            ValueError: the script has no ``main``, or something in `config` is wrong, or `folder` holds another sweep;
-                the message says what to write.
-        """
-        check_script(script)
-        space = read_space(config)
-        if local and (space.tune.search_alg, space.tune.scheduler, space.tune.time_budget_s) != LOCAL:
-            raise ValueError("--local knows search_alg random, scheduler fifo and no time_budget_s: leave --local out")
-        if accelerate_config is not None and not accelerate_config.is_file():
-            raise FileNotFoundError(f"there is no {accelerate_config}, which --accelerate_config names")
+    ):
         name, time = script_path(script).stem, datetime.now().replace(microsecond=0).isoformat()
         folder = folder or Path("ckpts", "sweeps", f"{name}-{time.replace(':', '')}")
-        command = launch_command(script, num_gpus, accelerate_config and accelerate_config.resolve())
-        common = {"train.project_name": f"sweep_{name}", "train.group_name": time}
-        sweep = cls(command, Path.cwd(), space, folder.resolve(), common, num_gpus)
-        is_same = not local and sweep.is_begun and read_space(folder / COPY) == space
-        if any(folder.glob("trial_*")) and not is_same:
-            raise ValueError(f"{folder} holds the trials of another sweep; name another folder")
-        return sweep
+        self.space, self.num_gpus, self.cwd, self.folder = space, num_gpus, Path.cwd(), folder.resolve()
+        self.ray_folder = self.folder / "ray"
+        self.is_begun = self.ray_folder.is_dir()
+        self.command = launch_command(script, num_gpus, accelerate_config and accelerate_config.resolve())
+        self.common = {"train.project_name": f"sweep_{name}", "train.group_name": time}
 
-    @property
-    def ray_folder(self) -> Path:
-        return self.folder / "ray"
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether Ray has begun this sweep before."""
-        return self.ray_folder.is_dir()
+    def check(self, local: bool) -> None:
+        """Refuses what needs Ray, if `local`, and a folder with another sweep."""
+        tune = self.space.tune
+        if local and (tune.search_alg, tune.scheduler, tune.time_budget_s) != ("random", "fifo", None):
+            raise ValueError("--local knows search_alg random, scheduler fifo and no time_budget_s: leave --local out")
+        is_same = not local and self.is_begun and read_space(self.folder / COPY) == self.space
+        if any(self.folder.glob("trial_*")) and not is_same:
+            raise ValueError(f"{self.folder} holds the trials of another sweep; name another folder")
 
     def hparams(self, number: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a trial: its seed, the settings that all trials share, and those chosen for it."""
@@ -172,7 +153,6 @@ def run_on_ray(sweep: Sweep, num_cpus: int | None = None, server_address: str | 
         ValueError: a trial needs more GPUs or CPUs than there are.
     """
     require("ray", extra="sweep", purpose="A sweep (but for one with --local)")
-    _require_search(sweep.space.tune.search_alg)
     import ray
     from ray import tune
 
@@ -196,15 +176,6 @@ def run_on_ray(sweep: Sweep, num_cpus: int | None = None, server_address: str | 
         return [_result(sweep, found) for found in tuner.fit()]
     finally:
         ray.shutdown()
-
-
-def _require_search(search: str) -> None:
-    """Makes sure that the package of a search algorithm is installed; Ray does not bring it."""
-    if search == "bayesopt" and not hasattr(optional_import("bayes_opt", extra="sweep"), "UtilityFunction"):
-        # version 2 renamed what Ray calls
-        raise ImportError('search_alg bayesopt needs a package of its own: pip install "bayesian-optimization<2"')
-    if search == "bohb" and not (is_available("hpbandster") and is_available("ConfigSpace")):
-        raise ImportError("search_alg bohb needs packages of its own: pip install hpbandster ConfigSpace")
 
 
 def _resources(there: Mapping[str, float], num_gpus: int, num_cpus: int | None) -> dict[str, float]:
@@ -277,7 +248,7 @@ def _tune_config(tune: Any, space: Space) -> Any:
     longest = {} if settings.scheduler == "fifo" else {"max_t": settings.max_evaluations}
     return tune.TuneConfig(
         **judged,
-        search_alg=None if settings.search_alg == "random" else tune.create_searcher(settings.search_alg, **judged),
+        search_alg=None if settings.search_alg == "random" else _searcher(tune, settings.search_alg, judged),
         scheduler=tune.create_scheduler(SCHEDULERS[settings.scheduler], **longest),
         num_samples=settings.num_samples,
         max_concurrent_trials=settings.max_concurrent_trials,
@@ -285,6 +256,13 @@ def _tune_config(tune: Any, space: Space) -> Any:
         trial_name_creator=_trial_name,
         trial_dirname_creator=_trial_name,
     )
+
+
+def _searcher(tune: Any, name: str, judged: Mapping[str, str]) -> Any:
+    try:
+        return tune.create_searcher(name, **judged)
+    except (AssertionError, AttributeError, ImportError) as error:  # AttributeError: a version that Ray does not know
+        raise ImportError(f"search_alg {name} needs packages of its own: pip install {PACKAGES[name]}") from error
 
 
 def _trial_name(trial: Any) -> str:
