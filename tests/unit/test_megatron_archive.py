@@ -1,4 +1,4 @@
-"""`.nemo` archives: what is written comes back in every layout of NeMo's, and a stranger's archive can do no harm."""
+"""`.nemo` archives: what is written comes back in all forms of NeMo, and a stranger's archive can do no harm."""
 
 import io
 import os
@@ -280,7 +280,7 @@ def test_weights_that_are_not_there_are_named(tmp_path, names, message):
         archive.parallel_sizes()
 
 
-def test_a_rank_beyond_the_layout_is_an_error_that_says_what_there_is(tmp_path):
+def test_a_rank_that_does_not_exist_is_an_error_that_says_what_there_is(tmp_path):
     write_archive(tmp_path / "m.nemo", CONFIG, {(0, 0): {"w": WEIGHT}, (1, 0): {"w": WEIGHT}})
     message = "2 tensor-parallel and 1 pipeline-parallel ranks.* not of tensor rank 2 with pipeline rank 0"
     with opened(tmp_path / "m.nemo") as archive, pytest.raises(ValueError, match=message):

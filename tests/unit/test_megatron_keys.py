@@ -1,4 +1,4 @@
-"""Every key of a NeMo-shaped file is honoured, refused or known to have no effect, and the documentation says which."""
+"""Every key of a NeMo config file is honoured, refused or known to have no effect, and the documentation says which."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Models in `.nemo` archives: every layout of NeMo's is read, and what is written comes back to the bit."""
+"""Models in `.nemo` archives: all forms of NeMo are read, and what is written comes back to the bit."""
 
 import dataclasses
 import logging
@@ -30,15 +30,15 @@ from trlx.backends.megatron.nemo.weights import is_nemo, open_nemo, write_nemo
 from trlx.backends.megatron.weights import load_weights
 from trlx.launch.cli import main
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)]
+SIZES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)]
 KNOWN = [name for name in CONFIGS if name != "gpt_neox"]  # attention beside the feed-forward block: not in NeMo
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_model_written_for_any_number_of_ranks_comes_back_to_the_bit(tmp_path, name, layout):
+def test_a_model_written_for_any_number_of_ranks_comes_back_to_the_bit(tmp_path, name, sizes):
     model = random_model(CONFIGS[name])
-    found = open_nemo(written(tmp_path / "m.nemo", model, *layout))
+    found = open_nemo(written(tmp_path / "m.nemo", model, *sizes))
     assert found.decoder == decoder_config_of(model.config)
     assert found.family == model.config.model_type
     assert same_weights(found, model)
@@ -267,7 +267,7 @@ def test_the_config_names_the_tokenizers_files(tmp_path, names, tokenizer):
 
 
 def test_an_archives_own_rows_fill_the_weights_of_a_rank(tmp_path):
-    """Rows of padding differ between two layouts; tokens do not."""
+    """The rows of padding depend on the parallel sizes; tokens do not."""
     model = llama()
     found = open_nemo(written(tmp_path / "m.nemo", model, 2, 2))
     shard = torch.empty(4, 8)

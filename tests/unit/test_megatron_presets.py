@@ -1,4 +1,4 @@
-"""Presets in NeMo's shape, NeMo's names in a config's sections, and scripts written for CarperAI's trlx."""
+"""Presets with NeMo configs, NeMo's names in a config's sections, and scripts written for CarperAI's trlx."""
 
 import pytest
 import torch

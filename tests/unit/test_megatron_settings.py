@@ -1,4 +1,4 @@
-"""What a NeMo-shaped configuration becomes, and what of it is refused."""
+"""The settings read from a NeMo config, and the ones that are refused."""
 
 import itertools
 import logging

@@ -1,4 +1,4 @@
-"""What a layout has to divide is compared with the model and the processes before anything is built."""
+"""Parallel sizes are checked against the model and the processes before the model is built."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from trlx.strict import ConfigError
 
 
 def check(vocab_size=None, sizes=(1, 1, None, False), batch_size=8, world_size=8, trainer=None, **changes):
-    """Checks a model of 8 layers with 8 heads in a layout."""
+    """Checks parallel sizes for a model of 8 layers with 8 heads."""
     settings = dataclasses.replace(
         read({**model(**SMALL, num_query_groups=4), "trainer": trainer or {}}),
         sizes=ParallelSizes(*sizes),
@@ -22,7 +22,7 @@ def check(vocab_size=None, sizes=(1, 1, None, False), batch_size=8, world_size=8
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, None, False), (4, 2, None, True), (2, 2, 4, True), (1, 8, None, False)])
-def test_a_layout_that_divides_everything_passes(sizes):
+def test_sizes_that_divide_everything_pass(sizes):
     check(sizes=sizes, micro_batch_size=2, vocab_size=100)
 
 
@@ -67,7 +67,7 @@ def test_a_layout_that_divides_everything_passes(sizes):
         ),
     ],
 )
-def test_a_layout_that_does_not_fit_is_explained(changes, words):
+def test_sizes_that_do_not_fit_are_explained(changes, words):
     with pytest.raises(ValueError, match=words):
         check(**changes)
 

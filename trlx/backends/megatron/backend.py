@@ -89,7 +89,7 @@ class MegatronBackend(Backend):
     @classmethod
     def check_source(cls, model: ModelConfig, train: TrainConfig) -> None:
         path, named = cls.source(model, train), train.trainer_kwargs.get("pretrained_model")
-        # where megatron_cfg describes a model, model.model_path says no more than whose tokenizer it has
+        # if megatron_cfg describes the model, model.model_path only names the tokenizer
         is_described = named is None and "megatron_cfg" in train.trainer_kwargs
         is_unpacked = isinstance(path, str) and Path(path).is_dir() and is_nemo(path)
         if not (is_described or is_unpacked):

@@ -83,6 +83,6 @@ def _split(head: nn.Sequential, shard: VocabularyShard) -> nn.Sequential:
 
 
 def _mark(layer: nn.Linear) -> None:
-    # Megatron-Core reads these attributes for the gradient norm: sum sharded weights over tensor ranks
+    # Megatron-Core's gradient norm counts marked weights on every tensor rank, and others once
     for weight in layer.parameters():
         weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, 0, 1

@@ -57,7 +57,7 @@ def _undivided(
 def _communicator(stage: list[nn.Module]) -> dict[str, Any]:
     """Arguments of the schedule that make stages communicate through `_StageCommunicator`.
 
-    Without them Megatron-Core communicates itself, which interleaved stages and a single stage do.
+    Empty for a single stage and for interleaved stages, which use Megatron-Core's own communication.
     """
     if len(stage) > 1 or pipeline_group().size() == 1:
         return {}

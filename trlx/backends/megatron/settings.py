@@ -113,7 +113,7 @@ class MegatronSettings:
     pretrained_model: str | None
     """Folder, ``.nemo`` archive or hub name; None: random weights."""
     hidden_dropout: float | None
-    """None: the pretrained model's own; so for `attention_dropout`."""
+    """None: the pretrained model's own value, also for `attention_dropout`."""
     attention_dropout: float | None
     make_vocab_size_divisible_by: int = VOCAB_DIVISOR
     devices: int | None = None
