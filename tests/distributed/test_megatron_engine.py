@@ -119,7 +119,7 @@ def half(parallel) -> None:
         is_head = weight.name.startswith("heads.")
         assert weight.value.dtype == (torch.float32 if is_head else torch.bfloat16)
         if not is_head:
-            main = backend.updates.kept(weight.value, "main")
+            main = backend.updates.optimizer_state(weight.value, "main")
             assert main.dtype == torch.float32 and torch.equal(main.bfloat16(), weight.value)
 
 
@@ -140,9 +140,9 @@ def weights_come_back(folder, name) -> None:
     for other in (second, third):
         other.load(folder)
     for mine, theirs, whole in zip(*(each.weights.weights for each in (first, second, third)), strict=True):
-        main = first.updates.main(mine.value)
+        main = first.updates.main_weight(mine.value)
         assert main.dtype == torch.float32
-        assert torch.equal(second.updates.main(theirs.value), main) and torch.equal(whole.value, main)
+        assert torch.equal(second.updates.main_weight(theirs.value), main) and torch.equal(whole.value, main)
         assert torch.equal(theirs.value, mine.value)
     norm = next(w.value for w in third.weights.weights if w.name == "decoder.final_layernorm.weight")
     assert not torch.equal(norm, norm.bfloat16().float())
@@ -296,7 +296,7 @@ def test_another_version_of_the_engine_is_refused_with_a_sentence(monkeypatch):
     from trlx.backends.megatron import cpu
 
     monkeypatch.setattr(cpu, "version", lambda name: "0.17.2")
-    with pytest.raises(ImportError, match=r"megatron-core 0.17.2 is installed.*0.16 only: pip install"):
+    with pytest.raises(ImportError, match=r"megatron-core 0.17.2 is installed.*0.16 only: run pip install"):
         cpu.prepare_engine()
 
 

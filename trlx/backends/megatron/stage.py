@@ -92,7 +92,7 @@ class StageWeights:
 
     def save_trained(self, folder: Path, updates: Updates) -> None:
         """Writes the trained weights in float32."""
-        found = self.whole(self.trained(), lambda weight: updates.main(weight.value))
+        found = self.whole(self.trained(), lambda weight: updates.main_weight(weight.value))
         self._write(folder / f"policy-{self.parallel.stage:03d}.safetensors", found)
 
     def load_trained(self, folder: Path, updates: Updates) -> None:
@@ -113,28 +113,28 @@ class StageWeights:
             raise ValueError(f"{folder} holds other trained weights than this config trains, e.g. {examples}")
         with torch.no_grad():
             for weight in trained:
-                updates.set_main(weight.value, self._shard(weight, read).to(weight.value.device))
+                updates.set_main_weight(weight.value, self._shard(weight, read).to(weight.value.device))
 
     def save_moments(self, folder: Path, updates: Updates) -> None:
         """Writes the optimizer state of every weight."""
         trained = [weight for weight in self.weights if weight.value.requires_grad]
-        kinds = sorted({kind for weight in trained for kind in updates.kinds(weight.value)})
+        kinds = sorted({kind for weight in trained for kind in updates.state_names(weight.value)})
         tensors: dict[str, Tensor] = {}
         for kind in kinds:
-            having = [weight for weight in trained if kind in updates.kinds(weight.value)]
-            found = self.whole(having, lambda weight, kind=kind: updates.kept(weight.value, kind))
+            having = [weight for weight in trained if kind in updates.state_names(weight.value)]
+            found = self.whole(having, lambda weight, kind=kind: updates.optimizer_state(weight.value, kind))
             tensors |= {f"{kind}/{name}": tensor for name, tensor in found}
         self._write(folder / f"optimizer-{self.parallel.stage:03d}.safetensors", tensors.items())
 
     def load_moments(self, folder: Path, updates: Updates) -> None:
         """Loads what `save_moments` wrote, with any parallel sizes."""
         read, _ = _reader(folder, "optimizer")
-        updates.prepare()
+        updates.init_state()
         with torch.no_grad():
             for weight in (weight for weight in self.weights if weight.value.requires_grad):
-                for kind in updates.kinds(weight.value):
+                for kind in updates.state_names(weight.value):
                     shard = self._shard(weight, lambda name, kind=kind: read(f"{kind}/{name}"))
-                    updates.keep(weight.value, kind, shard)
+                    updates.set_optimizer_state(weight.value, kind, shard)
 
     def counts(self) -> tuple[int, int]:
         """Trained and frozen parameters of the whole model, without vocabulary padding."""

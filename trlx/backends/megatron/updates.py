@@ -14,7 +14,7 @@ from trlx.backends.megatron.parallel import ParallelState
 from trlx.backends.megatron.settings import MegatronSettings, Optim
 
 MAIN = "main"
-"""The `kind` of `Updates.kept` for the float32 main weight."""
+"""The `kind` of `Updates.optimizer_state` for the float32 main weight."""
 
 
 class Updates:
@@ -61,22 +61,22 @@ class Updates:
         """Clears the gradients."""
         self.engine.zero_grad()
 
-    def kinds(self, weight: Tensor) -> list[str]:
+    def state_names(self, weight: Tensor) -> list[str]:
         """The names of the optimizer state of `weight`; none before the first step."""
         return list(self.optim.moment_names) if self.averaged_steps else []
 
-    def main(self, weight: Tensor) -> Tensor:
-        """The float32 main weight of `weight`. Call it on all data ranks, as `kept`."""
+    def main_weight(self, weight: Tensor) -> Tensor:
+        """The float32 main weight of `weight`. Call it on all data ranks, as `optimizer_state`."""
         is_half = weight.requires_grad and weight.dtype != torch.float32
-        return self.kept(weight, MAIN) if is_half else weight
+        return self.optimizer_state(weight, MAIN) if is_half else weight
 
-    def set_main(self, weight: Tensor, value: Tensor) -> None:
+    def set_main_weight(self, weight: Tensor, value: Tensor) -> None:
         """Sets `weight` and its float32 main weight."""
         weight.copy_(value)
         if weight.requires_grad and weight.dtype != torch.float32:
-            self.keep(weight, MAIN, value)
+            self.set_optimizer_state(weight, MAIN, value)
 
-    def kept(self, weight: Tensor, kind: str) -> Tensor:
+    def optimizer_state(self, weight: Tensor, kind: str) -> Tensor:
         """Optimizer state of `weight`, in its shape. The distributed optimizer gathers it from the data ranks' shards,
         so call this on all of them."""
         shard, where = self._shard(weight, kind)
@@ -87,14 +87,14 @@ class Updates:
             whole[where] = shard.flatten()
         return self.parallel.sum_over_data(whole).to(weight.device).view_as(weight)
 
-    def keep(self, weight: Tensor, kind: str, value: Tensor) -> None:
-        """Sets the optimizer state that `kept` returns."""
+    def set_optimizer_state(self, weight: Tensor, kind: str, value: Tensor) -> None:
+        """Sets the optimizer state that `optimizer_state` returns."""
         shard, where = self._shard(weight, kind)
         if shard is not None:
             shard.copy_(value if where is None else value.flatten()[where].view_as(shard))
 
-    def prepare(self) -> None:
-        """Makes zero optimizer state for every weight, which `keep` then sets from a checkpoint."""
+    def init_state(self) -> None:
+        """Makes zero optimizer state for every weight, which `set_optimizer_state` then sets from a checkpoint."""
         optimizer = self.engine.optimizer
         if optimizer is None or not self.averaged_steps:
             return
