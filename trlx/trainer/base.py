@@ -99,9 +99,13 @@ class Trainer(OldNames, ABC):
 
     # what a method says
 
-    @abstractmethod
+    @staticmethod
+    def model_needs(method: Any) -> ModelNeeds:
+        """What the method asks of the model, by its settings alone, as `trlx plan` asks; `needs` may add to it."""
+        return ModelNeeds()
+
     def needs(self) -> ModelNeeds:
-        """What the method asks of the model."""
+        return self.model_needs(self.config.method)
 
     @abstractmethod
     def collect(self) -> Store:

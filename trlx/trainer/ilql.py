@@ -39,8 +39,9 @@ class ILQLTrainer(OfflineTrainer):
         self.logit_mask = logit_mask
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
 
-    def needs(self) -> ModelNeeds:
-        return ModelNeeds(value_head=True, q_heads=2 if self.method.two_qs else 1)
+    @staticmethod
+    def model_needs(method: ILQLConfig) -> ModelNeeds:
+        return ModelNeeds(value_head=True, q_heads=2 if method.two_qs else 1)
 
     def sampling(self, gen_kwargs: dict[str, Any], *where: str) -> SamplingConfig:
         sampling = super().sampling({**SAMPLING_DEFAULTS, **gen_kwargs}, *where)

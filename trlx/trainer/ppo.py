@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,14 @@ class PPOTrainer(Trainer):
         )
         self.log = RolloutLog(config, self.tokenizer)
 
+    @staticmethod
+    def model_needs(method: PPOConfig) -> ModelNeeds:
+        # no dropout: it would make the policy that is trained another than the one that sampled
+        return ModelNeeds(value_head=True, value_layers=method.num_value_layers_unfrozen, reference=True, dropout=False)
+
     def needs(self) -> ModelNeeds:
-        return ModelNeeds(
-            value_head=True,
-            value_layers=self.method.num_value_layers_unfrozen,
-            reference=True,
-            # a dropped unit would make the policy that is trained another than the one that sampled
-            dropout=False,
-            temperature=self.sampling(self.method.sampling, self.sampling_key).logprob_temperature,
-        )
+        temperature = self.sampling(self.method.sampling, self.sampling_key).logprob_temperature
+        return replace(super().needs(), temperature=temperature)
 
     def add_prompt_pipeline(self, pipeline: PromptPipeline) -> None:
         """Sets the prompts that rollouts start from."""

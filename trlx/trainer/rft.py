@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from trlx import checkpoint
-from trlx.backends.base import ModelNeeds
 from trlx.batch import Rollout, TokenBatch, TokenScores
 from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.store import RolloutStore
@@ -53,9 +52,6 @@ class RFTTrainer(Trainer):
             self.display,
         )
         self.log = RolloutLog(config, self.tokenizer)
-
-    def needs(self) -> ModelNeeds:
-        return ModelNeeds()
 
     def add_prompt_pipeline(self, pipeline: PromptPipeline) -> None:
         """Sets the prompts; each is sampled from at every growth."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from trlx.backends.base import ModelNeeds
 from trlx.batch import TokenBatch, TokenScores
 from trlx.methods.masked import Metrics
 from trlx.methods.sft import sft_loss
@@ -15,9 +14,6 @@ from trlx.trainer.offline import OfflineTrainer
 
 class SFTTrainer(OfflineTrainer):
     """Cross-entropy on the outputs of dialogues, or on all of a plain text."""
-
-    def needs(self) -> ModelNeeds:
-        return ModelNeeds()
 
     def make_experience(self, samples: list[Any], seq_length: int) -> None:
         """Tokenizes the samples: texts, or alternating prompts and outputs; at most `seq_length` tokens each."""

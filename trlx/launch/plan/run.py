@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from trlx.backends.base import ModelNeeds
 from trlx.backends.megatron.decoder_config import DecoderConfig
@@ -162,10 +160,7 @@ def trainer_needs(method: MethodConfig) -> ModelNeeds:
     if method.name not in TRAINERS:
         known = ", ".join(name.removesuffix("Config") for name in TRAINERS)
         raise ValueError(f"There is no NeMo trainer for {method.name.removesuffix('Config')}: write one of {known}")
-    # without __init__, which loads the model; needs() reads the method, and a temperature, which is of no matter here
-    trainer: Any = object.__new__(TRAINERS[method.name])
-    trainer.method, trainer.sampling = method, lambda *_: SimpleNamespace(logprob_temperature=1.0)
-    return trainer.needs()
+    return TRAINERS[method.name].model_needs(method)
 
 
 def _shape(settings: MegatronSettings, config: TRLConfig, vocabulary: int) -> DecoderConfig:
