@@ -1,1 +1,1 @@
-"""What starts runs and looks at their results."""
+"""The command line: ``python -m trlx`` and one file or package for each command."""

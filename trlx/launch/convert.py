@@ -1,4 +1,4 @@
-"""Models between Hugging Face folders and `.nemo` archives, in both directions and from one division to another."""
+"""``python -m trlx convert``: a Hugging Face folder to a `.nemo` archive, or back, or one archive to another."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from trlx.backends.megatron.nemo.weights import family_of, is_companion, is_nemo
 from trlx.backends.megatron.weights import ShardWriter, checked_reader, open_tensors, write_index
 
 NAMED_BY_NEMO = re.compile(r"^[0-9a-f]{32}_")
-"""What NeMo puts before the names of files that it takes into an archive."""
+"""NeMo puts such a prefix before the names of other files in an archive."""
 
 
 def convert(source: Path, target: Path, *, tensor: int = 1, pipeline: int = 1, vocab_size: int | None = None) -> None:
-    """Writes the model at `source` as `target`: a `.nemo` archive if it is called so, else a Hugging Face folder.
+    """Writes the model at `source` to `target`: a `.nemo` archive if its name ends so, else a Hugging Face folder.
 
-    The tokenizer's files and the heads of a training go with it. Weights keep their bits.
+    The tokenizer's files and trained heads are copied as well. All weights stay bit-equal.
 
     Args:
         source: a folder that transformers can load, a `.nemo` file, or the folder it was unpacked into.
         tensor, pipeline: ranks that the archive is divided over.
-        vocab_size: how many rows of an archive's embedding are tokens, where it does not say it; None: all of them.
+        vocab_size: how many rows of the embedding are tokens, for an archive that does not say it; None: all of them.
 
     Raises:
-        FileExistsError: there is something at `target`.
+        FileExistsError: `target` exists.
         FileNotFoundError: there is no model at `source`.
-        ValueError: the model is none that the other form can hold, or cannot be divided so; the message says why.
+        ValueError: the other format cannot hold this model, or it cannot be divided so; the message says why.
     """
     if target.exists():
         raise FileExistsError(f"There is something at {target} already: write another name, or remove it")
@@ -102,7 +102,7 @@ def _write_folder(target: Path, model: _Model) -> None:
 
 
 def _write_weights(folder: Path, read: Read, shape: DecoderConfig, family: str) -> torch.dtype:
-    """Writes every tensor once; returns the type of the last."""
+    """Writes every tensor once, and returns the dtype of the last one."""
     writer = ShardWriter(folder, "000")
     names = dict.fromkeys(name for entry in entries(shape, family).values() for name in entry.hf_names)
     for name in names:

@@ -1,4 +1,4 @@
-"""Learning curves: one wide panel for what evaluations measure, small ones for how training went."""
+"""Learning curves: one wide panel for the metrics of evaluations, and small panels for those of training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from trlx.optional import optional_import
 
 Series = list[tuple[int, float]]
-"""(optimizer step, value), in the order measured."""
+"""(optimizer step, value) in the order of the run."""
 
 SMALL_PANELS = {
     "Score of rollouts": ("rollout_scores/mean", "scores_mean"),
@@ -23,9 +23,9 @@ SMALL_PANELS = {
     "Response length, tokens": ("rollouts/response_length",),
     "Gradient norm before clipping": ("grad_norm",),
 }
-"""Titles, and the names by which methods call the metric. Those a run has are drawn, at most six."""
+"""Title of a panel -> the names that the metric has in different methods. A run's first six panels are drawn."""
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by colour-blind eyes too
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # colour-blind readers can tell them apart
 GREY = "#666666"
 
 
@@ -42,7 +42,7 @@ def draw(metrics: dict[str, Series], title: str, path: Path) -> None:
     heights = [3.6, 2.3 * rows] if rows else [3.6]
     figure = figures.Figure(figsize=(11, sum(heights)), dpi=130, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
-    # parts of their own, so that the labels right of the wide panel take no room from the small ones
+    # two subfigures, so that the labels to the right of the wide panel take no room from the small panels
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     _draw_evaluations(parts[0].subplots(), evaluations)
     for number, (name, series) in enumerate(panels.items()):
@@ -51,7 +51,7 @@ def draw(metrics: dict[str, Series], title: str, path: Path) -> None:
 
 
 def distinct(metrics: dict[str, Series]) -> dict[str, Series]:
-    """Curves that are one and the same under one label: the reward often is a metric as well."""
+    """The curves by label. Equal curves share one label, since the reward often is one of the metrics too."""
     labels: dict[tuple, list[str]] = {}
     for name, series in metrics.items():
         labels.setdefault(tuple(series), []).append(name.removeprefix("metrics/").replace("reward/mean", "reward"))
@@ -81,7 +81,7 @@ def _draw_evaluations(axes: Any, curves: dict[str, Series]) -> None:
 
 
 def _label_ends(axes: Any, curves: dict[str, Series]) -> None:
-    """Writes each curve's name and last value behind its end, pushed apart where curves end close together."""
+    """Writes each curve's name and last value to the right of its end. Labels of close ends are pushed apart."""
     low, high = axes.get_ylim()
     gap, position = 0.085 * (high - low), -float("inf")
     ends = sorted((series[-1][1], number, name) for number, (name, series) in enumerate(curves.items()))
@@ -110,7 +110,7 @@ def _draw_small(axes: Any, title: str, series: Series) -> None:
 
 
 def moving_mean(values: tuple[float, ...], reach: int) -> list[float]:
-    """Each value's mean with up to `reach` neighbours on either side."""
+    """For each value, the mean of it and of up to `reach` neighbours on each side."""
     windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 

@@ -66,7 +66,7 @@ def table(columns: list[str], rows: list[list[Any]]) -> str:
 
 
 def read_metrics(folder: Path) -> dict[str, Series]:
-    """Every metric's ``[(step, value), ...]`` in the order written; values that were not finite are left out.
+    """Metric -> ``[(step, value), ...]`` in the order of the file. Values that were not finite are left out.
 
     Raises:
         FileNotFoundError: there are no metrics in `folder`.
@@ -76,7 +76,7 @@ def read_metrics(folder: Path) -> dict[str, Series]:
         raise FileNotFoundError(f"no {METRICS} in {folder}; name the run's train.logging_dir or train.checkpoint_dir")
     metrics: dict[str, Series] = {}
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # a run that is still going may be in the middle of its last line
+        # a run that has not ended may be in the middle of its last line
         entry = json.loads(line) if line.endswith("\n") else {}
         step = entry.pop("step", None)
         for name, value in entry.items():
@@ -86,7 +86,7 @@ def read_metrics(folder: Path) -> dict[str, Series]:
 
 
 def _headline(metrics: dict[str, Series]) -> str:
-    """First, best and last value of what evaluations measure."""
+    """The first, highest and last value of every metric of the evaluations."""
     measured = {name: series for name, series in metrics.items() if name.startswith(("reward/", "metrics/"))}
     if not measured:
         return ""

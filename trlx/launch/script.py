@@ -1,4 +1,7 @@
-"""Scripts that define ``main(hparams)``. As a module: runs one in this process, with settings from a file of JSON."""
+"""Scripts that define ``main(hparams)``, as a sweep calls them.
+
+``python -m trlx.launch.script SCRIPT FILE`` calls the ``main`` of a script with the settings in a JSON file.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,18 @@ from types import ModuleType
 from typing import Any
 
 PID = "pid"
-"""File beside that of the settings: the number of the process, the first where there are several."""
+"""File next to the settings with the id of the process, or of the first one if there are several."""
 
 
 def check_script(script: str) -> None:
-    """Makes sure, without running it, that a script can be a trial.
+    """Makes sure that a script can be a trial. The script does not run.
 
     Args:
-        script: a file, or a dotted module that is found from the current folder.
+        script: a file, or a dotted module below the current folder.
 
     Raises:
         FileNotFoundError: there is no such file or module.
-        ValueError: it is no Python, or does not define ``main``.
+        ValueError: it is not valid Python, or does not define ``main``.
     """
     path = script_path(script)
     if path.suffix != ".py" or not path.is_file():
@@ -36,21 +39,22 @@ def check_script(script: str) -> None:
         names = symtable.symtable(path.read_text(encoding="utf-8"), str(path), "exec")
     except SyntaxError as error:
         raise ValueError(f"{script} is not valid Python: {error}") from None
-    if "main" not in names.get_identifiers() or not _is_bound(names.lookup("main")):
+    main = names.lookup("main") if "main" in names.get_identifiers() else None
+    if main is None or not (main.is_assigned() or main.is_imported()):
         raise ValueError(f"{script} defines no main(hparams): a sweep calls it with the settings of a trial")
 
 
 def script_path(script: str) -> Path:
-    """The file of a script that is named as a path or, like ``examples.ppo_sentiments``, as a module."""
+    """The file of a script, which is named by a path or by a module such as ``examples.ppo_sentiments``."""
     return Path(script) if _is_path(script) else Path(*script.split(".")).with_suffix(".py")
 
 
 def run_script(script: str, hparams: dict[str, Any]) -> None:
-    """Calls the ``main`` of a script; the script finds its neighbours and what lies in the current folder."""
+    """Calls the ``main`` of a script. The script can import modules from its own folder and from the current one."""
     path = script_path(script).resolve()
-    # last, since a neighbour may be called like an installed package
+    # the script's folder is last, since a file in it may have the name of an installed package
     sys.path[:] = [str(Path.cwd()), *sys.path, str(path.parent)]
-    sys.argv = [str(path)]  # runs are named after the script
+    sys.argv = [str(path)]  # run names contain the script's name
     module = importlib.import_module(script) if not _is_path(script) else _load(path)
     module.main(hparams)
 
@@ -67,14 +71,10 @@ def _is_path(script: str) -> bool:
     return script.endswith(".py") or "/" in script
 
 
-def _is_bound(name: symtable.Symbol) -> bool:
-    return name.is_assigned() or name.is_imported()
-
-
 def _run_as_told(script: str, hparams: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
         hparams.with_name(PID).write_text(str(os.getpid()), encoding="utf-8")
-    # whoever started this may have blocked Ctrl-C, by which a trial is ended
+    # a sweep ends a trial by SIGINT, which Ray blocks in its processes and their children
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     run_script(script, json.loads(hparams.read_text(encoding="utf-8")))

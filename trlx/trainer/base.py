@@ -101,7 +101,7 @@ class Trainer(OldNames, ABC):
 
     @staticmethod
     def model_needs(method: Any) -> ModelNeeds:
-        """What the method asks of the model, by its settings alone, as `trlx plan` asks; `needs` may add to it."""
+        """What the method asks of the model, by its settings alone, as ``trlx plan`` asks; `needs` may add to it."""
         return ModelNeeds()
 
     def needs(self) -> ModelNeeds:
