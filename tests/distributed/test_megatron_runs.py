@@ -190,7 +190,7 @@ def refused_at_construction(folder) -> None:
         trainers.get(f"NeMo{algorithm}Trainer")(config, DATA["PPO"]["reward_fn"], **config.train.trainer_kwargs)
 
     for algorithm, changes, words in (
-        ("PPO", {"method": {"gen_kwargs": {"topk": 1}}}, "Unknown key 'gen_kwargs.topk'. Did you mean 'top_k'"),
+        ("PPO", {"method": {"gen_kwargs": {"topk": 1}}}, "Unknown key 'method.gen_kwargs.topk'. Did you mean 'top_k'"),
         ("PPO", {"method": {"gen_kwargs": {"temperature": 0}}}, "asks for the likeliest token always"),
         (
             "PPO",
