@@ -1,28 +1,26 @@
-"""Sweeps: their files, their trials, what they find; with ray where it is installed."""
+"""Sweeps: their trials and what they find. Tests of Ray run if it is installed."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from random import Random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
-from trlx.config import TRLConfig
+from tests.unit.test_space import ROOT, write_space
 from trlx.launch import sweep as sweeping
 from trlx.launch.cli import main
 from trlx.launch.results import Result, ranked
 from trlx.launch.script import check_script
-from trlx.launch.space import Parameter, read_space
+from trlx.launch.space import read_space
 from trlx.launch.sweep import Sweep
 from trlx.launch.trial import Trial, TrialError, launch_command
 from trlx.optional import is_available
-from trlx.presets import default_ppo_config
 
-ROOT = Path(__file__).parents[2]
 needs_ray = pytest.mark.skipif(not is_available("ray"), reason="ray is not installed")
 
 # Measures lr * (step + 1) at every even step up to 6; asked to save, it remembers its step, as a run of trlx does. It
@@ -58,13 +56,6 @@ def script(tmp_path):
     path.with_name("go").unlink(missing_ok=True)  # nobody is left waiting
 
 
-def write_space(folder, entries=None, **tune):
-    entries = {"optimizer.kwargs.lr": {"strategy": "grid", "values": [1.0, 3.0, 2.0]}} if entries is None else entries
-    path = folder / "space.yaml"
-    path.write_text(yaml.safe_dump({"tune_config": {"metric": "reward/mean", **tune}, **entries}))
-    return path
-
-
 def trial_of(script, metric="reward/mean", lr=1.0, **options):
     settings = {"optimizer.kwargs.lr": lr}
     return Trial(launch_command(str(script)), ROOT, script.parent / "trial", settings, metric, **options)
@@ -79,114 +70,6 @@ def swept(script, *options, values=(1.0, 3.0, 2.0), **tune):
         patch.setattr(sweeping, "write_results", lambda *given: found.append(given[1]) or write(*given))
         status = main(["sweep", str(script), "--config", str(config), "-y", "--out", str(out), *options])
     return status, found[0], out
-
-
-@pytest.mark.parametrize("name", ["ppo_sweep", "ilql_sweep"])
-def test_the_sweeps_that_come_along_draw_settings_that_a_config_takes(name):
-    space = read_space(ROOT / "configs" / "sweeps" / f"{name}.yaml")
-    drawn = next(space.draws(Random(0)))
-    changes = {key: value for key, value in (space.fixed | drawn).items() if name == "ppo_sweep" or "method" not in key}
-    config = TRLConfig.update(default_ppo_config(), changes)
-    assert 1e-6 <= config.optimizer.kwargs["lr"] <= 1e-3
-    assert config.train.checkpoint_interval == 10000000
-    assert space.tune.num_samples == (32 if name == "ppo_sweep" else 64)
-
-
-def test_grids_are_tried_at_every_point_as_often_as_num_samples_says(tmp_path):
-    entries = {
-        "a": {"strategy": "grid", "values": [1, 2]},
-        "b": {"strategy": "grid_search", "values": ["x", "y", "z"]},
-        "c": {"strategy": "choice", "values": [7]},
-    }
-    space = read_space(write_space(tmp_path, entries, num_samples=2))
-    points = [(point["a"], point["b"]) for point in space.draws(Random(0))]
-    assert points == [(1, "x"), (1, "y"), (1, "z"), (2, "x"), (2, "y"), (2, "z")] * 2
-    assert space.num_trials == 12
-    assert space.fixed == {"c": 7}
-    assert list(space.varied) == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("strategy", "values", "allowed"),
-    [
-        ("randint", (1, 4), {1, 2, 3}),
-        ("qrandint", (2, 6, 2), {2, 4, 6}),
-        ("lograndint", (1, 4), {1, 2, 3}),
-        ("qlograndint", (10, 30, 10), {10, 20, 30}),
-        ("quniform", (0.0, 1.0, 0.5), {0.0, 0.5, 1.0}),
-        ("qloguniform", (1, 4, 1), {1, 2, 3, 4}),
-        ("qrandn", (0, 0.001, 5), {0}),
-        ("choice", ("a", None), {"a", None}),
-    ],
-)
-def test_a_strategy_draws_every_value_it_may_and_no_other(strategy, values, allowed):
-    rng = Random(0)
-    assert {Parameter(strategy, values).draw(rng) for _ in range(300)} == allowed
-
-
-def test_a_logarithmic_range_has_as_many_draws_in_every_decade():
-    rng = Random(0)
-    draws = [Parameter("loguniform", (1e-4, 1.0)).draw(rng) for _ in range(4000)]
-    assert min(draws) >= 1e-4
-    assert max(draws) <= 1.0
-    assert sum(draw < 1e-2 for draw in draws) / 4000 == pytest.approx(0.5, abs=0.03)
-
-
-def test_a_number_within_the_bounds_stands_for_a_value():
-    assert Parameter("loguniform", (1e-4, 1.0)).decode(-4.605170186) == pytest.approx(0.01)
-    assert Parameter("quniform", (0, 10, 5)).decode(7.4) == 5
-    assert Parameter("randint", (0, 3)).decode(3.0) == 2
-    assert Parameter("qrandint", (0, 3, 1)).decode(3.9) == 3
-
-
-WRONG = [
-    ({"strategy": "unifrom", "values": [0, 1]}, "unknown strategy 'unifrom'. Did you mean 'uniform'?"),
-    ({"strategy": "uniform", "values": [0, 1, 2]}, "uniform takes the values [low, high]; got [0, 1, 2]"),
-    ({"strategy": "qloguniform", "values": [1, 2]}, "takes the values [low, high, q], and the base of the logarithm"),
-    ({"strategy": "qrandn", "values": [0, 1]}, "qrandn takes the values [mean, standard deviation, q]"),
-    ({"strategy": "uniform", "values": [1, 0]}, "low must be below high"),
-    ({"strategy": "loguniform", "values": [0, 1]}, "low must be above 0"),
-    ({"strategy": "quniform", "values": [0, 1, 0]}, "q must be above 0"),
-    ({"strategy": "randint", "values": [0.5, 2]}, "must be integers"),
-    ({"strategy": "uniform", "values": ["a", 2]}, "must be numbers"),
-    ({"strategy": "choice", "values": []}, "a list that is not empty"),
-    ({"strategy": "choice"}, "must have strategy and values"),
-    (0.1, "must have strategy and values"),
-]
-
-
-@pytest.mark.parametrize(("entry", "message"), WRONG)
-def test_a_wrong_entry_is_an_error_that_says_what_to_write(tmp_path, entry, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_space(write_space(tmp_path, {"train.seed": entry}))
-
-
-@pytest.mark.parametrize(
-    ("tune", "message"),
-    [
-        ({"search_alg": "bayes"}, "unknown value 'bayes'. Did you mean 'bayesopt'?"),
-        ({"scheduler": "hyperbend"}, "unknown value 'hyperbend'. Did you mean 'hyperband'?"),
-        ({"mode": "maximum"}, "tune_config.mode: unknown value 'maximum'. Did you mean 'max'?"),
-        ({"num_sample": 3}, "Unknown key 'tune_config.num_sample'. Did you mean 'num_samples'?"),
-        ({"search_alg": "bohb"}, "be hyperbandforbohb with search_alg bohb"),
-        ({"search_alg": "bayesopt"}, "search_alg bayesopt cannot choose by grid"),
-    ],
-)
-def test_a_wrong_search_is_an_error_that_says_what_to_write(tmp_path, tune, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_space(write_space(tmp_path, **tune))
-
-
-def test_folders_and_checkpoints_cannot_be_swept(tmp_path):
-    entry = {"strategy": "choice", "values": ["a", "b"]}
-    with pytest.raises(ValueError, match="every trial gets a folder of its own"):
-        read_space(write_space(tmp_path, {"train.checkpoint_dir": entry}))
-
-
-def test_a_missing_file_is_an_error_that_knows_the_other_ending(tmp_path):
-    path = write_space(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"did you mean .*space\.yaml\?"):
-        read_space(path.with_suffix(".yml"))
 
 
 def test_a_script_must_define_main(tmp_path):
@@ -312,6 +195,24 @@ def test_the_lowest_is_best_where_the_mode_is_min():
 def test_a_trial_that_failed_is_not_ranked_by_what_it_measured_before():
     assert not Result("trial_000", {}, [(0, 9.0)], "out of memory").is_ranked
     assert Result("trial_000", {}, [(0, 9.0)]).is_ranked
+
+
+def test_what_ray_returns_of_a_trial_becomes_a_result(script):
+    sweep, values = Sweep(str(script), read_space(write_space(script.parent))), {"optimizer.kwargs.lr": np.float32(0.5)}
+    table = {"step": [0, 2, 0], "reward/mean": [1.0, 2.0, 1.0]}  # a dict stands for pandas' table
+
+    def result(config=None, table=None, error=None, name="trial_001"):
+        return sweeping._result(
+            sweep, SimpleNamespace(path=f"x/{name}", config=config, metrics_dataframe=table, error=error)
+        )
+
+    whole = {"train.seed": 1001, "optimizer.kwargs.lr": 0.5}
+    again = result(values, table, name="trial_001_ab12")  # started again by Ray
+    assert again == Result("trial_001", whole, [(0, 1.0), (2, 2.0)])
+    assert result() == Result("trial_001", {"train.seed": 1001}, [])
+    failed = RuntimeError("traces of Ray")
+    failed.cause = TrialError("out of memory")
+    assert result(values, error=failed).error == "out of memory"
 
 
 def test_nothing_starts_before_someone_has_agreed(script, monkeypatch):

@@ -273,7 +273,8 @@ def _result(sweep: Sweep, found: Any) -> Result:
     number, metric, table = number_of(Path(found.path).name), sweep.space.tune.metric, found.metrics_dataframe
     # a trial that was started again reports some evaluations twice
     series = {} if table is None or metric not in table else dict(zip(table["step"], table[metric], strict=True))
-    hparams = sweep.hparams(number, _chosen(sweep.space, found.config))
+    # Ray keeps no settings of a trial that was interrupted before its first evaluation
+    hparams = sweep.hparams(number, _chosen(sweep.space, found.config or {}))
     # the cause is a TrialError, and Ray's error the same with traces of Ray's own processes
     error = found.error and str(getattr(found.error, "cause", found.error))
     return Result(name_of(number), hparams, sorted(series.items()), error)
