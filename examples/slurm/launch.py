@@ -1,8 +1,8 @@
-"""torchrun that answers as the training processes do: 75 (saved on request, start me again) stays 75.
+"""torchrun with the exit code of the training processes: 75 (the run was asked to save and start again) stays 75.
 
 Usage: python examples/slurm/launch.py [torchrun's options] -m MODULE [ARGUMENTS ...]
 
-Left to itself torchrun answers 1 to whatever they answer.
+torchrun itself exits with 1, whatever code they exit with.
 """
 
 import sys
@@ -12,7 +12,7 @@ from torch.distributed.run import main
 
 
 def exit_code(error: ChildFailedError) -> int:
-    """That of the process that failed first, as a shell puts it: 128 + n for one that died of signal n."""
+    """The exit code of the process that failed first; 128 + n, as in a shell, if signal n ended it."""
     _, failure = error.get_first_failure()
     return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
 

@@ -1,5 +1,5 @@
-# Sourced. `requeued srun ...` runs a step of the job. It hands on the SIGUSR1 that `#SBATCH --signal=B:USR1@300` sends to
-# the batch script, and where the run saved itself because of it, puts the job back into the queue.
+# To be sourced. `requeued srun ...` runs a step of the job. `#SBATCH --signal=B:USR1@300` sends SIGUSR1 to the batch script;
+# this passes the signal to the step, and requeues the job if the run has saved a checkpoint because of it.
 
 asked=""
 trap 'asked=yes' USR1
@@ -9,13 +9,13 @@ requeued() {
     "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
-        # srun passes it on to all processes; those that do not train yet ignore it, and so it is sent until the step ends
+        # srun passes it to all processes; it is sent until the step ends, since processes that do not train yet ignore it
         if [ -n "$asked" ]; then kill -USR1 "$step" 2>/dev/null; fi
         sleep 5
     done
     wait "$step"
     code=$?
-    # saved at the end of a step because it was asked to; anything else would fail again
+    # 75: the run has saved a checkpoint because it was asked to; after any other failure it would fail again
     if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
     return "$code"
 }

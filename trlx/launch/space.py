@@ -93,10 +93,6 @@ class Parameter:
             value = round(value / self.values[2]) * self.values[2]
         return value if self.strategy.endswith("randn") else min(max(value, low), high)
 
-    @property
-    def is_constant(self) -> bool:
-        return self.strategy in ("choice", "grid") and len(self.values) == 1
-
 
 @dataclass(frozen=True)
 class Space:
@@ -117,8 +113,7 @@ class Space:
     @property
     def num_trials(self) -> int:
         """How many trials there will be."""
-        sizes = (len(p.values) for p in self.varied.values() if p.strategy == "grid")
-        return self.tune.num_samples * math.prod(sizes)
+        return sum(1 for _ in self.draws(Random(0)))
 
 
 def read_space(path: Path) -> Space:
@@ -137,8 +132,8 @@ def read_space(path: Path) -> Space:
     tune = build(TuneConfig, entries.pop("tune_config"), "tune_config")
     parameters = {name: _parameter(name, entry) for name, entry in entries.items()}
     # a single value is kept out of the search, so that it may be a text where the search knows only numbers
-    fixed = {name: p.values[0] for name, p in parameters.items() if p.is_constant}
-    varied = {name: p for name, p in parameters.items() if not p.is_constant}
+    fixed = {name: p.values[0] for name, p in parameters.items() if len(p.values) == 1}
+    varied = {name: p for name, p in parameters.items() if name not in fixed}
     _check_search(tune, varied)
     return Space(tune, varied, fixed)
 

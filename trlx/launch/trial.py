@@ -50,6 +50,7 @@ class Trial:
         own = {"checkpoint_dir": str(folder), "logging_dir": str(folder), "resume_from_checkpoint": "auto"}
         self.settings = {**settings, **{f"train.{name}": value for name, value in own.items()}}
         self._process: subprocess.Popen | None = None
+        self._read = 0  # bytes of metrics.jsonl
 
     def next_evaluation(self, poll_seconds: float = 0.5) -> dict[str, float] | None:
         """Waits for a line of metrics.jsonl with the metric; None once the run has ended.
@@ -95,6 +96,7 @@ class Trial:
         settings = self.folder / SETTINGS
         settings.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
         (self.folder / PID).unlink(missing_ok=True)
+        self._read = 0
         with open(self.folder / LOG, "ab") as log:
             return subprocess.Popen(
                 [*self.command, str(settings)],
@@ -106,13 +108,21 @@ class Trial:
             )
 
     def _evaluations(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl that have the metric, and those of evaluations, which should have it."""
+        """New lines of metrics.jsonl that have the metric, and those of evaluations, which should have it."""
         path = self.folder / METRICS
         marks = [f'"{self.metric}":', *(f'"{name}' for name in MEASURES if self.metric.startswith(MEASURES))]
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
-            # the run may be in the middle of its last line
-            if line.endswith("\n") and any(mark in line for mark in marks):
-                yield json.loads(line)
+        if not path.exists():
+            return
+        if path.stat().st_size < self._read:  # a resumed run cuts the file back to its checkpoint
+            self._read = 0
+        with open(path, "rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):  # the run is in the middle of this line
+                    return
+                self._read += len(line)
+                if any(mark.encode() in line for mark in marks):
+                    yield json.loads(line)
 
     def _checked(self, entry: dict[str, Any]) -> dict[str, float]:
         if self.metric not in entry:
