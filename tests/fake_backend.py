@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from trlx.backends.base import Backend
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.methods.masked import finish, pack
 from trlx.trainer.ppo import PPOTrainer
 
@@ -32,13 +32,13 @@ class FakeBackend(Backend):
     def generate(self, prompts, sampling):
         return [list(self.responses[tuple(prompt)]) for prompt in prompts]
 
-    def score(self, batch, reference=False):
+    def evaluate(self, batch, reference=False):
         logprobs = self._column(batch, self.ref_logprobs if reference else self.logprobs)
-        return TokenScores(logprobs, None if reference else self._column(batch, self.values))
+        return TokenOutputs(logprobs, None if reference else self._column(batch, self.values))
 
     def train_step(self, batch, loss_fn):
         self.trained.append(batch)
-        _, metrics = loss_fn(self.score(batch), batch)
+        _, metrics = loss_fn(self.evaluate(batch), batch)
         return {**finish(*pack(metrics)), "grad_norm": 1.0, "skipped_steps": 0.0}
 
     def _column(self, batch: TokenBatch, table: dict[int, float]) -> torch.Tensor:

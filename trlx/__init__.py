@@ -18,9 +18,9 @@ _HOMES = {
     "register_trainer": "trlx.registry",
     "register_method": "trlx.registry",
     "register_datapipeline": "trlx.registry",
-    "SequenceClassifierReward": "trlx.rollout.reward_models",
-    "RemoteReward": "trlx.rollout.remote_reward",
-    "WeightedRewards": "trlx.rollout.weighted",
+    "SequenceClassifierReward": "trlx.rewards.classifier",
+    "RemoteReward": "trlx.rewards.remote",
+    "WeightedRewards": "trlx.rewards.weighted",
 }
 
 __all__ = ["__version__", "logging", *_HOMES]

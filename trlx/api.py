@@ -15,11 +15,11 @@ from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list
 from trlx.presets import load_preset, over_preset
 from trlx.registry import pipelines, trainers
-from trlx.rollout.weighted import WeightedRewards
+from trlx.rewards.weighted import WeightedRewards
+from trlx.run.failures import for_users
+from trlx.run.folder import check_folders
 from trlx.strict import called_here, check_keywords, suggestion
 from trlx.trainer.base import OURS, Trainer
-from trlx.trainer.failures import for_users
-from trlx.trainer.run_folder import check_folders
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +61,7 @@ def train(
 
     Raises:
         ValueError, TypeError: an argument is unknown, or contradicts another one or the config.
-        trlx.rollout.scoring.RewardError: reward_fn or metric_fn failed.
+        trlx.rewards.scoring.RewardError: reward_fn or metric_fn failed.
     """
     _refuse(others)
     if dataset is not None:
@@ -171,7 +171,7 @@ def _pipeline(prompts: list[Any], trainer: Trainer) -> PromptPipeline:
             f"train.seq_length ({config.train.seq_length}) leaves no room for a prompt beside "
             f"the method's max_new_tokens ({new_tokens}): raise the one or lower the other"
         )
-    pipeline_class, special_tokens = pipelines.get(config.train.pipeline), trainer.backend.layout.special_tokens
+    pipeline_class, special_tokens = pipelines.get(config.train.pipeline), trainer.backend.row_format.special_tokens
     made = pipeline_class(as_list(prompts, "prompts"), room, trainer.tokenizer, add_special_tokens=special_tokens)
     if not isinstance(made[0], Prompt):
         kind = type(made[0]).__name__

@@ -112,7 +112,7 @@ class TokenBatch:
 
 
 @dataclass(slots=True)
-class TokenScores:
+class TokenOutputs:
     """What a model says about each response token of a batch. Never logits: every loss is a function of these.
 
     Entries outside ``response_mask`` are 0 and carry no gradient.

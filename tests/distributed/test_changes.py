@@ -9,8 +9,8 @@ from tests.processes import together
 from tests.runs import metrics, run
 from trlx import checkpoint
 from trlx.data.store import RolloutStore
+from trlx.run.folder import locked
 from trlx.trainer import base
-from trlx.trainer.run_folder import locked
 
 pytestmark = pytest.mark.distributed
 

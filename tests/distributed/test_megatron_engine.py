@@ -109,8 +109,8 @@ def half(parallel) -> None:
     backend = built("PPO", parallel, train={"mixed_precision": "bf16"})
     assert backend.precision is torch.bfloat16
     batch = shard(rows(), list(range(ROWS)), backend.data_rank, backend.data_size)
-    batch = batch.replace(old_logprobs=backend.score(batch).logprobs)
-    assert torch.equal(backend.score(batch).logprobs, backend.score(batch, reference=True).logprobs)
+    batch = batch.replace(old_logprobs=backend.evaluate(batch).logprobs)
+    assert torch.equal(backend.evaluate(batch).logprobs, backend.evaluate(batch, reference=True).logprobs)
     for _ in range(2):
         metrics = backend.train_step(batch, LOSSES["PPO"])
         assert metrics["skipped_steps"] == 0 and metrics["grad_norm"] > 0
@@ -167,7 +167,7 @@ def test_the_distributed_optimizer_takes_the_same_steps():
 def skips(parallel) -> None:
     backend = built("PPO", parallel)
     batch = shard(rows(), list(range(ROWS)), backend.data_rank, backend.data_size)
-    batch = batch.replace(old_logprobs=backend.score(batch).logprobs)
+    batch = batch.replace(old_logprobs=backend.evaluate(batch).logprobs)
     before = {weight.name: weight.value.detach().clone() for weight in backend.weights.weights}
     broken = batch.replace(advantages=batch.advantages * float("nan")) if backend.data_rank == 0 else batch
     metrics = backend.train_step(broken, LOSSES["PPO"])

@@ -11,12 +11,12 @@ from tests.builders import char_tokenizer
 from tests.processes import together
 from tests.runs import tiny_config
 from trlx.backends.base import ModelNeeds
-from trlx.backends.generation import generate as generate_alone
 from trlx.data.store import own_rows
 from trlx.models.heads import QHeads, ValueHead
 from trlx.models.policy import HEADS_FILE, build_policy, load_heads
-from trlx.rollout.sampling import SamplingConfig
-from trlx.rollout.stopping import Stopper
+from trlx.sampling.generate import generate as generate_alone
+from trlx.sampling.settings import SamplingConfig
+from trlx.sampling.stopping import Stopper
 
 pytestmark = pytest.mark.distributed
 

@@ -57,18 +57,18 @@ def from_archives(folder: Path) -> None:
     trained(folder / "found", "SFT", 1, pretrained_model=folder / "quarters.nemo", **TENSOR)
     assert metrics(folder / "found") == metrics(folder / "truth")
 
-    truth = built(folder / "hf", **TENSOR).score(rows()).logprobs
-    assert torch.equal(built(folder / "one.nemo", **TENSOR).score(rows()).logprobs, truth)
+    truth = built(folder / "hf", **TENSOR).evaluate(rows()).logprobs
+    assert torch.equal(built(folder / "one.nemo", **TENSOR).evaluate(rows()).logprobs, truth)
     # another layout adds in another order
     for name, layout in (("unpacked", TENSOR | {"sequence_parallel": True}), ("quarters.nemo", PIPELINE)):
-        assert float((built(folder / name, **layout).score(rows()).logprobs - truth).abs().max()) < 1e-5
+        assert float((built(folder / name, **layout).evaluate(rows()).logprobs - truth).abs().max()) < 1e-5
 
     sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
     changed = {"model": {**sizes, "hidden_dropout": 0.5, "layernorm_epsilon": 1e-2}}
     backend = built(folder / "one.nemo", megatron_cfg=changed, **TENSOR)
     assert (backend.model_source.decoder.hidden_dropout, backend.model_source.decoder.norm_epsilon) == (0.5, 1e-2)
     assert backend.model_source.config.layer_norm_epsilon == 1e-2
-    assert not torch.equal(backend.score(rows()).logprobs, truth)
+    assert not torch.equal(backend.evaluate(rows()).logprobs, truth)
     with pytest.raises(ConfigError, match=r"does not fit the weights in .*one\.nemo: hidden_size 64 \(it has 32\)"):
         built(folder / "one.nemo", megatron_cfg={"model": sizes | {"hidden_size": 64}})
 
@@ -86,9 +86,9 @@ def test_a_run_from_an_archive_is_the_run_from_the_folder_it_was_made_of(tmp_pat
 def to_archives(folder: Path) -> None:
     """On two processes: a model of which there is none in transformers is trained, saved and taken up again."""
     first = trained(folder / "first", "PPO", 2, megatron_cfg={"model": SHAPE}, **TENSOR)
-    scores = first.score(rows()).logprobs
+    scores = first.evaluate(rows()).logprobs
     for layout in (TENSOR, PIPELINE):
-        again = built(folder / "first" / "checkpoint_2" / "hf_model" / "model.nemo", **layout).score(rows())
+        again = built(folder / "first" / "checkpoint_2" / "hf_model" / "model.nemo", **layout).evaluate(rows())
         assert float((again.logprobs - scores).abs().max()) < 1e-5
 
 

@@ -117,7 +117,7 @@ def write_truth(folder: Path, family: str, algorithm: str, unfrozen: int = -1) -
             weight.add_(torch.linspace(-0.1, 0.1, weight.numel()).view_as(weight))  # values that are not all 0
     (folder / "model").mkdir()
     backend.export_hf(folder / "model")
-    batch = with_old_logprobs(rows(), backend.score(rows()))
+    batch = with_old_logprobs(rows(), backend.evaluate(rows()))
     save_file({name: column.contiguous() for name, column in batch.columns().items()}, folder / "batch.safetensors")
     save_file(_columns(backend.policy(batch.tokens, batch.attention_mask, batch.response_mask)), folder / "scores")
     loss, _ = LOSSES[algorithm](backend.policy(batch.tokens, batch.attention_mask, batch.response_mask), batch)
@@ -178,8 +178,8 @@ def compare_one(folder: Path, algorithm: str, layout: dict, unfrozen: int) -> No
             assert found[name] == pytest.approx(expected[name], abs=margin, rel=1e-5), name
     compare_trained(folder, backend)
     if NEEDS[algorithm].reference:
-        assert torch.equal(backend.score(mine, reference=True).logprobs, first)
-        assert torch.equal(backend.score(mine).logprobs, first) is (unfrozen == 0)
+        assert torch.equal(backend.evaluate(mine, reference=True).logprobs, first)
+        assert torch.equal(backend.evaluate(mine).logprobs, first) is (unfrozen == 0)
 
 
 def megatron(model, algorithm: str, layout: dict, unfrozen: int = -1):
@@ -199,7 +199,7 @@ def world() -> int:
 
 
 def compare_outputs(folder: Path, backend, mine: TokenBatch) -> torch.Tensor:
-    found, truth = backend.score(mine), load_file(folder / "scores")
+    found, truth = backend.evaluate(mine), load_file(folder / "scores")
     at = slice(backend.data_rank * len(mine), (backend.data_rank + 1) * len(mine))
     width = mine.tokens.shape[1]
     for name in ("logprobs", "values"):

@@ -82,7 +82,7 @@ def _export(trainer: Any, folder: Path) -> None:
     trainer.save_pretrained(folder)
     rows = [Rollout(prompt=[4, 5, 6], response=[7, 8, 9, 2]), Rollout(prompt=[10], response=[11, 4])]
     batch = collate(rows, pad_id=0)
-    scored = trainer.backend.score(batch).logprobs
+    scored = trainer.backend.evaluate(batch).logprobs
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder)(input_ids=batch.tokens).logits
     expected = logits[:, :-1].log_softmax(-1).gather(2, batch.tokens[:, 1:, None])[..., 0]

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from examples.slurm.launch import exit_code
 from trlx import checkpoint
-from trlx.trainer.failures import EXIT_REQUEUE
+from trlx.run.failures import EXIT_REQUEUE
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))

@@ -9,8 +9,8 @@ from tests.builders import char_tokenizer
 from tests.runs import PROMPTS, tiny_config
 from tests.unit.test_seq2seq import tokenizer_that_ends_texts
 from trlx.batch import Rollout
-from trlx.rollout.calling import RewardError
-from trlx.rollout.scoring import Scorer
+from trlx.rewards.calling import RewardError
+from trlx.rewards.scoring import Scorer
 
 EOS = 2
 

@@ -8,7 +8,7 @@ import trlx
 from tests.builders import char_tokenizer
 from tests.runs import DATA, PROMPTS, TEXTS, share_of_a, tiny_config
 from trlx.api import trainers
-from trlx.rollout.scoring import RewardError
+from trlx.rewards.scoring import RewardError
 from trlx.strict import ConfigError
 
 

@@ -7,8 +7,8 @@ import torch
 
 from tests.builders import char_tokenizer
 from trlx.batch import Rollout
-from trlx.rollout.calling import OFFERED, Arguments, RewardError, UserFunction, decode
-from trlx.rollout.scoring import Metric, Scorer
+from trlx.rewards.calling import OFFERED, Arguments, RewardError, UserFunction, decode
+from trlx.rewards.scoring import Metric, Scorer
 
 CHAT = [{"role": "user", "content": "ab"}]
 ROLLOUTS = [

@@ -10,8 +10,8 @@ from tests import runs
 from tests.runs import TEXTS, metrics, run, tiny_config, weights
 from trlx import checkpoint
 from trlx.data.store import RolloutStore
+from trlx.run.changes import ADAPTED, EXACT, REFUSED, changes, keeps_averages
 from trlx.trainer import base
-from trlx.trainer.changes import ADAPTED, EXACT, REFUSED, changes, keeps_averages
 
 AUTO = {"resume_from_checkpoint": "auto"}
 

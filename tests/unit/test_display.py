@@ -18,8 +18,8 @@ from tests.unit.test_start import T5
 from trlx.backends.accelerate import AccelerateBackend
 from trlx.data.store import pass_order
 from trlx.logging import get_logger
-from trlx.trainer import display
-from trlx.trainer.display import Display, print_samples
+from trlx.run import display
+from trlx.run.display import Display, print_samples
 
 
 class Terminal(io.StringIO):

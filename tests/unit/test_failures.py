@@ -19,9 +19,9 @@ from trlx import checkpoint
 from trlx.backends import distress
 from trlx.backends.accelerate import AccelerateBackend
 from trlx.checkpoint import TrainerState
-from trlx.rollout.scoring import RewardError
-from trlx.trainer import failures, together
-from trlx.trainer.guards import Interrupted, Interrupts, interruptible
+from trlx.rewards.scoring import RewardError
+from trlx.run import failures, together
+from trlx.run.guards import Interrupted, Interrupts, interruptible
 
 TOLD = "The last checkpoint is {}, of step {}; to go on from there: train.resume_from_checkpoint=auto"
 

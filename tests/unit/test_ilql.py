@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.methods.ilql import ilql_loss, normalize_returns, polyak_, shifted_logits
 from trlx.methods.masked import finish, pack
 
@@ -13,7 +13,7 @@ NAN = math.nan
 SETTINGS = {"tau": 0.7, "gamma": 0.5, "cql_scale": 0.1, "awac_scale": 2.0, "beta": 1.0}
 
 
-def two_rows() -> tuple[TokenScores, TokenBatch]:
+def two_rows() -> tuple[TokenOutputs, TokenBatch]:
     """A two-turn dialogue with a user token between its actions, and a row with one action; NaN where nobody may look.
 
     Row 0: V 1, 2; Q 2, 3 and 4, 1; target Q 3, 1 and 5, 0; score 4 at the end.
@@ -26,7 +26,7 @@ def two_rows() -> tuple[TokenScores, TokenBatch]:
     def column(a, b, c):
         return torch.tensor([[NAN, a, NAN, b], [NAN, c, NAN, NAN]])
 
-    scores = TokenScores(
+    scores = TokenOutputs(
         logprobs=column(-1.0, -2.0, -3.0),
         values=column(1.0, 2.0, 4.0),
         q=torch.stack([column(2.0, 3.0, 1.0), column(4.0, 1.0, 2.0)]),
@@ -78,7 +78,7 @@ def test_each_head_learns_from_its_own_loss_only():
 
 def test_one_head_is_enough():
     scores, batch = two_rows()
-    one = TokenScores(scores.logprobs, scores.values, scores.q[:1], scores.target_q[:1], scores.q_logprobs[:1])
+    one = TokenOutputs(scores.logprobs, scores.values, scores.q[:1], scores.target_q[:1], scores.q_logprobs[:1])
     numbers = finish(*pack(ilql_loss(one, batch, **SETTINGS)[1]))
     assert numbers["losses/loss_q"] == pytest.approx((1 + 1 + 4) / 3, abs=1e-5)
     assert "qvalues/0/mean" in numbers and "qvalues/1/mean" not in numbers

@@ -7,11 +7,11 @@ from safetensors.torch import load_file
 import trlx
 from tests.builders import VOCABULARY, tiny_gpt2
 from tests.runs import DIALOGUES, PROMPTS, REWARDS, length, metrics, run, share_of_a, tiny_config
-from trlx.backends.generation import generate
-from trlx.batch import TokenScores
+from trlx.batch import TokenOutputs
 from trlx.methods.ilql import ilql_loss
 from trlx.models.policy import build_policy
-from trlx.rollout.sampling import SamplingConfig
+from trlx.sampling.generate import generate
+from trlx.sampling.settings import SamplingConfig
 
 EOS = 2
 
@@ -149,7 +149,7 @@ def test_the_loss_has_the_configs_coefficients(tmp_path):
     trainer = train(tmp_path, {"method": settings, "train": {"total_steps": 0}})
     batch = trainer.store.rows([0, 1, 2])
     one, two = torch.randn(5, *batch.tokens.shape), torch.randn(2, 2, *batch.tokens.shape)
-    scores = TokenScores(one[0], one[1], one[2:4], two[0], two[1])
+    scores = TokenOutputs(one[0], one[1], one[2:4], two[0], two[1])
     assert trainer.loss(scores, batch)[0] == ilql_loss(scores, batch, **settings)[0]
 
 

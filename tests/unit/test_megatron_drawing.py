@@ -8,8 +8,8 @@ from torch import nn
 
 from tests.builders import char_tokenizer
 from trlx.backends.megatron.drawing import Drawing, check_settings
-from trlx.rollout.sampling import SamplingConfig
-from trlx.rollout.stopping import Stopper
+from trlx.sampling.settings import SamplingConfig
+from trlx.sampling.stopping import Stopper
 
 
 def drawing(prompts, uniforms=None, **settings):

@@ -15,13 +15,13 @@ from tests.unit.test_seq2seq import CONFIGS, run_seq2seq, tiny_policy
 from tests.unit.test_seq2seq import inputs as seq2seq_inputs
 from tests.unit.test_seq2seq import tiny_batch as seq2seq_batch
 from tests.unit.tiny_models import ragged_batch, tiny_model
-from trlx.backends.generation import generate
 from trlx.config import ModelConfig
 from trlx.models.adapters import AdapterOff, build_adapted_policy
 from trlx.models.architecture import Causal, EncoderDecoder
 from trlx.models.policy import build_policy, load_model
 from trlx.models.quantization import quantized
-from trlx.rollout.sampling import SamplingConfig
+from trlx.sampling.generate import generate
+from trlx.sampling.settings import SamplingConfig
 from trlx.strict import ConfigError
 
 peft = pytest.importorskip("peft")
@@ -248,7 +248,7 @@ def test_sft_learns_its_samples(tmp_path, name):
         changes = {"train": {"total_steps": steps, "eval_interval": 20}, "optimizer": {"kwargs": {"lr": 0.05}}}
         trainer = run_adapted("SFT", tmp_path / str(steps), "gpt2", ADAPTERS[name], **changes)
         batch = trainer.store.rows(slice(None))
-        means.append(float(trainer.backend.score(batch).logprobs[batch.response_mask].mean()))
+        means.append(float(trainer.backend.evaluate(batch).logprobs[batch.response_mask].mean()))
     assert means[1] > means[0] + 0.01
 
 
@@ -269,9 +269,9 @@ def test_an_exported_folder_holds_the_adapter_and_trains_on(tmp_path, family, na
     again = run_adapted("PPO", tmp_path / "again", family, None, model, train={"total_steps": 0})
     first, second = trainer.backend, again.backend
     batch = trainer.collect()
-    assert torch.equal(first.score(batch).logprobs, second.score(batch).logprobs)
-    assert torch.equal(first.score(batch).values, second.score(batch).values)
-    assert torch.equal(first.score(batch, reference=True).logprobs, second.score(batch, reference=True).logprobs)
+    assert torch.equal(first.evaluate(batch).logprobs, second.evaluate(batch).logprobs)
+    assert torch.equal(first.evaluate(batch).values, second.evaluate(batch).values)
+    assert torch.equal(first.evaluate(batch, reference=True).logprobs, second.evaluate(batch, reference=True).logprobs)
     assert not second.starts_at_reference
     # of virtual tokens only what they have become is saved, not what made them
     virtual = {"adapter.prompt_encoder.default.embedding.weight"}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.methods.masked import finish, pack
 from trlx.methods.ppo import (
     AdaptiveKL,
@@ -143,7 +143,7 @@ def loss_by_hand(dual_clip=None):
     )
     logprobs.requires_grad_()
     values = torch.tensor([[NAN, 0.5, -0.1, 1.5, 1.4, NAN]], requires_grad=True)
-    scores = TokenScores(logprobs=logprobs, values=values)
+    scores = TokenOutputs(logprobs=logprobs, values=values)
     loss, metrics = ppo_loss(scores, batch, 0.2, 0.2, vf_coef=0.5, dual_clip=dual_clip)
     loss.backward()
     return loss.item(), finish(*pack(metrics)), logprobs.grad, values.grad
@@ -186,19 +186,19 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens_only():
 
 def test_dual_clip_leaves_a_good_token_alone_where_its_loss_is_below_the_bound():
     batch, logprobs = ppo_batch([1.0], [2.0], [0.0], [0.0])
-    loss, _ = ppo_loss(TokenScores(logprobs=logprobs, values=batch.old_values), batch, 0.2, 0.2, 1.0, dual_clip=3.0)
+    loss, _ = ppo_loss(TokenOutputs(logprobs=logprobs, values=batch.old_values), batch, 0.2, 0.2, 1.0, dual_clip=3.0)
     assert loss.item() == pytest.approx(-2)
 
 
 def test_the_first_update_has_ratio_one_and_no_divergence():
     batch, _ = ppo_batch([1.0, 1.0], [1.0, -1.0], [0.5, 0.5], [1.0, 1.0])
-    numbers = finish(*pack(ppo_loss(TokenScores(batch.old_logprobs, batch.old_values), batch, 0.2, 0.2, 1.0)[1]))
+    numbers = finish(*pack(ppo_loss(TokenOutputs(batch.old_logprobs, batch.old_values), batch, 0.2, 0.2, 1.0)[1]))
     assert numbers["ratio"] == 1 and numbers["policy/ratio_deviation/max"] == 0 and numbers["policy/approx_kl"] == 0
 
 
 def test_a_batch_without_response_tokens_costs_nothing():
     batch, logprobs = ppo_batch([], [], [], [])
-    loss, metrics = ppo_loss(TokenScores(logprobs.requires_grad_(), logprobs), batch, 0.2, 0.2, 1.0)
+    loss, metrics = ppo_loss(TokenOutputs(logprobs.requires_grad_(), logprobs), batch, 0.2, 0.2, 1.0)
     loss.backward()
     assert loss.item() == 0 and logprobs.grad.tolist() == [[0, 0]]
     assert finish(*pack(metrics)) == {"padding_percentage": 0.5}

@@ -19,7 +19,7 @@ import torch
 from tests.builders import tiny_gpt2_config
 from tests.fake_backend import FakeBackend, FakePPOTrainer
 from tests.runs import tiny_config
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.data.prompts import PromptPipeline
 
 EOS = 2
@@ -200,7 +200,7 @@ def test_the_loss_has_every_setting_of_the_config_in_its_place(tmp_path):
     columns = {"old_logprobs": zeros, "old_values": zeros, "returns": 2 * mask, "scores": zeros}
     advantages = torch.tensor([[0.0, 1.0, -1.0]])
     batch = TokenBatch(torch.tensor([[10, 4, 5]]), mask | True, mask, advantages=advantages, **columns)
-    loss, _ = trainer.loss(TokenScores(1.0 * mask, 1.0 * mask), batch)
+    loss, _ = trainer.loss(TokenOutputs(1.0 * mask, 1.0 * mask), batch)
     # both ratios are e. Advantage 1: -1.1 with a clip of 0.1; advantage -1: e, bounded by 2.
     # Both values are 1, clipped 0.25: (0.25 - 2) ** 2 / 2 = 1.53125 each, and half of that
     assert float(loss) == near(-1.1 + 2 + 2 * 1.53125 / 2)

@@ -15,7 +15,7 @@ import trlx
 from tests.builders import char_tokenizer, tiny_gpt2_config
 from tests.runs import PROMPTS, tiny_config
 from trlx import RemoteReward, SequenceClassifierReward
-from trlx.rollout.scoring import RewardError
+from trlx.rewards.scoring import RewardError
 
 SAMPLES = ["abc", "a", "abcdefgh", "hello, world", "b"]
 

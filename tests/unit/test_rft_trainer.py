@@ -9,7 +9,7 @@ import trlx
 from tests.runs import PROMPTS, metrics, run, share_of_a, tiny_config, weights
 from trlx import checkpoint
 from trlx.methods.rft import thresholds
-from trlx.rollout.scoring import RewardError
+from trlx.rewards.scoring import RewardError
 
 
 def selections(folder):

@@ -11,9 +11,9 @@ from tests.runs import tiny_config
 from tests.unit.test_checkpoint import write
 from tests.unit.test_resume import names
 from trlx import checkpoint
+from trlx.run import folder as run_folder
+from trlx.run.folder import LOCK_FILE, locked, rotate, to_resume
 from trlx.strict import ConfigError
-from trlx.trainer import run_folder
-from trlx.trainer.run_folder import LOCK_FILE, locked, rotate, to_resume
 
 
 def in_a_child(fn, *args):

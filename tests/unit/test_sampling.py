@@ -1,8 +1,8 @@
 import pytest
 
 from trlx.data.prompts import Prompt
-from trlx.rollout.sampling import SamplingConfig, check_rollouts, cut_at_eos, sweep, sweep_variants
-from trlx.rollout.stopping import Stopper
+from trlx.sampling.settings import SamplingConfig, check_rollouts, cut_at_eos, sweep, sweep_variants
+from trlx.sampling.stopping import Stopper
 
 
 def test_settings_are_completed_with_the_tokenizers_tokens(tokenizer):

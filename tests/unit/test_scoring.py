@@ -6,8 +6,8 @@ import torch
 
 from tests.builders import char_tokenizer
 from trlx.batch import Rollout
-from trlx.rollout.calling import Arguments
-from trlx.rollout.scoring import Metric, RewardError, Scorer
+from trlx.rewards.calling import Arguments
+from trlx.rewards.scoring import Metric, RewardError, Scorer
 
 ROLLOUTS = [
     Rollout([1, 4, 5], [6, 2], metadata={"label": "x"}),

@@ -11,13 +11,13 @@ from transformers import AutoModelForSeq2SeqLM
 import trlx
 from tests.builders import VOCABULARY, char_tokenizer
 from tests.runs import DATA, PROMPTS, length, metrics, share_of_a, tiny_config, weights
-from trlx.backends.generation import generate
 from trlx.batch import Rollout
 from trlx.data.collate import collate_encoder_decoder
 from trlx.data.dialogue import dialogues
 from trlx.models.architecture import EncoderDecoder
 from trlx.models.policy import build_policy, load_model, save_hf
-from trlx.rollout.sampling import SamplingConfig
+from trlx.sampling.generate import generate
+from trlx.sampling.settings import SamplingConfig
 
 _SPECIAL = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 _T5 = dict(
@@ -209,10 +209,10 @@ def test_ppo_starts_at_the_reference_trains_and_saves(tmp_path, name, layers):
 def test_the_reference_is_the_first_policy_after_any_training(tmp_path, name):
     trainer = run_of(name, "PPO", tmp_path, train={"total_steps": 0})
     batch = trainer.collect()
-    first = trainer.backend.score(batch).logprobs
+    first = trainer.backend.evaluate(batch).logprobs
     trainer.backend.train_step(batch.rows([0, 1]), trainer.loss)
-    assert torch.equal(trainer.backend.score(batch, reference=True).logprobs, first)
-    assert not torch.equal(trainer.backend.score(batch).logprobs, first)
+    assert torch.equal(trainer.backend.evaluate(batch, reference=True).logprobs, first)
+    assert not torch.equal(trainer.backend.evaluate(batch).logprobs, first)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

@@ -5,10 +5,10 @@ import torch
 
 from tests.unit.test_seq2seq import CONFIGS
 from tests.unit.tiny_models import FAMILIES, tiny_model
-from trlx.backends.generation import generate
 from trlx.models.architecture import ARCHITECTURES
 from trlx.models.policy import build_policy, load_model
-from trlx.rollout.sampling import SamplingConfig
+from trlx.sampling.generate import generate
+from trlx.sampling.settings import SamplingConfig
 
 BETA, NEW = 3.0, 4
 PROMPT = [5, 6, 7]

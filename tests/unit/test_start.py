@@ -14,7 +14,7 @@ from trlx.api import _config
 from trlx.method_configs import MethodConfig
 from trlx.presets import load_preset
 from trlx.registry import register_method
-from trlx.rollout.stopping import Stopper
+from trlx.sampling.stopping import Stopper
 from trlx.strict import ConfigError
 
 
@@ -150,7 +150,7 @@ T5 = T5Config(
 def test_a_model_with_an_encoder_is_taken_for_one(tmp_path, caplog):
     caplog.set_level("INFO")
     trainer = run("SFT", tmp_path, model={"model_path": T5}, train={"total_steps": 1})
-    assert trainer.backend.layout.separator == "<sep>"
+    assert trainer.backend.row_format.separator == "<sep>"
     assert "The model (t5) has an encoder: model.model_arch_type is taken for seq2seq" in caplog.text
     trainer.backend.policy.model.save_pretrained(tmp_path / "t5")
     trainer = run(
@@ -160,7 +160,7 @@ def test_a_model_with_an_encoder_is_taken_for_one(tmp_path, caplog):
         tokenizer={"tokenizer_path": char_tokenizer()},
         train={"total_steps": 0},
     )
-    assert trainer.backend.layout.separator == "<sep>"
+    assert trainer.backend.row_format.separator == "<sep>"
 
 
 def test_a_decoder_is_not_trained_as_if_it_had_an_encoder(tmp_path):

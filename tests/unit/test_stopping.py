@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trlx.rollout.stopping import Stopper
+from trlx.sampling.stopping import Stopper
 
 EOS = 2
 

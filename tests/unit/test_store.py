@@ -1,10 +1,8 @@
 import torch
 
 from trlx.batch import Rollout
-from trlx.data.collate import collate
-from trlx.data.layout import TwoRows
-from trlx.data.order import permutation
-from trlx.data.store import RolloutStore, pass_order, shard
+from trlx.data.collate import EncoderDecoderRows, collate
+from trlx.data.store import RolloutStore, pass_order, permutation, shard
 
 ROLLOUTS = [Rollout([7], [10 + i] * (i + 1), score=float(i)) for i in range(5)]
 
@@ -28,7 +26,7 @@ def test_a_token_batch_is_a_store_and_gives_the_same_rows():
     # prompts of one token, responses of three and of one
     assert store.num_tokens([2, 0]) == batch.num_tokens([2, 0]) == 6
     # with an encoder prompts are another row; the start token of each of the decoder's does not count
-    assert TwoRows(0, "<sep>").collate(ROLLOUTS, pad_id=0).num_tokens([2, 0]) == 6
+    assert EncoderDecoderRows(0, "<sep>").collate(ROLLOUTS, pad_id=0).num_tokens([2, 0]) == 6
 
 
 def test_the_digest_tells_other_tokens_and_scores_apart():

@@ -11,9 +11,9 @@ from tests.builders import char_tokenizer, tiny_gpt2, tiny_gpt2_config
 from tests.runs import PROMPTS, TEXTS, length, metrics, run, share_of_a, tiny_config, weights
 from trlx import checkpoint
 from trlx.backends.accelerate import AccelerateBackend
-from trlx.rollout.scoring import RewardError
+from trlx.rewards.scoring import RewardError
+from trlx.run.guards import SkippedSteps
 from trlx.trainer.evaluate import EvaluationResult
-from trlx.trainer.guards import SkippedSteps
 
 
 def same(first, second):

@@ -10,9 +10,9 @@ import pytest
 
 import trlx
 from trlx.batch import Rollout
-from trlx.rollout.calling import RewardError
-from trlx.rollout.results import means
-from trlx.rollout.scoring import Scorer
+from trlx.rewards.calling import RewardError
+from trlx.rewards.results import means
+from trlx.rewards.scoring import Scorer
 
 ROLLOUTS = [Rollout([4], [6, 2]), Rollout([4], [6, 7, 6])]
 

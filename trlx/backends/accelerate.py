@@ -28,21 +28,20 @@ from transformers import PreTrainedTokenizerBase
 from trlx import logging
 from trlx.backends.base import HALVES, PATIENCE, UPDATES_FILE, Backend, LossFn, ModelNeeds
 from trlx.backends.deepspeed import unseen_by_accelerate, wants_deepspeed, zero_for
-from trlx.backends.generation import generate, generation_config
 from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
 from trlx.backends.sharding import Replicated, Sharded
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.checkpoint import read_optimizer, write_optimizer
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.methods.masked import finish, merge_packed, pack
 from trlx.models.adapters import AdaptedPolicy, AdapterOff, adapted_model, build_adapted_policy
 from trlx.models.architecture import architecture_for
 from trlx.models.decoder import output_head
+from trlx.models.limits import check_positions, check_vocabulary
 from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
-from trlx.models.positions import check_positions
 from trlx.models.reference import Exchange, Reference, digest
-from trlx.models.vocabulary import check_vocabulary
-from trlx.rollout.sampling import SamplingConfig
+from trlx.sampling.generate import generate, generation_config
+from trlx.sampling.settings import SamplingConfig
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +90,7 @@ class AccelerateBackend(Backend):
         if train.gradient_checkpointing:
             self.policy.architecture.recompute()
         self.initial_digest = digest(self.policy)
-        self.layout = self.policy.architecture.layout(tokenizer)
+        self.row_format = self.policy.architecture.row_format(tokenizer)
         prepared = self.sharding.prepare(self.policy, partial(make_optimizer, optimizer))
         with self.sharding.parts():
             self.reference = _make_reference(self.policy, self.sharding.exchange) if needs.reference else None
@@ -113,7 +112,7 @@ class AccelerateBackend(Backend):
             return generate(self.policy, prompts, sampling, self.device)
 
     @torch.no_grad()
-    def score(self, batch: TokenBatch, reference: bool = False) -> TokenScores:
+    def evaluate(self, batch: TokenBatch, reference: bool = False) -> TokenOutputs:
         if reference and self.reference is None:
             raise ValueError("This method was built without a reference policy")
         self.policy.eval()
@@ -128,7 +127,7 @@ class AccelerateBackend(Backend):
                 logprobs[rows, :width] = scores.logprobs.cpu()
                 if values is not None:
                     values[rows, :width] = scores.values.cpu()
-        return TokenScores(logprobs, values)
+        return TokenOutputs(logprobs, values)
 
     def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
         self.sharding.wrapped.train(self.uses_train_mode)

@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.config import ModelConfig, TrainConfig
-from trlx.data.layout import Layout, OneRow
+from trlx.data.collate import DecoderRows, RowFormat
 from trlx.methods.masked import Metrics
 from trlx.models.source import check_model, exported
-from trlx.rollout.sampling import SamplingConfig
+from trlx.sampling.settings import SamplingConfig
 
 PATIENCE = timedelta(hours=6)
 """How long processes wait while the main one scores rollouts; torch's own ten minutes end runs with slow rewards."""
@@ -34,7 +34,7 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UPDATES_FILE = "updates.json"
 """In a checkpoint: optimizer steps done, on which the learning rate depends, and the loss scale of fp16."""
 
-LossFn = Callable[[TokenScores, TokenBatch], tuple[Tensor, Metrics]]
+LossFn = Callable[[TokenOutputs, TokenBatch], tuple[Tensor, Metrics]]
 """Takes one microbatch; returns the loss **summed** over its response tokens, and its metrics."""
 
 
@@ -49,7 +49,7 @@ class ModelNeeds:
     q_heads: int = 0
     """Number of Q heads with frozen targets (ILQL): 0, 1 or 2."""
     reference: bool = False
-    """Keep the first values of the trainable weights, so that ``score(batch, reference=True)`` works."""
+    """Keep the first values of the trainable weights, so that ``evaluate(batch, reference=True)`` works."""
     dropout: bool = True
     """False switches every dropout off, so that scoring and training see one and the same policy."""
     temperature: float = 1.0
@@ -79,7 +79,7 @@ class Backend(ABC):
     """How many tokens the model knows."""
     positions: int = sys.maxsize
     """How long a row can be, at most."""
-    layout: Layout = OneRow()
+    layout: RowFormat = DecoderRows()
     """How rollouts become rows of this model."""
     schedule: str = ""
     """The learning rate's schedule, where it is not the config's section alone that says it."""
@@ -134,7 +134,7 @@ class Backend(ABC):
         no padding, stop sequences not yet cut off. Called on every process equally often; `prompts` may be empty."""
 
     @abstractmethod
-    def score(self, batch: TokenBatch, reference: bool = False) -> TokenScores:
+    def evaluate(self, batch: TokenBatch, reference: bool = False) -> TokenOutputs:
         """Scores this process's rows without gradient, in microbatches; [B, T] float32 on the CPU, T as in `batch`.
         With `reference` the frozen first policy speaks (log-probabilities only). Called on every process."""
 

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from trlx.backends.sharding import MakeOptimizer, Replicated, trainable, whole_on_main, with_own_settings
-from trlx.batch import TokenScores
+from trlx.batch import TokenOutputs
 from trlx.models.policy import Policy
 from trlx.optional import require
 
@@ -287,8 +287,8 @@ class _Scores:
         self.engine = engine
         self.train = engine.train
 
-    def __call__(self, *columns: Tensor | None) -> TokenScores:
-        return TokenScores(*self.engine(*columns))
+    def __call__(self, *columns: Tensor | None) -> TokenOutputs:
+        return TokenOutputs(*self.engine(*columns))
 
 
 def _check_dtypes(policy: Policy) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from trlx.compat.hooks import HOOKS
-from trlx.rollout.sampling import sweep_variants
+from trlx.sampling.settings import sweep_variants
 from trlx.trainer.sequences import sample_sequences
 
 _GONE = {
     "accelerator": "trainer.backend has device and data_rank; Accelerate's object is trainer.backend.accelerator",
     "opt": "Accelerate's optimizer is trainer.backend.sharding.optimizer",
     "scheduler": "trainer.backend.scheduler",
-    "ref_model": "trainer.backend.score(batch, reference=True) runs the reference policy",
+    "ref_model": "trainer.backend.evaluate(batch, reference=True) runs the reference policy",
     "kl_ctl": "trainer.kl, whose coefficient is trainer.kl.coef",
     "mean_kl approx_kl": "it is logged as policy/kl",
     "running_moments": "trainer.moments",

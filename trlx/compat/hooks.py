@@ -11,7 +11,7 @@ from typing import Any
 
 _INSTEAD = {
     "trainer": {
-        "loss": "define loss(scores, batch), which gets a trlx.batch.TokenScores and a trlx.batch.TokenBatch",
+        "loss": "define loss(scores, batch), which gets a trlx.batch.TokenOutputs and a trlx.batch.TokenBatch",
         "make_experience push_to_store": "override collect(), which returns what the coming epoch trains on",
         "make_experience_seq2seq": "make_experience(samples, rewards, seq_length) takes every kind of model",
         "prepare_learning": "override collect() for the data of an epoch, and inner_epochs for the passes over it",

@@ -87,7 +87,7 @@ OLD_PATHS: dict[str, dict[str, str]] = {
 """Old module -> name -> where it is now, as "module:attribute"."""
 
 _BATCHES = "a sample is a trlx.batch.Rollout, and a padded batch of them a trlx.batch.TokenBatch"
-_OUTPUTS = "a model's outputs for the tokens of a batch are a trlx.batch.TokenScores"
+_OUTPUTS = "a model's outputs for the tokens of a batch are a trlx.batch.TokenOutputs"
 _CAUSAL = (
     "models are plain transformers models: load the folder of trainer.save_pretrained() with AutoModelForCausalLM; "
     "trlx.models.policy.Policy is the model in training with its heads"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trlx import logging
 from trlx.data.chat import chat_prompt, is_chat
-from trlx.data.order import permutation
+from trlx.data.store import permutation
 from trlx.data.tokenizer import beginning, begins_with, prompt_tokens, shorten
 from trlx.registry import register_datapipeline
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 
 from trlx.batch import Rollout, TokenBatch
-from trlx.data.layout import Layout, OneRow
-from trlx.data.order import permutation
+from trlx.data.collate import DecoderRows, RowFormat
 
 
 class Store(Protocol):
@@ -29,17 +29,17 @@ class Store(Protocol):
 class RolloutStore:
     """Rollouts that stay lists until a batch of them is asked for, so that no batch is wider than its longest row."""
 
-    def __init__(self, rollouts: Sequence[Rollout], pad_id: int, layout: Layout | None = None):
+    def __init__(self, rollouts: Sequence[Rollout], pad_id: int, row_format: RowFormat | None = None):
         self.rollouts = list(rollouts)
         self.pad_id = pad_id
-        self.layout = layout or OneRow()
+        self.row_format = row_format or DecoderRows()
 
     def __len__(self) -> int:
         return len(self.rollouts)
 
     def rows(self, index) -> TokenBatch:
         """The rows at `index` (slice, list of int, int64 or bool tensor), collated."""
-        return self.layout.collate([self.rollouts[i] for i in torch.arange(len(self))[index].tolist()], self.pad_id)
+        return self.row_format.collate([self.rollouts[i] for i in torch.arange(len(self))[index].tolist()], self.pad_id)
 
     def num_tokens(self, index: list[int]) -> int:
         """How many tokens the prompts and responses of some rows have."""
@@ -57,6 +57,19 @@ def pass_order(num_rows: int, seed: int, number: int) -> tuple[int, ...]:
     """The row numbers of the `number`-th pass over a store: a function of its arguments, so a resume needs none of it
     saved. Global batches are consecutive pieces of it; the last one may be short."""
     return permutation(num_rows, seed, "rows", number)
+
+
+@lru_cache(maxsize=2)  # one of prompts and one of rows, each read from end to end
+def permutation(size: int, seed: int, stream: str, number: int) -> tuple[int, ...]:
+    """The `number`-th shuffled order of ``range(size)`` under `seed`; touches no global random state.
+
+    Args:
+        stream: what is ordered, e.g. ``"prompts"``: another thing of the same size gets another order.
+    """
+    # the generator sees 32 bits only, and neighbouring seeds and numbers must be apart within them
+    digest = hashlib.sha256(f"{seed} {stream} {number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    return tuple(torch.randperm(size, generator=generator).tolist())
 
 
 def own_rows(count: int, rank: int, size: int) -> slice:

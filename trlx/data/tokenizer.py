@@ -95,7 +95,7 @@ def prompt_tokens(
     (an eos) is left out.
 
     Args:
-        special_tokens: both are wanted, as by an encoder, which reads whole texts (see ``Layout.special_tokens``).
+        special_tokens: both are wanted, as by an encoder, which reads whole texts (see ``RowFormat.special_tokens``).
     """
     ids = tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"] if texts else []
     start = [] if special_tokens else front(tokenizer)

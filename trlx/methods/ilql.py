@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.methods.masked import Metrics, means_of, spread_of
 
 
 def ilql_loss(
-    scores: TokenScores,
+    scores: TokenOutputs,
     batch: TokenBatch,
     *,
     tau: float,

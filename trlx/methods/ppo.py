@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.methods.masked import Metrics, mean_of, means_of, spread_of
 
 
@@ -117,7 +117,7 @@ class AdaptiveKL(FixedKL):
 
 
 def ppo_loss(
-    scores: TokenScores,
+    scores: TokenOutputs,
     batch: TokenBatch,
     cliprange: float,
     cliprange_value: float,

@@ -17,8 +17,7 @@ from transformers import (
 )
 
 from trlx import logging
-from trlx.data.collate import left_pad, right_pad
-from trlx.data.layout import Layout, OneRow, TwoRows
+from trlx.data.collate import DecoderRows, EncoderDecoderRows, RowFormat, left_pad, right_pad
 from trlx.models.decoder import trunk
 
 logger = logging.get_logger(__name__)
@@ -42,7 +41,7 @@ class Architecture(Protocol):
     def sampler_inputs(self, prompts: list[list[int]], pad_id: int) -> tuple[dict[str, Any], int]:
         """(arguments of ``generate``, number of columns that stand before the response in what it returns)."""
 
-    def layout(self, tokenizer: PreTrainedTokenizerBase) -> Layout:
+    def row_format(self, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
         """How rollouts become rows of this model."""
 
     def recompute(self) -> None:
@@ -82,8 +81,8 @@ class Causal:
         tokens, mask = left_pad(prompts, pad_id)
         return {"input_ids": tokens, "attention_mask": mask}, tokens.shape[1]
 
-    def layout(self, tokenizer: PreTrainedTokenizerBase) -> Layout:
-        return OneRow()
+    def row_format(self, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
+        return DecoderRows()
 
     def recompute(self) -> None:
         recompute_activations(self.model)
@@ -139,8 +138,8 @@ class EncoderDecoder:
         starts = torch.full((len(prompts), 1), self.start_id)
         return {**self.encoder_inputs(*right_pad(prompts, pad_id)), "decoder_input_ids": starts}, 1
 
-    def layout(self, tokenizer: PreTrainedTokenizerBase) -> Layout:
-        return TwoRows(self.start_id, tokenizer.sep_token or "<sep>")
+    def row_format(self, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
+        return EncoderDecoderRows(self.start_id, tokenizer.sep_token or "<sep>")
 
     def recompute(self) -> None:
         recompute_activations(self.model)

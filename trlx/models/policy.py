@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trlx import logging
-from trlx.batch import TokenScores
+from trlx.batch import TokenOutputs
 from trlx.data.hub import first_line, no_bars
 from trlx.models.architecture import Causal, EncoderDecoder
 from trlx.models.decoder import disable_dropout, freeze, hidden_size, output_head
@@ -60,7 +60,7 @@ class Policy(nn.Module):
         encoder_tokens: Tensor | None = None,
         encoder_mask: Tensor | None = None,
         values: bool = True,
-    ) -> TokenScores:
+    ) -> TokenOutputs:
         """Scores the tokens where `response_mask` is True; every other entry is 0. All [B, T], rows right-padded.
 
         The token at t is scored from the hidden state at t - 1, so ``response_mask[:, 0]`` must be False. With
@@ -75,7 +75,7 @@ class Policy(nn.Module):
         chosen = tokens.flatten().index_select(0, at)
         before = _rows(hidden, at - 1)
         logprobs = chosen_logprobs(before, chosen, self.logits, self.temperature)
-        scores = TokenScores(spread(logprobs, at, tokens.shape))
+        scores = TokenOutputs(spread(logprobs, at, tokens.shape))
         if value_head is not None:
             scores.values = spread(value_head(_rows(value_head.states(hidden), at - 1)), at, tokens.shape)
         if q_heads is not None:

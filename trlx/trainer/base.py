@@ -16,7 +16,7 @@ from torch import Tensor
 from trlx import checkpoint, logging
 from trlx.backends.base import Backend, ModelNeeds
 from trlx.backends.distress import watching
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.checkpoint import RandomState, TrainerState, own_randomness, seed_everything
 from trlx.compat.attributes import OldNames
 from trlx.compat.hooks import check_hooks
@@ -25,15 +25,15 @@ from trlx.data.prompts import PromptPipeline
 from trlx.data.store import Store, pass_order, shard
 from trlx.methods.masked import Metrics
 from trlx.models.source import tokenizer_for
-from trlx.rollout.sampling import GEN_KWARGS, SamplingConfig, one_setting, sweep_variants
-from trlx.rollout.scoring import Scorer
-from trlx.rollout.stopping import Stopper
+from trlx.rewards.scoring import Scorer
+from trlx.run import folder as run_folder
+from trlx.run.display import Display
+from trlx.run.failures import rescuing
+from trlx.run.guards import Interrupts, SkippedSteps, leave_if_asked
+from trlx.sampling.settings import GEN_KWARGS, SamplingConfig, one_setting, sweep_variants
+from trlx.sampling.stopping import Stopper
 from trlx.tracking import Tracker, default_run_name
-from trlx.trainer import run_folder
-from trlx.trainer.display import Display
 from trlx.trainer.evaluate import Evaluator
-from trlx.trainer.failures import rescuing
-from trlx.trainer.guards import Interrupts, SkippedSteps, leave_if_asked
 from trlx.trainer.saving import check_weights, make_folder, read_run, write_run
 from trlx.trainer.sequences import sample
 from trlx.trainer.together import on_main
@@ -84,7 +84,7 @@ class Trainer(OldNames, ABC):
         self.store: Store | None = None
         self.scorer: Scorer | None = None
         if reward_fn is not None:
-            separator = self.backend.layout.separator
+            separator = self.backend.row_format.separator
             self.scorer = Scorer(reward_fn, self.tokenizer, config.train.reward_timeout, separator)
         self.evaluator: Evaluator | None = None
         self.tracker: Tracker | None = None
@@ -112,7 +112,7 @@ class Trainer(OldNames, ABC):
         """What the coming epoch trains on, the same on every process. Changes no state if it raises."""
 
     @abstractmethod
-    def loss(self, scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, scores: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The loss summed over the response tokens of one microbatch, and its metrics."""
 
     @property

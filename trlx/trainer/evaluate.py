@@ -13,12 +13,12 @@ from trlx.backends.base import Backend
 from trlx.batch import Rollout
 from trlx.data.prompts import Prompt
 from trlx.data.store import own_rows
-from trlx.rollout.calling import Arguments
-from trlx.rollout.results import means, total
-from trlx.rollout.sampling import SamplingConfig
-from trlx.rollout.scoring import Metric, Scorer
-from trlx.trainer.display import Display
-from trlx.trainer.guards import interruptible, leave_if_asked
+from trlx.rewards.calling import Arguments
+from trlx.rewards.results import means, total
+from trlx.rewards.scoring import Metric, Scorer
+from trlx.run.display import Display
+from trlx.run.guards import interruptible, leave_if_asked
+from trlx.sampling.settings import SamplingConfig
 from trlx.trainer.together import on_main
 
 
@@ -100,7 +100,7 @@ class Evaluator:
     @interruptible()
     def _judge(self, rollouts: list[Rollout], step: int) -> tuple[list[str], list[list[Any]], dict[str, float]]:
         """Table columns, table rows and means of one setting."""
-        asked = Arguments.of(rollouts, self.tokenizer, step, self.backend.layout.separator)
+        asked = Arguments.of(rollouts, self.tokenizer, step, self.backend.row_format.separator)
         table: dict[str, list[Any]] = {"prompt": asked.offered["prompts"], "output": asked.offered["outputs"]}
         averages: dict[str, float] = {}
         if self.scorer is not None:

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from trlx.backends.base import ModelNeeds
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.method_configs import ILQLConfig
 from trlx.methods.ilql import ilql_loss, normalize_returns
 from trlx.methods.masked import Metrics
-from trlx.rollout.sampling import SamplingConfig
+from trlx.sampling.settings import SamplingConfig
 from trlx.trainer.offline import OfflineTrainer
 
 SAMPLING_DEFAULTS = {"beta": 1, "top_k": 20}
@@ -65,7 +65,7 @@ class ILQLTrainer(OfflineTrainer):
             rollout.score = score
         self.learn_from(rollouts)
 
-    def loss(self, scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, scores: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         method = self.method
         return ilql_loss(
             scores,

@@ -17,12 +17,12 @@ class OfflineTrainer(Trainer):
 
     def tokenize(self, samples: list[Any], seq_length: int, scores: list[float] | None = None) -> list[Rollout]:
         """The samples as rollouts of at most `seq_length` tokens, each with its score; see `dialogues`."""
-        special_tokens = self.backend.layout.special_tokens
+        special_tokens = self.backend.row_format.special_tokens
         return dialogues(samples, self.tokenizer, seq_length, scores, special_tokens)
 
     def learn_from(self, rollouts: list[Rollout]) -> None:
         """Sets what every epoch trains on."""
-        self.samples = self.store = RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.layout)
+        self.samples = self.store = RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.row_format)
 
     @property
     def rows_per_epoch(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trlx import logging
 from trlx.backends.base import ModelNeeds
-from trlx.batch import Rollout, TokenBatch, TokenScores
+from trlx.batch import Rollout, TokenBatch, TokenOutputs
 from trlx.data.prompts import Prompt, PromptPipeline, PromptStream
 from trlx.data.store import own_rows
 from trlx.method_configs import PPOConfig
@@ -29,7 +29,7 @@ from trlx.methods.ppo import (
     scale_scores,
     token_rewards,
 )
-from trlx.rollout.sampling import GEN_KWARGS, check_rollouts
+from trlx.sampling.settings import GEN_KWARGS, check_rollouts
 from trlx.trainer.base import Trainer
 from trlx.trainer.first_step import check_first_kl, check_first_ratio
 from trlx.trainer.rollouts import RolloutLog, RolloutSource
@@ -100,14 +100,14 @@ class PPOTrainer(Trainer):
     def data_digest(self) -> str:
         return self.prompt_digest
 
-    def loss(self, scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, scores: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         method = self.method
         return ppo_loss(scores, batch, method.cliprange, method.cliprange_value, method.vf_coef, method.dual_clip)
 
     def collect(self) -> TokenBatch:
         began = time.perf_counter()
         rollouts, source_stats = self.source.collect(self._chunks(), self.state.step)
-        batch = self._with_model_columns(self.backend.layout.collate(rollouts, self.source.sampling.pad_token_id))
+        batch = self._with_model_columns(self.backend.row_format.collate(rollouts, self.source.sampling.pad_token_id))
         batch, score_stats = self._with_scaled_scores(batch)
         batch, kl_stats = self._with_advantages(batch)
         self.pending = {
@@ -157,7 +157,7 @@ class PPOTrainer(Trainer):
         """Log-probabilities and values under policy and reference; every process scores its share of rows."""
         rows = own_rows(len(batch), self.backend.data_rank, self.backend.data_size)
         mine = TokenBatch(**{name: column[rows] for name, column in batch.columns().items()})
-        policy, reference = self.backend.score(mine), self.backend.score(mine, reference=True)
+        policy, reference = self.backend.evaluate(mine), self.backend.evaluate(mine, reference=True)
         columns = [policy.logprobs, policy.values, reference.logprobs]
         if self.backend.data_size > 1:
             pieces = self.backend.gather_objects([columns])

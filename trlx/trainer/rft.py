@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from trlx import checkpoint
-from trlx.batch import Rollout, TokenBatch, TokenScores
+from trlx.batch import Rollout, TokenBatch, TokenOutputs
 from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.store import RolloutStore
 from trlx.method_configs import RFTConfig
 from trlx.methods.masked import Metrics, finish, pack, spread_of
 from trlx.methods.rft import percentile_at, select, thresholds
 from trlx.methods.sft import sft_loss
-from trlx.rollout.results import total
-from trlx.rollout.sampling import check_rollouts
+from trlx.rewards.results import total
+from trlx.sampling.settings import check_rollouts
 from trlx.trainer.base import Trainer
 from trlx.trainer.rollouts import RolloutLog, RolloutSource
 
@@ -90,7 +90,7 @@ class RFTTrainer(Trainer):
         }
         return chosen
 
-    def loss(self, scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, scores: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         return sft_loss(scores, batch)
 
     def write_rollouts(self, folder: Path) -> None:
@@ -124,7 +124,7 @@ class RFTTrainer(Trainer):
         outputs, scores = [tuple(r.response) for r in self.history], [r.score for r in self.history]
         chosen = select(self._prompts(), outputs, scores, self._percentile)
         rollouts = [self.history[i] for i in chosen]
-        return RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.layout)
+        return RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.row_format)
 
     def _prompts(self) -> list[tuple[int, ...]]:
         return [tuple(rollout.prompt) for rollout in self.history]

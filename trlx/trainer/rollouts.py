@@ -16,12 +16,12 @@ from trlx.batch import Rollout
 from trlx.config import TrainConfig, TRLConfig
 from trlx.data.prompts import Prompt
 from trlx.data.store import own_rows
-from trlx.rollout.results import Scored, means
-from trlx.rollout.sampling import SamplingConfig
-from trlx.rollout.scoring import Scorer
+from trlx.rewards.results import Scored, means
+from trlx.rewards.scoring import Scorer
+from trlx.run.display import Display
+from trlx.run.guards import interruptible, leave_if_asked
+from trlx.sampling.settings import SamplingConfig
 from trlx.tracking import Tracker
-from trlx.trainer.display import Display
-from trlx.trainer.guards import interruptible, leave_if_asked
 from trlx.trainer.together import on_each_rank, on_main
 
 SAMPLES_ON_DISK = 8

@@ -10,8 +10,8 @@ from trlx.backends.base import Backend
 from trlx.backends.distress import shared
 from trlx.batch import TokenBatch
 from trlx.checkpoint import RandomState
-from trlx.rollout.sampling import DIVERGED
-from trlx.trainer.changes import changes, keeps_averages
+from trlx.run.changes import changes, keeps_averages
+from trlx.sampling.settings import DIVERGED
 from trlx.trainer.together import on_main
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def check_weights(backend: Backend, batch: TokenBatch) -> None:
     Raises:
         FloatingPointError: log-probabilities of `batch` are not finite.
     """
-    if backend.any_process(not backend.score(batch).logprobs.isfinite().all()):
+    if backend.any_process(not backend.evaluate(batch).logprobs.isfinite().all()):
         raise shared(FloatingPointError(DIVERGED))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from trlx.backends.base import Backend
 from trlx.data.chat import is_chat
 from trlx.data.prompts import PromptPipeline
-from trlx.rollout.sampling import SamplingConfig
+from trlx.sampling.settings import SamplingConfig
 
 
 def sample(
@@ -28,7 +28,7 @@ def sample(
 
 def sample_texts(backend: Backend, tokenizer: Any, sampling: SamplingConfig, prompts: Sequence[Any]) -> list[str]:
     """The response to each text or chat, without special tokens and stop sequences."""
-    pipeline = PromptPipeline(prompts, sys.maxsize, tokenizer, add_special_tokens=backend.layout.special_tokens)
+    pipeline = PromptPipeline(prompts, sys.maxsize, tokenizer, add_special_tokens=backend.row_format.special_tokens)
     responses = backend.generate([prompt.ids for prompt in pipeline], sampling)
     cut = [sampling.stop.cut(ids)[0] if sampling.stop else ids for ids in responses]
     return tokenizer.batch_decode(cut, skip_special_tokens=True)
@@ -51,7 +51,7 @@ def sample_sequences(
     if not prompts or not all(prompts):
         raise ValueError(f"trainer.generate() got {'a prompt without tokens' if prompts else 'no prompts'}")
     responses = backend.generate(prompts, sampling)
-    beginnings = backend.layout.beginnings(prompts, tokenizer)
+    beginnings = backend.row_format.beginnings(prompts, tokenizer)
     width = max(len(response) for response in responses)
     rows = [response + [sampling.pad_token_id] * (width - len(response)) for response in responses]
     return torch.cat([beginnings, torch.tensor(rows, dtype=torch.int64).view(len(rows), width)], dim=1)

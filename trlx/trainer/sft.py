@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.methods.masked import Metrics
 from trlx.methods.sft import sft_loss
 from trlx.trainer.offline import OfflineTrainer
@@ -19,5 +19,5 @@ class SFTTrainer(OfflineTrainer):
         """Tokenizes the samples: texts, or alternating prompts and outputs; at most `seq_length` tokens each."""
         self.learn_from(self.tokenize(samples, seq_length))
 
-    def loss(self, scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, scores: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         return sft_loss(scores, batch)

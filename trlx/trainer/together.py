@@ -8,8 +8,8 @@ from typing import TypeVar
 from trlx import logging
 from trlx.backends.base import Backend
 from trlx.backends.distress import shared
-from trlx.rollout.scoring import RewardError
-from trlx.trainer.guards import Interrupted
+from trlx.rewards.scoring import RewardError
+from trlx.run.guards import Interrupted
 
 T = TypeVar("T")
 

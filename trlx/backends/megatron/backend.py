@@ -30,12 +30,12 @@ from trlx.backends.megatron.settings import OPTIONS, read_settings
 from trlx.backends.megatron.size_checks import check_sizes
 from trlx.backends.megatron.stage import DropoutRNG, StageWeights
 from trlx.backends.megatron.updates import Updates
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.methods.masked import finish, merge_packed, pack
 from trlx.models.reference import Reference
 from trlx.models.source import check_model, exported
-from trlx.rollout.sampling import SamplingConfig
+from trlx.sampling.settings import SamplingConfig
 
 
 class MegatronBackend(Backend):
@@ -107,7 +107,7 @@ class MegatronBackend(Backend):
         self._train_mode(False)
         return generate(self.stage, self.parallel, prompts, sampling, seed)
 
-    def score(self, batch: TokenBatch, reference: bool = False) -> TokenScores:
+    def evaluate(self, batch: TokenBatch, reference: bool = False) -> TokenOutputs:
         if reference and self.reference is None:
             raise ValueError("This method was built without a reference policy")
         self._train_mode(False)
@@ -116,8 +116,8 @@ class MegatronBackend(Backend):
             found = run_forward(self.stage, microbatches)
         logprobs = self._collected([outputs.logprobs for outputs in found], microbatches, batch)
         if reference or not self.needs.value_head:
-            return TokenScores(logprobs)
-        return TokenScores(logprobs, self._collected([outputs.values for outputs in found], microbatches, batch))
+            return TokenOutputs(logprobs)
+        return TokenOutputs(logprobs, self._collected([outputs.values for outputs in found], microbatches, batch))
 
     def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
         self._train_mode(True)
@@ -125,7 +125,7 @@ class MegatronBackend(Backend):
         # the loss is a sum; DistributedDataParallel averages gradients over data ranks, so multiply by their number
         loss_factor = self.data_size / units
 
-        def on_outputs(outputs: TokenScores, microbatch: TokenBatch) -> tuple[Tensor, Any]:
+        def on_outputs(outputs: TokenOutputs, microbatch: TokenBatch) -> tuple[Tensor, Any]:
             loss, metrics = loss_fn(outputs, microbatch)
             return loss * loss_factor, pack(metrics)
 

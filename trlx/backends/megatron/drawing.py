@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from trlx.methods.ilql import shifted_logits
-from trlx.rollout.sampling import SHAPING, SamplingConfig, check_logits
+from trlx.sampling.settings import SHAPING, SamplingConfig, check_logits
 
 SETTINGS = (*SHAPING, "repetition_penalty", "no_repeat_ngram_size")
 """Supported generation settings besides the fields of `SamplingConfig`."""

@@ -21,7 +21,7 @@ from trlx.backends.megatron.model import PolicyStage
 from trlx.backends.megatron.parallel import ParallelState, pipeline_group
 from trlx.data.collate import left_pad
 from trlx.data.store import own_rows
-from trlx.rollout.sampling import SamplingConfig, cut_at_eos
+from trlx.sampling.settings import SamplingConfig, cut_at_eos
 
 
 def generate(

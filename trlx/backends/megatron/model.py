@@ -20,7 +20,7 @@ from trlx.backends.megatron.heads import make_heads
 from trlx.backends.megatron.parallel import tensor_group
 from trlx.backends.megatron.settings import MegatronSettings
 from trlx.backends.megatron.vocabulary import VocabularyShard
-from trlx.batch import TokenScores
+from trlx.batch import TokenOutputs
 from trlx.models.logprobs import in_chunks, spread
 
 ACTIVATIONS = {
@@ -34,7 +34,7 @@ ACTIVATIONS = {
 class PolicyStage(GPTModel):
     """One pipeline stage, or one chunk of an interleaved stage. The last one has the heads.
 
-    Called with tokens [B, T] and their response mask, the last stage returns `TokenScores`, other stages hidden states.
+    Called with tokens [B, T] and their response mask, the last stage returns `TokenOutputs`, other stages hidden states.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class PolicyStage(GPTModel):
             scale = torch.tensor(decoder.embedding_scale, dtype=config.params_dtype)
             self.embedding.register_forward_hook(lambda _, args, embedded: embedded * scale.to(embedded.device))
 
-    def forward(self, tokens: Tensor, response_mask: Tensor | None = None, **kwargs: Any) -> Tensor | TokenScores:
+    def forward(self, tokens: Tensor, response_mask: Tensor | None = None, **kwargs: Any) -> Tensor | TokenOutputs:
         """Hidden states of a stage; on the last stage the outputs where `response_mask` [B, T] is True.
 
         With an ``inference_context`` the last stage returns logits [B, V] and hidden states [B, d] of the last column.
@@ -112,7 +112,7 @@ class PolicyStage(GPTModel):
         loss_mask: Tensor | None = None,
         inference_context: Any = None,
         **__: Any,
-    ) -> Tensor | TokenScores | tuple[Tensor, Tensor]:
+    ) -> Tensor | TokenOutputs | tuple[Tensor, Tensor]:
         """What a stage returns. Overrides GPTModel's logits and loss."""
         if not self.post_process:
             return hidden_states
@@ -133,14 +133,14 @@ class PolicyStage(GPTModel):
         for table in tables:
             table[real:].zero_()
 
-    def _outputs(self, hidden: Tensor, tokens: Tensor, response_mask: Tensor) -> TokenScores:
+    def _outputs(self, hidden: Tensor, tokens: Tensor, response_mask: Tensor) -> TokenOutputs:
         assert not response_mask[:, 0].any(), "the first token of a row has no hidden state before it"
         at = response_mask.flatten().nonzero().squeeze(1)
         chosen = tokens.flatten().index_select(0, at)
         before = hidden.flatten(0, 1).index_select(0, at - 1)
         shared = tensor_parallel.copy_to_tensor_model_parallel_region(before, tensor_group())
         logprobs = in_chunks(self._logprobs, shared, chosen, self._logits)
-        outputs = TokenScores(spread(logprobs, at, tokens.shape))
+        outputs = TokenOutputs(spread(logprobs, at, tokens.shape))
         if self.heads is not None and "value" in self.heads:
             outputs.values = spread(self.heads["value"](before), at, tokens.shape)
         if self.heads is not None and "q" in self.heads:

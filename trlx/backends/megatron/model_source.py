@@ -34,9 +34,8 @@ from trlx.backends.megatron.weights import (
 )
 from trlx.config import ModelConfig, TrainConfig
 from trlx.models.heads import QHeads, ValueHead
+from trlx.models.limits import check_length, check_vocabulary_size
 from trlx.models.policy import HEADS_FILE, fitting_heads, load_model, make_heads
-from trlx.models.positions import check_length
-from trlx.models.vocabulary import check_vocabulary_size
 
 logger = logging.get_logger(__name__)
 

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from trlx.backends.megatron.model import PolicyStage
 from trlx.backends.megatron.parallel import pipeline_group
-from trlx.batch import TokenBatch, TokenScores
+from trlx.batch import TokenBatch, TokenOutputs
 
 Result = Any
-OnOutputs = Callable[[TokenScores, TokenBatch], tuple[Tensor, Result]]
+OnOutputs = Callable[[TokenOutputs, TokenBatch], tuple[Tensor, Result]]
 """From the outputs of one microbatch to (loss, a result to keep)."""
 
 
-def run_forward(stage: list[nn.Module], microbatches: Sequence[TokenBatch]) -> list[TokenScores]:
+def run_forward(stage: list[nn.Module], microbatches: Sequence[TokenBatch]) -> list[TokenOutputs]:
     """The outputs of each microbatch on the last stage; an empty list on the others."""
 
-    def keep(outputs: TokenScores, non_loss_data: bool = True) -> TokenScores:
+    def keep(outputs: TokenOutputs, non_loss_data: bool = True) -> TokenOutputs:
         return outputs
 
     with torch.no_grad():
@@ -48,7 +48,7 @@ def run_forward_backward(
 
 
 def _undivided(
-    on_outputs: OnOutputs, microbatch: TokenBatch, num_microbatches: int, outputs: TokenScores
+    on_outputs: OnOutputs, microbatch: TokenBatch, num_microbatches: int, outputs: TokenOutputs
 ) -> tuple[Tensor, Result]:
     loss, kept = on_outputs(outputs, microbatch)
     return loss * num_microbatches, kept  # Megatron-Core divides the loss by it, in place

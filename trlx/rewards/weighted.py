@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trlx.data.prompts import RESERVED
-from trlx.rollout.calling import UserFunction
+from trlx.rewards.calling import UserFunction
 from trlx.tracebacks import short_errors
 
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trlx.batch import Rollout
 from trlx.data.prompts import Prompt
-from trlx.rollout.stopping import Stopper
+from trlx.sampling.stopping import Stopper
 from trlx.strict import called_here, suggestion
 
 LISTS = frozenset(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trlx.batch import Rollout
-from trlx.rollout.alignment import Alignment
-from trlx.rollout.calling import Arguments, RewardError, short
-from trlx.rollout.weighted import Part
+from trlx.rewards.alignment import Alignment
+from trlx.rewards.calling import Arguments, RewardError, short
+from trlx.rewards.weighted import Part
 
 
 @dataclass(frozen=True, slots=True)

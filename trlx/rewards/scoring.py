@@ -20,17 +20,17 @@ from transformers import PreTrainedTokenizerBase
 
 from trlx.batch import Rollout
 from trlx.data.prompts import RESERVED
-from trlx.rollout.alignment import Alignment
-from trlx.rollout.calling import Arguments, RewardError, UserFunction, call_all, short
-from trlx.rollout.results import Scored, entries, is_number, plain, scored
-from trlx.rollout.weighted import WeightedRewards, parts_of
+from trlx.rewards.alignment import Alignment
+from trlx.rewards.calling import Arguments, RewardError, UserFunction, call_all, short
+from trlx.rewards.results import Scored, entries, is_number, plain, scored
+from trlx.rewards.weighted import WeightedRewards, parts_of
 
 
 class Scorer:
     """Calls reward_fn in a thread of its own, checks the result.
 
     Args:
-        reward_fn: takes lists of one entry per sample, by those keywords of `trlx.rollout.calling.OFFERED` and those
+        reward_fn: takes lists of one entry per sample, by those keywords of `trlx.rewards.calling.OFFERED` and those
             keys of the prompts that it names; returns for each sample a number, or one per response token (fewer: the
             rest counts 0), as a list, tuple, array or tensor; or a dict of these by name, to be summed up. May be
             ``async def``; or a list of functions, or `WeightedRewards`.

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, stop_after_attempt
 
-from trlx.rollout.scoring import RewardError
+from trlx.rewards.scoring import RewardError
 
 
 @dataclass(eq=False, repr=False)  # the headers may hold a password

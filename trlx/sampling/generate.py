@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from trlx.models.policy import Policy
-from trlx.models.shaping import shaping
-from trlx.rollout.sampling import SHAPING, SamplingConfig, check_logits, cut_at_eos
+from trlx.sampling.rules import shaping
+from trlx.sampling.settings import SHAPING, SamplingConfig, check_logits, cut_at_eos
 
 KEPT_SETTINGS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """What a model's own generation settings may still decide; they say how its sequences are built, not how to sample."""

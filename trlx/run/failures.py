@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from trlx import checkpoint, logging
 from trlx.backends.distress import is_shared, report, shared, watching
+from trlx.run.guards import Interrupted
 from trlx.tracebacks import short_errors
-from trlx.trainer.guards import Interrupted
 
 if TYPE_CHECKING:
     from trlx.trainer.base import Trainer
