@@ -191,7 +191,7 @@ def _measured(trainer, first_step: int) -> dict[str, float]:
 
     def notice(metrics):
         after_step(metrics)
-        if trainer.state.step == first_step:
+        if trainer.schedule.step == first_step:
             watch.seconds.update(dict.fromkeys(PHASES, 0.0))
             began["at"] = time.process_time()
 

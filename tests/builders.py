@@ -9,6 +9,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from trlx.sampling.base import Sampler
+from trlx.sampling.generate import TransformersSampler
+
 CHARACTERS = string.ascii_lowercase + " .,:!?#\n"
 
 
@@ -71,3 +74,9 @@ def tiny_gpt2(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return GPT2LMHeadModel(tiny_gpt2_config(vocab_size, layers, hidden, **changes)).eval()
+
+
+def responses(sampler, prompts, sampling) -> list[list[int]]:
+    """The token ids that a sampler, or that of a policy, draws."""
+    sampler = sampler if isinstance(sampler, Sampler) else TransformersSampler(sampler, "cpu")
+    return [sample.ids for sample in sampler.generate(prompts, sampling)]

@@ -7,9 +7,17 @@ from typing import ClassVar
 import torch
 
 from trlx.backends.base import Backend
-from trlx.batch import TokenBatch, TokenOutputs
+from trlx.batch import Sample, TokenBatch, TokenOutputs
 from trlx.methods.masked import finish, pack
+from trlx.sampling.base import Sampler
 from trlx.trainer.ppo import PPOTrainer
+
+
+class FakeSampler(Sampler):
+    """Answers each prompt as `FakeBackend.responses` says."""
+
+    def generate(self, prompts, sampling):
+        return [Sample(list(FakeBackend.responses[tuple(prompt)]), version=self.version) for prompt in prompts]
 
 
 class FakeBackend(Backend):
@@ -22,6 +30,7 @@ class FakeBackend(Backend):
     values: ClassVar[dict[int, float]] = {}
     """Of the state before the token; each of the three by token."""
 
+    microbatch_size = 1
     data_rank, data_size, is_main, device = 0, 1, True, torch.device("cpu")
     starts_at_reference = False
 
@@ -29,16 +38,16 @@ class FakeBackend(Backend):
         self.needs = needs
         self.trained: list[TokenBatch] = []
 
-    def generate(self, prompts, sampling):
-        return [list(self.responses[tuple(prompt)]) for prompt in prompts]
+    def sampler(self):
+        return FakeSampler()
 
     def evaluate(self, batch, reference=False):
         logprobs = self._column(batch, self.ref_logprobs if reference else self.logprobs)
         return TokenOutputs(logprobs, None if reference else self._column(batch, self.values))
 
-    def train_step(self, batch, loss_fn):
+    def train_step(self, batch, loss, unit):
         self.trained.append(batch)
-        _, metrics = loss_fn(self.evaluate(batch), batch)
+        _, metrics = loss(self.evaluate(batch), batch)
         return {**finish(*pack(metrics)), "grad_norm": 1.0, "skipped_steps": 0.0}
 
     def _column(self, batch: TokenBatch, table: dict[int, float]) -> torch.Tensor:

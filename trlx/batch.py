@@ -19,6 +19,18 @@ from torch import Tensor
 
 
 @dataclass(slots=True)
+class Sample:
+    """One response as a sampler drew it. Example: ``Sample([3, 4], logprobs=[-0.5, -1.0], version=7)``."""
+
+    ids: list[int]
+    """Token ids as drawn: up to and including the first eos, no padding, stop sequences not yet cut off."""
+    logprobs: list[float] | None = None
+    """Of each id, under the distribution that it was drawn from; None where the sampler does not know."""
+    version: int = 0
+    """Of the weights that drew it: the optimizer steps that made them."""
+
+
+@dataclass(slots=True)
 class Rollout:
     """One sequence before padding: what was asked, what was answered, and how good it was.
 
@@ -41,6 +53,12 @@ class Rollout:
     """The chat that the prompt was written as; None where it was none."""
     ended: bool = False
     """Whether sampling ended by eos or a stop sequence, rather than for want of tokens."""
+    group: int = 0
+    """Rollouts of one prompt that are compared with each other have one number."""
+    logprobs: list[float] | None = None
+    """What the sampler says of the response tokens that it drew: an eos that replaces a stop sequence has none."""
+    version: int = 0
+    """See `Sample`."""
 
 
 @dataclass(slots=True)
@@ -72,6 +90,9 @@ class TokenBatch:
     encoder_mask: Tensor | None = None
     """bool [B, S]. Encoder-decoder models only."""
 
+    group: Tensor | None = None
+    """int64 [B]. Rollouts of one prompt that are compared with each other have one number."""
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
@@ -95,7 +116,8 @@ class TokenBatch:
         decoder_width = _used_width(self.attention_mask)
         encoder_width = 0 if self.encoder_mask is None else _used_width(self.encoder_mask)
         width = {name: encoder_width if name.startswith("encoder_") else decoder_width for name in self.columns()}
-        return TokenBatch(**{name: tensor[:, : width[name]] for name, tensor in self.columns().items()})
+        columns = self.columns().items()
+        return TokenBatch(**{name: x if x.ndim == 1 else x[:, : width[name]] for name, x in columns})
 
     def split(self, size: int) -> Iterator[TokenBatch]:
         """Consecutive pieces of at most `size` rows, each trimmed to its own width."""

@@ -12,9 +12,9 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trlx.batch import Rollout, TokenBatch
-
 STATE_FILE = "trainer_state.json"
-ROLLOUTS_FILE = "rollouts.safetensors"
-HISTORY_FILE = "history.jsonl"
-
-
-@dataclass
-class TrainerState:
-    """Where a run stands at a step boundary, beside weights, optimizer, random numbers and rollouts in hand."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    epoch: int = 0
-    """Collections (online) or passes over the data (offline) completed."""
-    inner_epoch: int = 0
-    """Passes over the present collection completed."""
-    passes: int = 0
-    """Passes begun and ended in all; each has an order of rows of its own."""
-    rows_done: int = 0
-    """Rows of the present pass that are done, over all processes."""
-    best_reward: float | None = None
-    best_step: int | None = None
-    evaluation_due: bool = False
-    """The run ended in the middle of an evaluation, which is to be made before the next step."""
-    skipped_steps: int = 0
-    """Steps without an update because gradients were not finite."""
-    method: dict[str, Any] = field(default_factory=dict)
-    """The algorithm's own numbers: KL coefficient, running moments, prompts drawn."""
-    tracker: dict[str, Any] = field(default_factory=dict)
+TENSORS_FILE = "trainer_state.safetensors"
 
 
 @contextmanager
@@ -98,6 +70,18 @@ def check_replaceable(target: Path) -> None:
             f"{target} holds other things than one checkpoint, which would be deleted: name a new folder, for example "
             f"{target}-saved"
         )
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder that something is saved into, if it is not there.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made a folder to save into ({error.strerror}): name another") from None
 
 
 def remove(folder: Path) -> None:
@@ -156,39 +140,43 @@ def newest(checkpoint_dir: str | Path) -> Path | None:
     return next(reversed(checkpoints(checkpoint_dir)), None)
 
 
-def write_state(folder: Path, state: TrainerState, run: dict[str, Any]) -> None:
-    """Writes the trainer state and what identifies the run: its config, model, data and number of processes."""
-    (folder / STATE_FILE).write_text(json.dumps({"state": asdict(state), "run": run}, indent=1))
+def write_state(folder: Path, state: dict[str, Any], run: dict[str, Any]) -> None:
+    """Writes a trainer's ``state_dict()``, nested dicts of plain values and tensors, and what identifies the run: its
+    config, model, data and number of processes."""
+    tensors: dict[str, Tensor] = {}
+    plain = _without_tensors(state, tensors, "")
+    if tensors:
+        save_file(tensors, folder / TENSORS_FILE)
+    (folder / STATE_FILE).write_text(json.dumps({"state": plain, "run": run}))
 
 
-def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """What `write_state` wrote."""
+def read_state(folder: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `write_state` wrote, on request without tensors."""
     saved = json.loads((folder / STATE_FILE).read_text())
-    return TrainerState(**saved["state"]), saved["run"]
+    file = folder / TENSORS_FILE
+    for name, tensor in (load_file(file) if tensors and file.is_file() else {}).items():
+        *outer, last = name.split(".")
+        inner = saved["state"]
+        for key in outer:
+            inner = inner[key]
+        inner[last] = tensor
+    return saved["state"], saved["run"]
 
 
-def write_rollouts(folder: Path, batch: TokenBatch) -> None:
-    """The collection that training is in the middle of."""
-    save_file({name: tensor.contiguous() for name, tensor in batch.columns().items()}, folder / ROLLOUTS_FILE)
+def _without_tensors(state: dict[str, Any], found: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    """`state` without its tensors, which go into `found` under dotted names."""
+    plain = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            found[f"{prefix}{name}"] = value.contiguous()
+        else:
+            plain[name] = _without_tensors(value, found, f"{prefix}{name}.") if isinstance(value, dict) else value
+    return plain
 
 
-def read_rollouts(folder: Path) -> TokenBatch | None:
-    """What `write_rollouts` wrote, or None."""
-    path = folder / ROLLOUTS_FILE
-    return TokenBatch(**load_file(path)) if path.is_file() else None
-
-
-def write_history(folder: Path, rollouts: Iterable[Rollout]) -> None:
-    """Every rollout so far, one JSON list [prompt ids, response ids, score] a line; metadata is left out."""
-    with (folder / HISTORY_FILE).open("w") as file:
-        file.writelines(f"{json.dumps([r.prompt, r.response, r.score])}\n" for r in rollouts)
-
-
-def read_history(folder: Path) -> list[Rollout]:
-    """What `write_history` wrote, its scores to the last bit; empty where there is nothing."""
-    path = folder / HISTORY_FILE
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [Rollout(prompt, response, score) for prompt, response, score in map(json.loads, lines)]
+def step_of(folder: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
+    return read_state(folder, tensors=False)[0]["schedule"]["step"]
 
 
 def write_optimizer(path: Path, state_dict: dict[str, Any]) -> None:
@@ -267,10 +255,11 @@ class RandomState:
 
 
 @contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Inside the block random numbers come from `seed`; after it every generator goes on where it was."""
+def own_randomness(*seeds: int) -> Iterator[None]:
+    """Inside the block random numbers come from `seeds`; after it every generator goes on where it was."""
     outside = RandomState.capture()
-    seed_everything(seed)
+    # one number far from those of neighbouring seeds
+    seed_everything(random.Random(repr(seeds)).getrandbits(31))
     try:
         yield
     finally:

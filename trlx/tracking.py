@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trlx import logging
+from trlx.config import TRLConfig
 from trlx.optional import is_available, optional_import
 
 logger = logging.get_logger(__name__)
@@ -71,6 +72,23 @@ class Tracker:
             run = {"project": project, "name": run_name, "group": group, "entity": entity, "tags": list(tags or [])}
             remote = _REMOTES[kind](folder, run, _plain(config or {}), state or {})
             self._sinks += [remote] if remote else []
+
+    @classmethod
+    def of(cls, config: TRLConfig, processes: int, is_main: bool, state: Mapping[str, Any] | None) -> Tracker:
+        """The tracker that the section ``train`` of a config asks for."""
+        train, plain = config.train, config.to_json()
+        return cls(
+            train.tracker,
+            train.logging_dir or train.checkpoint_dir,
+            project=train.project_name,
+            run_name=train.run_name or default_run_name(plain["model"]["model_path"], processes),
+            group=train.group_name,
+            entity=train.entity_name,
+            tags=train.tags,
+            config=plain,
+            is_main=is_main,
+            state=state,
+        )
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Writes numbers (floats, or tensors of one element) under their names."""

@@ -10,7 +10,7 @@ from tests.runs import metrics, run
 from trlx import checkpoint
 from trlx.data.store import RolloutStore
 from trlx.run.folder import locked
-from trlx.trainer import base
+from trlx.trainer import schedule
 
 pytestmark = pytest.mark.distributed
 
@@ -21,14 +21,14 @@ def read_backwards(folder, **train):
     """SFT on eight texts, each pass from the last to the first; every process writes down the rows that it reads."""
     rows, read = RolloutStore.rows, []
     RolloutStore.rows = lambda store, index: (read.append(list(index)), rows(store, index))[1]
-    base.pass_order = lambda num_rows, seed, number: tuple(range(num_rows))[::-1]
+    schedule.pass_order = lambda num_rows, seed, number, together: tuple(range(num_rows))[::-1]
     run("SFT", folder, train={**train, **AUTO})
     (folder / f"read_{os.environ.get('RANK', 'alone')}.json").write_text(json.dumps(read))
 
 
 def position(folder):
-    state, _ = checkpoint.read_state(checkpoint.newest(folder))
-    return state.epoch, state.inner_epoch, state.passes, state.rows_done
+    state = checkpoint.read_state(checkpoint.newest(folder))[0]["schedule"]
+    return tuple(state[name] for name in ("epoch", "inner_epoch", "passes", "rows_done"))
 
 
 def test_another_number_of_processes_goes_on_at_the_next_row(tmp_path):

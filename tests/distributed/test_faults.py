@@ -141,6 +141,6 @@ def test_a_signal_while_the_reward_hangs_saves_and_ends_all(tmp_path, number, as
     os.kill(job[asked].pid, number)
     assert ends(job, 60) == [code] * len(job)
     folder = checkpoint.newest(tmp_path)
-    assert checkpoint.read_state(folder)[0].step == 4
+    assert checkpoint.read_state(folder)[0]["schedule"]["step"] == 4
     told = f"The last checkpoint is {folder}, of step 4; to go on from there: train.resume_from_checkpoint=auto"
     assert said(tmp_path, 0).endswith(f"{told}\n") and "trlx/trainer" not in said(tmp_path, 0)

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from tests.builders import char_tokenizer
+from tests.builders import char_tokenizer, responses
 from tests.processes import together
 from tests.runs import tiny_config
 from trlx.backends.base import ModelNeeds
@@ -85,7 +85,7 @@ def check(folder, cases, layouts=LAYOUTS, needs=None):
         backend = backend_of(folder, layout, needs)
         for prompts, sampling, expected in cases:
             rows = own_rows(len(prompts), backend.data_rank, backend.data_size)
-            found = backend.generate(prompts[rows], sampling)
+            found = responses(backend.sampler(), prompts[rows], sampling)
             assert found == expected[rows], (layout, sampling, found, expected[rows])
 
 
@@ -131,14 +131,13 @@ def test_penalties_and_the_least_length_are_those_of_transformers(tmp_path):
 
 def check_drawn(folder, cases):
     """In every layout, and on every process, the same seed draws the same tokens."""
-    from trlx.backends.megatron.generation import generate
-
     first = None
     for layout in LAYOUTS:
         backend = backend_of(folder, layout)
-        backend._train_mode(False)
-        with torch.no_grad():
-            drawn = [generate(backend.stage, backend.parallel, PROMPTS, *case) for case in cases]
+        drawn = []
+        for sampling, seed in cases:
+            torch.manual_seed(seed)
+            drawn.append(responses(backend.sampler(), PROMPTS, sampling))
         first = first or drawn
         assert drawn == first, layout
     assert len({str(rows) for rows in first}) == len(first)
@@ -167,7 +166,7 @@ def check_frequencies(folder, expected):
     backend = backend_of(folder, TENSOR | PIPELINE)
     torch.manual_seed(5)
     for sampling, probabilities in zip(DRAWN, expected, strict=True):
-        tokens = [row[0] for row in backend.generate([PROMPTS[0]] * ROWS, sampling)]
+        tokens = [row[0] for row in responses(backend.sampler(), [PROMPTS[0]] * ROWS, sampling)]
         counts, means = torch.bincount(torch.tensor(tokens), minlength=VOCAB), ROWS * probabilities
         assert counts[means == 0].sum() == 0
         common = means >= 5
@@ -201,7 +200,7 @@ def check_steps(folder, prompts, sampling, expected, steps):
             backend.generate([[99]], sampling)
         passes = []
         backend.stage[0].decoder.register_forward_hook(lambda *_, passes=passes: passes.append(1))
-        assert backend.generate(prompts, sampling) == expected
+        assert responses(backend.sampler(), prompts, sampling) == expected
         assert len(passes) == steps[backend.parallel.sizes.pipeline - 1], layout
 
 

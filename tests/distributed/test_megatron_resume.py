@@ -218,9 +218,10 @@ def check_readable(folder):
     found = [path for path in folder.iterdir() if path.name.startswith(("checkpoint_", "best_checkpoint"))]
     for path in found:
         state, _ = checkpoint.read_state(path)
-        checkpoint.read_rollouts(path)
         tensors = {file.name: load_file(file) for file in path.glob("*.safetensors")}
-        assert state.step >= 0 and {"policy-000.safetensors", "optimizer-000.safetensors"} <= tensors.keys()
+        assert (
+            state["schedule"]["step"] >= 0 and {"policy-000.safetensors", "optimizer-000.safetensors"} <= tensors.keys()
+        )
     if found:
         AutoModelForCausalLM.from_pretrained(max(found) / "hf_model")
 

@@ -166,7 +166,7 @@ def stopped_from_the_side(folder) -> None:
     original = SFTTrainer.after_step
 
     def after_step(self, found):
-        if self.state.step == 3 and os.environ["RANK"] == "1":
+        if self.schedule.step == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, found)
 

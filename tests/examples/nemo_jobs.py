@@ -34,7 +34,7 @@ def train_examples(folder: Path, scripts: list[str], layout: dict[str, Any]) -> 
         main = importlib.import_module(f"examples.nemo_{script}_sentiments").main
         changes = {**QUICK, **(PPO if script == "ppo" else {}), **_layout(layout)}
         trainer = main({**changes, "train.checkpoint_dir": str(folder / script)}, **MADE)
-        assert trainer.state.step == 1
+        assert trainer.schedule.step == 1
         assert (folder / script / "checkpoint_1" / "hf_model" / "config.json").is_file()
 
 

@@ -65,7 +65,7 @@ QUICK = {
 def test_an_example_trains_a_step(script, tmp_path):
     main = importlib.import_module(f"examples.{script}").main
     trainer = main({**QUICK, "train.checkpoint_dir": str(tmp_path), **SCRIPTS[script]}, data="made", reward="made")
-    assert trainer.state.step == 1
+    assert trainer.schedule.step == 1
     written = {file.name for file in (tmp_path / "checkpoint_1" / "hf_model").iterdir()}
     assert written & {"config.json", "adapter_config.json"}
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -121,7 +121,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_its_next_job(cluster, 
     job.send_signal(signal.SIGUSR1)
     assert waited(job, tmp_path) == EXIT_REQUEUE, (tmp_path / "output").read_text()[-3000:]
     assert (tmp_path / "asked").read_text() == f"requeue {cluster['SLURM_JOB_ID']}\n"
-    stopped = checkpoint.read_state(checkpoint.newest(run))[0].step
+    stopped = checkpoint.read_state(checkpoint.newest(run))[0]["schedule"]["step"]
     assert stopped >= 1
 
     (tmp_path / "asked").unlink()

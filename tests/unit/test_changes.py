@@ -11,7 +11,7 @@ from tests.runs import TEXTS, metrics, run, tiny_config, weights
 from trlx import checkpoint
 from trlx.data.store import RolloutStore
 from trlx.run.changes import ADAPTED, EXACT, REFUSED, changes, keeps_averages
-from trlx.trainer import base
+from trlx.trainer import schedule
 
 AUTO = {"resume_from_checkpoint": "auto"}
 
@@ -82,7 +82,7 @@ def test_running_averages_go_on_in_an_optimizer_of_the_same_kind():
 def rows_read(monkeypatch):
     """The rows of every batch, where each pass reads them from the last to the first."""
     read = []
-    monkeypatch.setattr(base, "pass_order", lambda num_rows, seed, number: tuple(range(num_rows))[::-1])
+    monkeypatch.setattr(schedule, "pass_order", lambda num_rows, seed, number, together: tuple(range(num_rows))[::-1])
     rows = RolloutStore.rows
     monkeypatch.setattr(RolloutStore, "rows", lambda store, index: (read.append(list(index)), rows(store, index))[1])
     return read
@@ -94,9 +94,9 @@ def test_another_batch_size_goes_on_at_the_next_row(tmp_path, rows_read, caplog)
     run("SFT", tmp_path, train={"total_steps": 4, "batch_size": 2, **AUTO})
     run("SFT", tmp_path, train={"total_steps": 5, "batch_size": 3, **AUTO})
     run("SFT", tmp_path, train={"total_steps": 7, "batch_size": 6, **AUTO})
-    state, _ = checkpoint.read_state(checkpoint.newest(tmp_path))
+    state = checkpoint.read_state(checkpoint.newest(tmp_path))[0]["schedule"]
     assert rows_read == [[7, 6, 5, 4], [3, 2], [1, 0], [7, 6], [5, 4, 3], [2, 1, 0], [7, 6, 5, 4, 3, 2]]
-    assert (state.epoch, state.passes, state.rows_done) == (2, 2, 6)
+    assert (state["epoch"], state["passes"], state["rows_done"]) == (2, 2, 6)
     assert "config.train.batch_size: 4 then, 2 now: the present pass goes on at its next row" in caplog.text
 
 
@@ -105,7 +105,7 @@ def test_other_data_start_the_pass_anew(tmp_path, rows_read, monkeypatch):
     monkeypatch.setitem(runs.DATA, "SFT", {"samples": TEXTS[:5], "eval_prompts": ["ab"]})
     trainer = run("SFT", tmp_path, train={"total_steps": 3, **AUTO})
     assert rows_read == [[7, 6, 5, 4], [4, 3, 2, 1], [0]]
-    assert (trainer.state.epoch, trainer.state.rows_done) == (1, 0)
+    assert (trainer.schedule.epoch, trainer.schedule.rows_done) == (1, 0)
 
 
 # two steps are a pass over the eight rollouts of a collection; five steps in are two passes and a half
@@ -116,8 +116,8 @@ def test_other_data_start_the_pass_anew(tmp_path, rows_read, monkeypatch):
 def test_a_collection_gets_as_many_passes_as_the_new_ppo_epochs_say(tmp_path, ppo_epochs, position, collections):
     run("PPO", tmp_path, method={"ppo_epochs": 4}, train={"total_steps": 5})
     trainer = run("PPO", tmp_path, method={"ppo_epochs": ppo_epochs}, train={"total_steps": 6, **AUTO})
-    state = trainer.state
-    assert (state.epoch, state.inner_epoch, state.rows_done) == position
+    schedule = trainer.schedule
+    assert (schedule.epoch, schedule.inner_epoch, schedule.rows_done) == position
     assert trainer.stream.position == 8 * collections
 
 
@@ -127,7 +127,7 @@ def test_rollouts_of_another_temperature_are_not_trained_on(tmp_path):
     trainer = run("PPO", tmp_path, method={"gen_kwargs": {"temperature": 3.0}}, train={"total_steps": 2, **AUTO})
     last = [line for line in metrics(tmp_path) if "ratio/mean" in line or "policy/ratio_deviation/max" in line][-1]
     assert last["policy/ratio_deviation/max"] < 1e-5 and trainer.stream.position == 16
-    assert (trainer.state.epoch, trainer.state.rows_done) == (0, 4)
+    assert (trainer.schedule.epoch, trainer.schedule.rows_done) == (0, 4)
 
 
 SGD = {"name": "sgd", "kwargs": {"lr": 0.01, "momentum": 0.9}}
@@ -210,7 +210,7 @@ def test_a_ppo_run_goes_on_with_many_things_changed(tmp_path, caplog):
     lines = [line for line in metrics(tmp_path) if "kl_ctl_value" in line]
     # two rows of the second pass over the first eight rollouts were left for steps 4 and 5
     assert [(line["step"], line["kl_ctl_value"]) for line in lines] == [(1, 0.05), (6, 0.3)]
-    assert (len(trainer.store), trainer.stream.position, trainer.ref_std) == (6, 14, 2.0)
+    assert (len(trainer.store), trainer.stream.position, trainer.scale.first_std) == (6, 14, 2.0)
     for section, settings in changed.items():
         for name in settings.keys() - {"target", "scale_reward"}:
             assert f"config.{section}.{name}: " in caplog.text

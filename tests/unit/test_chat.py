@@ -254,7 +254,7 @@ def test_chats_train_end_to_end(tmp_path):
     config = tiny_config(tmp_path / "ppo", "PPO", **settings, train={"total_steps": 1, "seq_length": 20})
     prompts = [{"prompt": chat(text), "x": 1} for text in "abcdefgh"]
     trainer = trlx.train(config=config, reward_fn=reward, prompts=prompts)
-    assert trainer.state.step == 1 and set(seen) == {f"u:{text}\na:" for text in "abcdefgh"}
+    assert trainer.schedule.step == 1 and set(seen) == {f"u:{text}\na:" for text in "abcdefgh"}
     config = tiny_config(tmp_path / "sft", "SFT", **settings, train={"total_steps": 30, "seq_length": 24})
     config = config.evolve(optimizer={"kwargs": {"lr": 1e-2}}, method={"gen_kwargs": {"eos_token_id": END}})
     trainer = trlx.train(config=config, samples=[chat("a", "bb", "c", "dd")] * 4, eval_prompts=[chat("a")])

@@ -11,7 +11,7 @@ import torch
 
 from trlx import checkpoint
 from trlx.batch import TokenBatch
-from trlx.checkpoint import RandomState, TrainerState
+from trlx.checkpoint import RandomState
 
 
 def nothing():
@@ -21,12 +21,12 @@ def nothing():
 def write(target, step):
     with checkpoint.replacing(target, True, nothing) as folder:
         (folder / "weights").write_text(f"of step {step}")
-        checkpoint.write_state(folder, TrainerState(step=step), {})
+        checkpoint.write_state(folder, {"schedule": {"step": step}}, {})
 
 
 def step_of(folder):
     """The step of a checkpoint of which nothing is missing."""
-    step = checkpoint.read_state(folder)[0].step
+    step = checkpoint.read_state(folder)[0]["schedule"]["step"]
     assert (folder / "weights").read_text() == f"of step {step}"
     return step
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name_and_before_the_old_
     with checkpoint.replacing(target, True, nothing) as folder:
         (folder / "hf_model").mkdir()
         (folder / "hf_model" / "weights").write_text("x")
-        checkpoint.write_state(folder, TrainerState(step=2), {})
+        checkpoint.write_state(folder, {}, {})
     files = [".", checkpoint.STATE_FILE, "hf_model", "hf_model/weights"]
     assert set(done[:4]) == {("flushed", os.path.normpath(folder / file)) for file in files}
     names = [Path(path).name for _, path in done[4:]]
@@ -182,7 +182,7 @@ def test_only_a_checkpoint_is_replaced(tmp_path, kind):
         target.mkdir()
         (target / "notes.txt").write_text("mine")
     if kind == "a run":  # a checkpoint was saved into it before it was used as train.checkpoint_dir
-        checkpoint.write_state(target, TrainerState(), {})
+        checkpoint.write_state(target, {}, {})
         write(target / "checkpoint_1", 1)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=r"target .*: name a new folder, for example .*target-saved"):
@@ -217,7 +217,7 @@ def test_a_missing_checkpoint_says_so(tmp_path):
 
 
 def test_trainer_state_comes_back_equal(tmp_path):
-    state = TrainerState(step=3, epoch=1, best_reward=0.1 + 0.2, method={"coef": 1 / 3}, tracker={"bytes": 10})
+    state = {"schedule": {"step": 3}, "best_reward": 0.1 + 0.2, "kl": {"coef": 1 / 3}, "history": [[[1, 2], [3], 0.5]]}
     checkpoint.write_state(tmp_path, state, {"data": "abc"})
     assert checkpoint.read_state(tmp_path) == (state, {"data": "abc"})
 
@@ -226,8 +226,9 @@ def test_rollouts_come_back_equal(tmp_path):
     batch = TokenBatch(
         torch.tensor([[1, 2]]), torch.tensor([[True, True]]), torch.tensor([[False, True]]), torch.rand(1, 2)
     )
-    checkpoint.write_rollouts(tmp_path, batch.replace(old_values=torch.rand(2, 1).T))
-    again = checkpoint.read_rollouts(tmp_path)
+    batch = batch.replace(old_values=torch.rand(2, 1).T)
+    checkpoint.write_state(tmp_path, {"rollouts": batch.columns()}, {})
+    again = TokenBatch(**checkpoint.read_state(tmp_path)[0]["rollouts"])
     assert again.ref_logprobs is None and torch.equal(again.scores, batch.scores)
 
 
@@ -278,4 +279,4 @@ def test_own_randomness_is_the_same_each_time_and_disturbs_nothing():
 
 def test_the_state_file_is_plain_json(tmp_path):
     write(tmp_path / "checkpoint_1", 1)
-    assert json.loads((tmp_path / "checkpoint_1" / checkpoint.STATE_FILE).read_text())["state"]["step"] == 1
+    assert json.loads((tmp_path / "checkpoint_1" / checkpoint.STATE_FILE).read_text())["state"]["schedule"]["step"] == 1

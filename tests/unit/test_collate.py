@@ -24,6 +24,7 @@ def test_columns_have_the_types_that_batch_promises():
         "attention_mask": torch.bool,
         "response_mask": torch.bool,
         "scores": torch.float32,
+        "group": torch.int64,
     }
 
 

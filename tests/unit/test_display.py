@@ -90,7 +90,7 @@ def test_a_run_begins_with_what_runs_where_and_ends_with_what_came_of_it(caplog,
         "  device   cpu, 1 process, float32\n"
         f"  folder   {tmp_path}"
     )
-    best, step = trainer.state.best_reward, trainer.state.best_step
+    best, step = trainer.best_reward, trainer.best_step
     end = (
         f"  best     reward {best:.4g} at step {step}: {tmp_path}/best_checkpoint/hf_model\n"
         f"  weights  {tmp_path}/checkpoint_4/hf_model"

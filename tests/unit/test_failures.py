@@ -14,20 +14,21 @@ import pytest
 import torch
 
 import trlx
+from tests.fake_backend import FakeBackend
 from tests.runs import DATA, PROMPTS, length, metrics, run, share_of_a, tiny_config, weights
 from trlx import checkpoint
 from trlx.backends import distress
 from trlx.backends.accelerate import AccelerateBackend
-from trlx.checkpoint import TrainerState
 from trlx.rewards.scoring import RewardError
-from trlx.run import failures, together
+from trlx.run import failures
 from trlx.run.guards import Interrupted, Interrupts, interruptible
+from trlx.sampling.generate import TransformersSampler
 
 TOLD = "The last checkpoint is {}, of step {}; to go on from there: train.resume_from_checkpoint=auto"
 
 
 def saved_step(folder):
-    return checkpoint.read_state(checkpoint.newest(folder))[0].step
+    return checkpoint.read_state(checkpoint.newest(folder))[0]["schedule"]["step"]
 
 
 def same(first, second):
@@ -86,9 +87,9 @@ def test_a_signal_ends_a_reward_that_hangs_where_each_process_scores_its_own(tmp
     assert saved_step(tmp_path) == 4
 
 
-def signal_at(call, where, monkeypatch):
-    """SIGTERM comes at the `call`th call of the backend's method `where`. Returns a list as long as it was called."""
-    method, calls = getattr(AccelerateBackend, where), []
+def signal_at(call, where, monkeypatch, cls=AccelerateBackend):
+    """SIGTERM comes at the `call`th call of `cls`'s method `where`. Returns a list as long as it was called."""
+    method, calls = getattr(cls, where), []
 
     def signalled(self, *args, **kwargs):
         calls.append(1)
@@ -96,13 +97,14 @@ def signal_at(call, where, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return method(self, *args, **kwargs)
 
-    monkeypatch.setattr(AccelerateBackend, where, signalled)
+    monkeypatch.setattr(cls, where, signalled)
     return calls
 
 
 @pytest.mark.parametrize("call", [1, 3], ids=["evaluation", "collection"])
 def test_a_signal_while_samples_are_drawn_leaves_with_the_batch_in_hand(tmp_path, monkeypatch, call):
-    calls = signal_at(call, "generate", monkeypatch)  # two batches of an evaluation, two of a collection
+    # two batches of an evaluation, two of a collection
+    calls = signal_at(call, "generate", monkeypatch, TransformersSampler)
     with pytest.raises(SystemExit):
         trlx.train(config=tiny_config(tmp_path, "PPO"), eval_prompts=PROMPTS, **DATA["PPO"])
     assert len(calls) == call
@@ -166,9 +168,9 @@ def test_a_signal_is_only_noted_but_where_it_may_interrupt():
         pass
 
 
-def fail_from(call, where, monkeypatch, error):
-    """The backend's method `where` fails at its `call`th call."""
-    method, calls = getattr(AccelerateBackend, where), []
+def fail_from(call, where, monkeypatch, error, cls=AccelerateBackend):
+    """The method `where` of `cls` fails at its `call`th call."""
+    method, calls = getattr(cls, where), []
 
     def failing(self, *args, **kwargs):
         calls.append(1)
@@ -176,13 +178,13 @@ def fail_from(call, where, monkeypatch, error):
             raise error
         return method(self, *args, **kwargs)
 
-    monkeypatch.setattr(AccelerateBackend, where, failing)
+    monkeypatch.setattr(cls, where, failing)
 
 
 def test_any_error_between_steps_saves_what_was_trained(tmp_path, monkeypatch):
     run("PPO", tmp_path / "whole")
     with monkeypatch.context() as patched:  # two evaluations, and two collections of two chunks
-        fail_from(6, "generate", patched, MemoryError("no memory left"))
+        fail_from(6, "generate", patched, MemoryError("no memory left"), TransformersSampler)
         with pytest.raises(MemoryError, match="no memory left") as stopped:
             run("PPO", tmp_path / "stopped", train={"checkpoint_interval": 100})
     assert stopped.value.__notes__ == [TOLD.format(tmp_path / "stopped" / "checkpoint_4", 4)]
@@ -254,7 +256,7 @@ def test_a_checkpoint_of_the_weights_that_no_step_could_change_is_not_recommende
 
 def test_where_saving_fails_both_errors_are_shown(tmp_path, monkeypatch):
     fail_from(1, "save", monkeypatch, OSError(28, "No space left"))
-    fail_from(6, "generate", monkeypatch, MemoryError("no memory left"))
+    fail_from(6, "generate", monkeypatch, MemoryError("no memory left"), TransformersSampler)
     with pytest.raises(OSError, match="No space left") as stopped:
         run("PPO", tmp_path, train={"checkpoint_interval": 100, "save_best": False})
     assert isinstance(stopped.value.__context__, MemoryError)
@@ -275,7 +277,7 @@ def test_an_error_on_one_of_several_processes_saves_nothing(monkeypatch):
     monkeypatch.setattr(distress, "_is_multiprocess", lambda: True)
     saves = []
     trainer = SimpleNamespace(
-        state=TrainerState(step=4), saved=None, at_boundary=True, save=lambda: saves.append(1), config=None
+        schedule=SimpleNamespace(step=4), saved=None, at_boundary=True, save=lambda: saves.append(1), config=None
     )
     told = "Step 4 is not saved: the error is not on all processes, which save together. There is no checkpoint yet"
     assert failures._save(trainer, MemoryError(), first_step=0) == told and not saves
@@ -283,11 +285,11 @@ def test_an_error_on_one_of_several_processes_saves_nothing(monkeypatch):
     assert len(saves) == 1
 
 
-class TwoProcesses:
+class TwoProcesses(FakeBackend):
     """What two processes send each other, one after the other: the first is the main one."""
 
     def __init__(self):
-        self.is_main, self.leads, self.sent = True, True, []
+        self.is_main, self.sent = True, []
 
     def broadcast_object(self, value):
         self.sent.append(value)
@@ -299,8 +301,8 @@ class TwoProcesses:
     [
         (RewardError("no number"), RewardError, "no number"),
         (Interrupted("SIGTERM"), Interrupted, "SIGTERM"),
-        (ZeroDivisionError("by 0"), together.ErrorElsewhere, "ZeroDivisionError: by 0 (on process 0)"),
-        (SystemExit(3), together.ErrorElsewhere, "SystemExit: 3 (on process 0)"),
+        (ZeroDivisionError("by 0"), distress.ErrorElsewhere, "ZeroDivisionError: by 0 (on process 0)"),
+        (SystemExit(3), distress.ErrorElsewhere, "SystemExit: 3 (on process 0)"),
     ],
 )
 def test_whatever_a_function_raises_on_the_main_process_is_raised_on_all(monkeypatch, error, kind, message):
@@ -311,18 +313,21 @@ def test_whatever_a_function_raises_on_the_main_process_is_raised_on_all(monkeyp
 
     backend = TwoProcesses()
     with pytest.raises(type(error)) as raised:
-        together.on_main(backend, fn)
+        backend.on_main(fn)
     assert raised.value is error and distress.is_shared(error)
     backend.is_main = False
     with pytest.raises(kind) as elsewhere:
-        together.on_main(backend, fn)
+        backend.on_main(fn)
     assert str(elsewhere.value) == message and distress.is_shared(elsewhere.value)
 
 
-class TwoRanks:
+class TwoRanks(FakeBackend):
     """The second of two processes that each score their own; `told` is what the first one has sent."""
 
-    leads, told = True, None
+    told = None
+
+    def __init__(self):
+        pass
 
     def gather_objects(self, objects):
         return [self.told, *objects]
@@ -332,10 +337,10 @@ def test_what_a_function_raises_on_one_rank_is_raised_on_the_others():
     backend = TwoRanks()
     backend.told = ("RewardError", "no number", 0)
     with pytest.raises(RewardError, match="no number") as elsewhere:
-        together.on_each_rank(backend, lambda: [1.0])
+        backend.on_each_rank(lambda: [1.0])
     assert elsewhere.value.__notes__ == ["It was raised on process 0"]
     backend.told = None
-    assert together.on_each_rank(backend, lambda: [1.0]) == [None, 1.0]
+    assert backend.on_each_rank(lambda: [1.0]) == [None, 1.0]
 
 
 def my_reward(outputs, **kwargs):

@@ -6,11 +6,11 @@ from safetensors.torch import load_file
 
 import trlx
 from tests.builders import VOCABULARY, tiny_gpt2
+from tests.builders import responses as sampled
 from tests.runs import DIALOGUES, PROMPTS, REWARDS, length, metrics, run, share_of_a, tiny_config
 from trlx.batch import TokenOutputs
 from trlx.methods.ilql import ilql_loss
 from trlx.models.policy import build_policy
-from trlx.sampling.generate import generate
 from trlx.sampling.settings import SamplingConfig
 
 EOS = 2
@@ -59,7 +59,7 @@ def test_sampling_shifts_by_the_lowest_target_q_less_v_then_cuts_to_top_k_then_d
 
     monkeypatch.setattr(torch, "multinomial", noting)
     sampling = SamplingConfig(max_new_tokens=3, top_k=4, temperature=2.0, extra={"beta": 0.5})
-    responses = generate(policy, prompts, sampling, "cpu")
+    responses = sampled(policy, prompts, sampling)
     assert [probabilities.shape for probabilities in drawn] == [(2, VOCABULARY)] * 3
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         for step, probabilities in enumerate(drawn):
@@ -76,10 +76,10 @@ def test_sampling_shifts_by_the_lowest_target_q_less_v_then_cuts_to_top_k_then_d
 def test_beta_0_samples_from_the_policy_and_no_hook_stays_behind():
     policy = random_policy()
     greedy = {"max_new_tokens": 4, "do_sample": False}
-    plain = generate(policy, [[5, 6]], SamplingConfig(**greedy), "cpu")
-    assert generate(policy, [[5, 6]], SamplingConfig(**greedy, extra={"beta": 0}), "cpu") == plain
-    assert generate(policy, [[5, 6]], SamplingConfig(**greedy, extra={"beta": 100}), "cpu") != plain
-    assert generate(policy, [[5, 6]], SamplingConfig(**greedy), "cpu") == plain
+    plain = sampled(policy, [[5, 6]], SamplingConfig(**greedy))
+    assert sampled(policy, [[5, 6]], SamplingConfig(**greedy, extra={"beta": 0})) == plain
+    assert sampled(policy, [[5, 6]], SamplingConfig(**greedy, extra={"beta": 100})) != plain
+    assert sampled(policy, [[5, 6]], SamplingConfig(**greedy)) == plain
     assert not policy.model.transformer._forward_hooks
 
 
@@ -90,7 +90,7 @@ def test_a_forbidden_token_never_follows_whatever_the_number_of_prompts(prompts,
     following = torch.arange(VOCABULARY - 1)
     forbidden[following, following + 1] = False  # after each token only the one after it
     for extra in ({"logit_mask": forbidden}, {"logit_mask": forbidden.tolist(), "beta": 100}):
-        responses = generate(random_policy(), prompts, SamplingConfig(max_new_tokens=3, **settings, extra=extra), "cpu")
+        responses = sampled(random_policy(), prompts, SamplingConfig(max_new_tokens=3, **settings, extra=extra))
         assert responses == [[prompt[-1] + 1, prompt[-1] + 2, prompt[-1] + 3] for prompt in prompts]
 
 

@@ -110,6 +110,6 @@ def test_one_number_has_no_std():
 def test_loaded_moments_go_on_as_if_never_stopped():
     first, second = RunningMoments(), RunningMoments()
     first.update([1.0, 3.0])
-    second.load(first.state())
+    second.load_state_dict(first.state_dict())
     first.update([10.0]), second.update([10.0])
     assert first == second and first.count == 3

@@ -1,28 +1,30 @@
 """One token of each row from its logits: numbers worked by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from tests.builders import char_tokenizer
-from trlx.backends.megatron.drawing import Drawing, check_settings
+from trlx.backends.megatron.drawing import Drawing
+from trlx.backends.megatron.generation import PipelineSampler
 from trlx.sampling.settings import SamplingConfig
 from trlx.sampling.stopping import Stopper
 
 
-def drawing(prompts, uniforms=None, **settings):
+def drawing(prompts, uniforms=None, heads=None, **settings):
     sampling = SamplingConfig(**{"max_new_tokens": 4, "pad_token_id": 9, **settings})
     if uniforms is None:
         uniforms = torch.full((len(prompts), sampling.max_new_tokens), 0.5)
-    return Drawing(sampling, prompts, torch.as_tensor(uniforms, dtype=torch.float64))
+    return Drawing(sampling, prompts, torch.as_tensor(uniforms, dtype=torch.float64), heads)
 
 
-def draw(drawing, logits, heads=None):
+def draw(drawing, logits):
     """(tokens, whether rows were done before, and after)."""
     logits = torch.tensor(logits, dtype=torch.float32)
-    return tuple(row.tolist() for row in drawing.draw(logits, torch.zeros(len(logits), 2), heads))
+    return tuple(row.tolist() for row in drawing.draw(logits, torch.zeros(len(logits), 2)))
 
 
 def tokens(logits, uniforms, **settings):
@@ -163,14 +165,14 @@ HEADS = nn.ModuleDict({"q": _Q([0.0, 0.5, 1.0]), "value": _Value()})
 def test_beta_moves_tokens_by_their_q(beta, token):
     # logits 2, 1.5, -1 and Q 0, .5, 1: with beta 2 they are 2, 2.5, 1, with beta 8 2, 5.5, 7
     extra = {} if beta is None else {"beta": beta}
-    assert draw(drawing([[0]], do_sample=False, extra=extra), [[2.0, 1.5, -1.0]], HEADS)[0] == [token]
+    assert draw(drawing([[0]], heads=HEADS, do_sample=False, extra=extra), [[2.0, 1.5, -1.0]])[0] == [token]
 
 
 def test_top_k_and_temperature_come_after_beta():
     # beta 4 and temperature 2 make 2, 1.5, -1 to 1, 1.75, 1.5, of which top 2 leaves the last two: .56 and .44
     settings = {"top_k": 2, "temperature": 2.0, "extra": {"beta": 4}}
-    rows = drawing([[0]] * 4, [[0.0], [0.55], [0.57], [0.99]], max_new_tokens=1, **settings)
-    assert draw(rows, [[2.0, 1.5, -1.0]] * 4, HEADS)[0] == [1, 1, 2, 2]
+    rows = drawing([[0]] * 4, [[0.0], [0.55], [0.57], [0.99]], HEADS, max_new_tokens=1, **settings)
+    assert draw(rows, [[2.0, 1.5, -1.0]] * 4)[0] == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
@@ -182,8 +184,12 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite(do_sample):
 
 def test_a_forbidden_token_stays_forbidden_under_beta():
     mask = [[False, False, True]] * 3
-    rows = drawing([[0]], do_sample=False, extra={"beta": 100, "logit_mask": mask})
-    assert draw(rows, [[2.0, 1.5, -1.0]], HEADS)[0] == [1]
+    rows = drawing([[0]], heads=HEADS, do_sample=False, extra={"beta": 100, "logit_mask": mask})
+    assert draw(rows, [[2.0, 1.5, -1.0]])[0] == [1]
+
+
+def sampler(has_q):
+    return PipelineSampler([], SimpleNamespace(device=torch.device("cpu")), has_q, 3)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +203,10 @@ def test_a_forbidden_token_stays_forbidden_under_beta():
 )
 def test_settings_that_do_not_work_are_told(extra, words):
     with pytest.raises(ValueError, match=words):
-        check_settings(SamplingConfig(extra=extra), False, 3)
+        sampler(has_q=False).check(SamplingConfig(extra=extra))
 
 
 def test_settings_that_work_are_taken():
     mask = torch.zeros(3, 3, dtype=torch.bool)
     extra = {"beta": 1, "logit_mask": mask, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3}
-    check_settings(SamplingConfig(extra=extra), True, 3)
+    sampler(has_q=True).check(SamplingConfig(extra=extra))

@@ -62,7 +62,7 @@ def test_setting_what_nothing_reads_is_refused(ppo):
 
 
 def test_the_model_and_the_number_of_steps_are_there(ppo):
-    assert ppo.iter_count == ppo.state.step == 2
+    assert ppo.iter_count == ppo.schedule.step == 2
     assert ppo.model is ppo.backend.policy.model
     ids = torch.tensor([[4, 5]])
     expected = ppo.generate(ids, do_sample=False, max_new_tokens=3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from tests.builders import responses as sampled
 from tests.builders import tiny_gpt2, tiny_gpt2_config
 from tests.runs import metrics, run, weights
 from tests.unit.test_seq2seq import CONFIGS, run_seq2seq, tiny_policy
@@ -20,7 +21,6 @@ from trlx.models.adapters import AdapterOff, build_adapted_policy
 from trlx.models.architecture import Causal, EncoderDecoder
 from trlx.models.policy import build_policy, load_model
 from trlx.models.quantization import quantized
-from trlx.sampling.generate import generate
 from trlx.sampling.settings import SamplingConfig
 from trlx.strict import ConfigError
 
@@ -115,7 +115,7 @@ def test_sampling_draws_from_the_distribution_that_is_scored(family, name):
     policy = adapted(family, ADAPTERS[name])
     prompts = [[5, 6, 7, 8, 9], [9], [10, 11]]
     sampling = SamplingConfig(max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0)
-    for prompt, response in zip(prompts, generate(policy, prompts, sampling, "cpu"), strict=True):
+    for prompt, response in zip(prompts, sampled(policy, prompts, sampling), strict=True):
         assert 1 <= len(response) <= 5
         prompt_ids, mask = torch.tensor([prompt]), torch.ones(1, len(prompt)).bool()
         start = [policy.architecture.start_id] if family in CONFIGS else prompt
@@ -128,8 +128,8 @@ def test_sampling_draws_from_the_reference_too_while_it_is_active():
     policy = adapted("gpt2", PREFIX)
     sampling = SamplingConfig(max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=0)
     with AdapterOff(policy).active():
-        found = generate(policy, [[5, 6], [7]], sampling, "cpu")
-    assert found == generate(build_policy(tiny_model("gpt2")), [[5, 6], [7]], sampling, "cpu")
+        found = sampled(policy, [[5, 6], [7]], sampling)
+    assert found == sampled(build_policy(tiny_model("gpt2")), [[5, 6], [7]], sampling)
 
 
 @pytest.mark.parametrize(

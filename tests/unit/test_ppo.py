@@ -6,18 +6,17 @@ import pytest
 import torch
 
 from trlx.batch import TokenBatch, TokenOutputs
-from trlx.methods.masked import finish, pack
-from trlx.methods.ppo import (
+from trlx.methods.advantages import (
     AdaptiveKL,
     FixedKL,
-    clip_scores,
+    ScoreScale,
     gae,
     kl_penalty,
     missing_eos_penalty,
-    ppo_loss,
-    scale_scores,
     token_rewards,
 )
+from trlx.methods.masked import finish, pack
+from trlx.methods.ppo import ppo_loss
 
 NAN = math.nan
 
@@ -77,11 +76,11 @@ def test_a_token_reward_is_its_score_less_the_penalty_and_zero_outside_the_respo
 
 
 def test_scores_are_clipped_and_divided_where_that_is_asked_for():
-    scores = torch.tensor([-30.0, 4.0, 30.0])
-    assert same(clip_scores(scores, 10.0), [-10, 4, 10])
-    assert same(scale_scores(scores, 2.0), [-15, 2, 15])
+    scores = torch.tensor([[-30.0], [4.0], [30.0]])
+    assert same(ScoreScale(limit=10.0)(scores)[0], [[-10], [4], [10]])
+    assert same(ScoreScale("ref", ref_std=2.0)(scores)[0], [[-15], [2], [15]])
     for nothing in (None, 0.0):
-        assert same(scale_scores(clip_scores(scores, nothing), nothing), [-30, 4, 30])
+        assert same(ScoreScale(None, nothing)(scores)[0], scores.tolist())
 
 
 def test_only_a_response_that_does_not_end_pays_and_at_its_last_token():
@@ -112,7 +111,7 @@ def test_an_adaptive_coefficient_moves_towards_its_target_by_clipped_steps():
 
 def test_a_loaded_coefficient_is_the_saved_one():
     saved, loaded = AdaptiveKL(0.7, target=10.0, horizon=100), AdaptiveKL(0.5, target=10.0, horizon=100)
-    loaded.load(saved.state())
+    loaded.load_state_dict(saved.state_dict())
     assert loaded == saved
 
 

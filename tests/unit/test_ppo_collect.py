@@ -19,7 +19,7 @@ import torch
 from tests.builders import tiny_gpt2_config
 from tests.fake_backend import FakeBackend, FakePPOTrainer
 from tests.runs import tiny_config
-from trlx.batch import TokenBatch, TokenOutputs
+from trlx.batch import Sample, TokenBatch, TokenOutputs
 from trlx.data.prompts import PromptPipeline
 
 EOS = 2
@@ -188,7 +188,8 @@ def test_a_resumed_run_divides_scores_by_what_the_first_one_would(tmp_path, scal
     # 2, 4, 6 have a std of 2; with 0, 1, 3 the mean is 16 / 6, and (66 - 6 * (16 / 6) ** 2) / 5 is 14 / 3
     scores = {10: 0.0, 11: 1.0, 12: 3.0}
     again = trainer_of(tmp_path, scores, missing_eos_penalty=None, scale_reward=scale_reward)
-    again.load_method_state(json.loads(json.dumps(first.method_state())))
+    first.store = None
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert sorted(again.collect().scores.sum(dim=1).tolist()) == near(wanted)
 
 
@@ -215,13 +216,13 @@ def test_the_reference_the_value_head_and_no_dropout_are_asked_for_and_the_tempe
 
 def test_the_seconds_of_generation_are_not_those_of_scoring(tmp_path):
     trainer = trainer_of(tmp_path)
-    generate = trainer.backend.generate
+    generate = trainer.sampler.generate
 
     def slow(prompts, sampling):
         time.sleep(0.05)
         return generate(prompts, sampling)
 
-    trainer.backend.generate = slow
+    trainer.sampler.generate = slow
     trainer.collect()
     assert trainer.pending["time/rollout_generate"] > 0.1 > trainer.pending["time/rollout_score"]  # two chunks
 
@@ -238,7 +239,7 @@ def test_each_data_rank_draws_random_numbers_of_its_own(tmp_path, monkeypatch):
 def test_evaluations_generate_for_as_many_prompts_at_once_as_rollouts_do(tmp_path):
     trainer, sizes = trainer_of(tmp_path), []
     trainer.add_eval_pipeline(PromptPipeline([[10], [11], [12]], 8, trainer.tokenizer))
-    trainer.backend.generate = lambda prompts, sampling: sizes.append(len(prompts)) or [[4]] * len(prompts)
+    trainer.sampler.generate = lambda prompts, _: sizes.append(len(prompts)) or [Sample([4])] * len(prompts)
     trainer.evaluate()
     assert sizes == [2, 1]  # method.chunk_size is 2, train.batch_size 4
 
@@ -284,7 +285,7 @@ def test_the_first_kl_is_0_up_to_rounding_in_the_precision_used(
 def test_the_ratio_is_looked_at_on_the_first_minibatch_alone(tmp_path, caplog):
     trainer = trainer_of(tmp_path)
     warned = []
-    for trainer.state.step, deviation in ((1, 1e-4), (1, 0.01), (2, 0.01)):
+    for trainer.schedule.step, deviation in ((1, 1e-4), (1, 0.01), (2, 0.01)):
         caplog.clear()
         trainer.after_step({"policy/ratio_deviation/max": deviation})
         warned.append("up to 0.01 away from 1" in caplog.text)
@@ -295,6 +296,6 @@ def test_later_on_or_with_an_adapter_that_starts_elsewhere_any_kl_will_do(tmp_pa
     trainer_of(tmp_path).collect()
     monkeypatch.setattr(FakeBackend, "starts_at_reference", True)
     trainer = trainer_of(tmp_path)
-    trainer.state.step = 1
+    trainer.schedule.step = 1
     trainer.collect()
     assert not [record for record in caplog.records if "KL" in record.message]

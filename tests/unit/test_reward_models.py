@@ -163,7 +163,7 @@ def test_a_reward_model_trains_a_policy(tmp_path):
     config = tiny_config(tmp_path, "PPO", train={"total_steps": 1})
     reward = SequenceClassifierReward(classifier(), char_tokenizer())
     trainer = trlx.train(config=config, reward_fn=reward, prompts=PROMPTS)
-    assert trainer.state.step == 1
+    assert trainer.schedule.step == 1
     assert not any(parameter.requires_grad and parameter.grad is not None for parameter in reward.model.parameters())
 
 
@@ -328,7 +328,7 @@ def test_a_server_trains_a_policy_and_its_failure_stops_the_run(server, tmp_path
     config = tiny_config(tmp_path / "good", "PPO", train={"total_steps": 1})
     prompts = [{"prompt": text, "number": i} for i, text in enumerate(PROMPTS)]
     trainer = trlx.train(config=config, reward_fn=RemoteReward(server.url), prompts=prompts)
-    assert trainer.state.step == 1 and "number" in server.questions[0]["metadata"]
+    assert trainer.schedule.step == 1 and "number" in server.questions[0]["metadata"]
     server.answers = [(400, {"error": "no"})]
     config = tiny_config(tmp_path / "bad", "PPO", train={"total_steps": 1})
     with pytest.raises(RewardError, match="answered status 400"):

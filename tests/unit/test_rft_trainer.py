@@ -28,7 +28,7 @@ def test_samples_grow_every_n_improve_steps_epochs_and_the_threshold_rises_betwe
     method = {"start_percentile": 0.5, "end_percentile": 0.9, "n_improve_steps": 2, "n_generations_per_prompt": 3}
     config = tiny_config(tmp_path, "RFT", method=method, train={"epochs": 5, "total_steps": 500, "eval_interval": 999})
     trainer = trlx.train(config=config, reward_fn=counting, prompts=PROMPTS[:4])
-    assert trainer.state.epoch == 5
+    assert trainer.schedule.epoch == 5
     assert [percentile for _, percentile, _ in selections(tmp_path)] == pytest.approx([0.5, 0.7, 0.5, 0.7, 0.5])
     assert len(trainer.history) == 3 * 4 * 3  # growths at epochs 0, 2 and 4
     in_order = [prompt for prompt in PROMPTS[:4] for _ in range(3)]
@@ -38,9 +38,9 @@ def test_samples_grow_every_n_improve_steps_epochs_and_the_threshold_rises_betwe
 
 def test_training_ends_with_the_last_epoch_evaluated_and_saved(tmp_path):
     trainer = run("RFT", tmp_path, train={"epochs": 2, "total_steps": 500})
-    assert trainer.finished and trainer.state.epoch == 2 and trainer.state.step < 500
-    assert [line["step"] for line in metrics(tmp_path) if "reward/mean" in line][-1] == trainer.state.step
-    assert checkpoint.newest(tmp_path).name == f"checkpoint_{trainer.state.step:03d}"
+    assert trainer.schedule.finished and trainer.schedule.epoch == 2 and trainer.schedule.step < 500
+    assert [line["step"] for line in metrics(tmp_path) if "reward/mean" in line][-1] == trainer.schedule.step
+    assert checkpoint.newest(tmp_path).name == f"checkpoint_{trainer.schedule.step:03d}"
 
 
 def test_each_epoch_trains_on_the_samples_that_reach_their_prompts_threshold_each_once(tmp_path):
@@ -48,7 +48,7 @@ def test_each_epoch_trains_on_the_samples_that_reach_their_prompts_threshold_eac
     history = trainer.history
     limit = thresholds([tuple(r.prompt) for r in history], [r.score for r in history], 0.5)
     wanted = {(tuple(r.prompt), tuple(r.response)) for r in history if r.score >= limit[tuple(r.prompt)]}
-    trainer.state.epoch = 0
+    trainer.schedule.epoch = 0
     chosen = [(tuple(r.prompt), tuple(r.response)) for r in trainer._selected().rollouts]
     assert set(chosen) == wanted and len(chosen) == len(wanted)
     assert 0 < len(wanted) < len(history)
@@ -99,13 +99,12 @@ def test_scores_of_the_first_prompt_and_selected_samples_of_each_prompt_are_logg
 
 def test_history_comes_back_to_the_last_bit(tmp_path):
     trainer = run("RFT", tmp_path, train={"total_steps": 2})
-    (tmp_path / "saved").mkdir()
     trainer.history[0].score = 0.1 + 0.2
-    checkpoint.write_history(tmp_path / "saved", trainer.history)
-    again = checkpoint.read_history(tmp_path / "saved")
-    for one, other in zip(trainer.history, again, strict=True):
-        assert (one.prompt, one.response, one.score) == (other.prompt, other.response, other.score)
-    assert checkpoint.read_history(tmp_path) == []
+    before = [(one.prompt, one.response, one.score) for one in trainer.history]
+    trainer.save(tmp_path / "saved")
+    trainer.history = []
+    trainer.load(tmp_path / "saved")
+    assert [(one.prompt, one.response, one.score) for one in trainer.history] == before and len(before) == 32
 
 
 def test_a_failing_reward_leaves_the_history_as_it_was(tmp_path):
@@ -121,7 +120,8 @@ def test_a_failing_reward_leaves_the_history_as_it_was(tmp_path):
     with pytest.raises(RewardError, match="ZeroDivisionError"):
         trlx.train(config=tiny_config(tmp_path / "a", "RFT", **changes), reward_fn=failing, prompts=PROMPTS)
     saved = checkpoint.newest(tmp_path / "a")
-    assert len(checkpoint.read_history(saved)) == 32 and checkpoint.read_state(saved)[0].epoch == 2
+    state, _ = checkpoint.read_state(saved)
+    assert len(state["history"]) == 32 and state["schedule"]["epoch"] == 2
     run("RFT", tmp_path / "a", train={**changes["train"], "resume_from_checkpoint": "auto"})
     run("RFT", tmp_path / "whole", **changes)
     first, second = weights(tmp_path / "a"), weights(tmp_path / "whole")

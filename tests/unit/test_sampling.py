@@ -1,5 +1,6 @@
 import pytest
 
+from trlx.batch import Sample
 from trlx.data.prompts import Prompt
 from trlx.sampling.settings import SamplingConfig, check_rollouts, cut_at_eos, sweep, sweep_variants
 from trlx.sampling.stopping import Stopper
@@ -166,7 +167,8 @@ def test_a_response_ended_by_an_eos_or_a_stop_sequence_and_not_where_tokens_ran_
     sampling = SamplingConfig(eos_token_id=[7, 8], stop=Stopper(tokenizer, ["#"]))
     stop = tokenizer("#", add_special_tokens=False)["input_ids"]
     prompts = [Prompt([4], metadata={"label": i}) for i in range(4)]
-    rollouts = sampling.rollouts(prompts, [[5, 8], [5, *stop, 9], [5, 2], []])
+    responses = [[5, 8], [5, *stop, 9], [5, 2], []]
+    rollouts = [sampling.rollout(*pair) for pair in zip(prompts, map(Sample, responses), strict=True)]
     assert [rollout.response for rollout in rollouts] == [[5, 8], [5, 2], [5, 2], []]
     assert [rollout.ended for rollout in rollouts] == [True, True, False, False]
     assert [rollout.metadata["label"] for rollout in rollouts] == [0, 1, 2, 3]

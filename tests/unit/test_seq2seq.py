@@ -10,13 +10,13 @@ from transformers import AutoModelForSeq2SeqLM
 
 import trlx
 from tests.builders import VOCABULARY, char_tokenizer
+from tests.builders import responses as sampled
 from tests.runs import DATA, PROMPTS, length, metrics, share_of_a, tiny_config, weights
-from trlx.batch import Rollout
+from trlx.batch import Rollout, Sample
 from trlx.data.collate import collate_encoder_decoder
 from trlx.data.dialogue import dialogues
 from trlx.models.architecture import EncoderDecoder
 from trlx.models.policy import build_policy, load_model, save_hf
-from trlx.sampling.generate import generate
 from trlx.sampling.settings import SamplingConfig
 
 _SPECIAL = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -187,7 +187,7 @@ def test_sampling_draws_from_the_distribution_that_is_scored(name):
     policy = tiny_policy(name)
     prompts = [[5, 6, 7, 8, 2], [9, 2], [10, 11, 2]]
     sampling = SamplingConfig(max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0)
-    responses = generate(policy, prompts, sampling, "cpu")
+    responses = sampled(policy, prompts, sampling)
     start = policy.architecture.start_id
     for prompt, response in zip(prompts, responses, strict=True):
         row = torch.tensor([[start, *response]])
@@ -288,7 +288,7 @@ def test_a_sample_is_prompt_separator_output_and_prompts_keep_their_special_toke
     sequences = trainer.generate([[5, 6, 2], [7, 2]], max_new_tokens=3)
     assert sequences[:, 0].tolist() == [0, 0] and sequences.shape[1] <= 4
     asked = []
-    trainer.backend.generate = lambda prompts, sampling: asked.extend(prompts) or [[2]]
+    trainer.sampler.generate = lambda prompts, sampling: asked.extend(prompts) or [Sample([2])]
     assert trainer.generate("ab") == "" and asked == [[4, 5, 2]]
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from tests.builders import responses as sampled
 from tests.unit.test_seq2seq import CONFIGS
 from tests.unit.tiny_models import FAMILIES, tiny_model
 from trlx.models.architecture import ARCHITECTURES
 from trlx.models.policy import build_policy, load_model
-from trlx.sampling.generate import generate
 from trlx.sampling.settings import SamplingConfig
 
 BETA, NEW = 3.0, 4
@@ -45,9 +45,9 @@ def likeliest(policy, beta):
 @pytest.mark.parametrize("name", [*FAMILIES, *CONFIGS])
 def test_sampling_is_shifted_on_every_architecture(name):
     policy = policy_of(name)
-    sampled = {
-        beta: generate(policy, [PROMPT], SamplingConfig(NEW, NEW, do_sample=False, extra={"beta": beta}), "cpu")
+    found = {
+        beta: sampled(policy, [PROMPT], SamplingConfig(NEW, NEW, do_sample=False, extra={"beta": beta}))
         for beta in (0, BETA)
     }
-    assert sampled == {beta: [likeliest(policy, beta)] for beta in (0, BETA)}
-    assert sampled[0] != sampled[BETA]
+    assert found == {beta: [likeliest(policy, beta)] for beta in (0, BETA)}
+    assert found[0] != found[BETA]

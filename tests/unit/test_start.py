@@ -92,11 +92,11 @@ def test_no_prompts_are_refused_with_what_brings_the_originals_back(tmp_path):
 def test_epochs_alone_may_decide_how_long_a_run_is(tmp_path):
     # 2 epochs of 8 texts in batches of 4; of RFT nobody knows how many rows an epoch has
     train = {"total_steps": None, "tags": None, "epochs": 2}
-    assert run("SFT", tmp_path / "sft", train=train).state.step == 4
+    assert run("SFT", tmp_path / "sft", train=train).schedule.step == 4
     assert (tmp_path / "sft" / "checkpoint_4").is_dir()
     trainer = run("RFT", tmp_path / "rft", train=train)
-    assert (trainer.total_steps, trainer.state.epoch) == (None, 2)
-    assert (tmp_path / "rft" / f"checkpoint_{trainer.state.step:06d}").is_dir()
+    assert (trainer.total_steps, trainer.schedule.epoch) == (None, 2)
+    assert (tmp_path / "rft" / f"checkpoint_{trainer.schedule.step:06d}").is_dir()
 
 
 def test_rollouts_are_logged_into_a_folder_that_need_not_exist(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import trlx
 from tests.builders import char_tokenizer, tiny_gpt2_config
 from tests.runs import PROMPTS, share_of_a, tiny_config
+from trlx.batch import Sample
 from trlx.data.prompts import PromptPipeline
 from trlx.trainer.accelerate import AcceleratePPOTrainer
 
@@ -36,14 +37,14 @@ def collected(tmp_path, kind, prompts=PROMPTS, **changes):
     config = tiny_config(tmp_path, "PPO", method=method, tokenizer=tokenizer, model=model)
     trainer = AcceleratePPOTrainer(config=config, reward_fn=reward)
     trainer.add_prompt_pipeline(PromptPipeline(prompts, 8, trainer.tokenizer))
-    sampled, generate = [], trainer.backend.generate
+    sampled, generate = [], trainer.sampler.generate
 
     def spy(prompts, sampling):
-        responses = generate(prompts, sampling)
-        sampled.extend(copy.deepcopy(list(zip(prompts, responses, strict=True))))
-        return responses
+        samples = generate(prompts, sampling)
+        sampled.extend(copy.deepcopy([(p, s.ids) for p, s in zip(prompts, samples, strict=True)]))
+        return samples
 
-    trainer.backend.generate = spy
+    trainer.sampler.generate = spy
     return sampled, texts, trainer.collect(), trainer
 
 
@@ -128,5 +129,5 @@ def test_evaluations_and_generate_begin_as_rollouts_do_also_where_no_prompts_are
         trainer = trlx.train(config=config, samples=["ab"], eval_prompts=given)
         assert [prompt.ids for prompt in trainer.evaluator.prompts] == wanted
     asked = []
-    trainer.backend.generate = lambda prompts, sampling: asked.extend(prompts) or [[EOS]]
+    trainer.sampler.generate = lambda prompts, sampling: asked.extend(prompts) or [Sample([EOS])]
     assert trainer.generate("ab") == "" and asked == begun

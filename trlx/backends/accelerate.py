@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,15 @@ from trlx.batch import TokenBatch, TokenOutputs
 from trlx.checkpoint import read_optimizer, write_optimizer
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.methods.masked import finish, merge_packed, pack
+from trlx.methods.units import Unit
 from trlx.models.adapters import AdaptedPolicy, AdapterOff, adapted_model, build_adapted_policy
 from trlx.models.architecture import architecture_for
 from trlx.models.decoder import output_head
 from trlx.models.limits import check_positions, check_vocabulary
 from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
 from trlx.models.reference import Exchange, Reference, digest
-from trlx.sampling.generate import generate, generation_config
-from trlx.sampling.settings import SamplingConfig
+from trlx.sampling.base import Sampler
+from trlx.sampling.generate import TransformersSampler
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +87,7 @@ class AccelerateBackend(Backend):
         check_vocabulary(self.policy.model, tokenizer)
         self.precision = HALVES.get(self.accelerator.mixed_precision, self.policy.model.dtype)
         self.positions = check_positions(self.policy.model, train.seq_length) or self.positions
-        self.vocabulary = output_head(self.policy.model).weight.shape[0]
+        self.vocab_size = output_head(self.policy.model).weight.shape[0]
         if train.gradient_checkpointing:
             self.policy.architecture.recompute()
         self.initial_digest = digest(self.policy)
@@ -99,17 +100,22 @@ class AccelerateBackend(Backend):
         self.schedule_at = partial(make_scheduler, scheduler, prepared)
         self.scheduler = self.schedule_at(0)
 
-    def check_sampling(self, sampling: SamplingConfig) -> None:
-        sampling.check_shaping(self.policy.q_heads is not None, self.vocabulary)
-        generation_config(sampling)
+    def sampler(self) -> Sampler:
+        return TransformersSampler(self.policy, self.device, self._for_sampling)
 
-    def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
-        self.check_sampling(sampling)
-        self.check_prompts(prompts, sampling.max_new_tokens)
-        self.policy.eval()
-        # the policy that samples must round as the one that is scored and trained
+    @contextmanager
+    def _for_sampling(self) -> Iterator[None]:
+        # the policy that samples must round as the one that is evaluated and trained
         with self.accelerator.autocast(), self.sharding.unsharded():
-            return generate(self.policy, prompts, sampling, self.device)
+            yield
+
+    def weights_by_name(self) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(self.policy, AdaptedPolicy):
+            raise ValueError("A sampler that holds weights of its own cannot follow an adapter: sample with this model")
+        for name, weight in self.policy.model.named_parameters():
+            whole = self.sharding.for_file(weight)
+            if self.is_main:
+                yield name, whole.cpu()
 
     @torch.no_grad()
     def evaluate(self, batch: TokenBatch, reference: bool = False) -> TokenOutputs:
@@ -119,36 +125,35 @@ class AccelerateBackend(Backend):
         logprobs = torch.zeros(batch.tokens.shape)
         values = torch.zeros(batch.tokens.shape) if self.has_values and not reference else None
         with self.reference.active() if reference else nullcontext(), self.sharding.unsharded():
-            for start in range(0, len(batch), self.microbatch_size):
-                rows = slice(start, start + self.microbatch_size)
-                piece = batch.rows(rows).to(self.device)
-                width = piece.tokens.shape[1]
-                scores = self.policy(*_columns(piece), values=values is not None)
-                logprobs[rows, :width] = scores.logprobs.cpu()
+            for start, microbatch in self._microbatches(batch):
+                at = slice(start, start + len(microbatch)), slice(microbatch.tokens.shape[1])
+                outputs = self.policy(*_columns(microbatch), values=values is not None)
+                logprobs[at] = outputs.logprobs.cpu()
                 if values is not None:
-                    values[rows, :width] = scores.values.cpu()
+                    values[at] = outputs.values.cpu()
         return TokenOutputs(logprobs, values)
 
-    def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
+    def train_step(self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN) -> dict[str, float]:
         self.sharding.wrapped.train(self.uses_train_mode)
-        units = max(float(self.sum_across(batch.response_mask.sum())), 1.0)
         # DDP averages gradients over processes; the loss is a global sum, so undo its mean
-        scale = self.data_size / units
-        pieces, seconds = [], {"time/forward": 0.0, "time/backward": 0.0}
-        starts = range(0, len(batch), self.microbatch_size)
-        for start in starts:
-            piece = batch.rows(slice(start, start + self.microbatch_size)).to(self.device)
-            is_last = start == starts[-1]
+        share = self.data_size / max(float(self.sum_across(unit.count(batch))), 1.0)
+        packed, seconds = [], {"time/forward": 0.0, "time/backward": 0.0}
+        for start, microbatch in self._microbatches(batch):
+            is_last = start + self.microbatch_size >= len(batch)
             with nullcontext() if is_last else self.sharding.accumulating():
                 began = time.perf_counter()
-                scores = self.sharding.wrapped(*_columns(piece))
-                loss, metrics = loss_fn(scores, piece)
+                summed, metrics = loss(self.sharding.wrapped(*_columns(microbatch)), microbatch)
                 halfway = time.perf_counter()
-                self.sharding.backward(loss * scale)
+                self.sharding.backward(summed * share)
             seconds["time/forward"] += halfway - began
             seconds["time/backward"] += time.perf_counter() - halfway
-            pieces.append(pack(metrics))
-        return self._means(pieces) | self._update() | seconds
+            packed.append(pack(metrics))
+        return self._means(packed) | self._update() | seconds
+
+    def _microbatches(self, batch: TokenBatch) -> Iterator[tuple[int, TokenBatch]]:
+        """(first row, microbatch on the device)."""
+        for start in range(0, len(batch), self.microbatch_size):
+            yield start, batch.rows(slice(start, start + self.microbatch_size)).to(self.device)
 
     def _update(self) -> dict[str, float]:
         """Clips and applies the gradients, unless they are not finite."""
@@ -159,9 +164,9 @@ class AccelerateBackend(Backend):
             self.scheduler.step()
         return {"grad_norm": norm, "skipped_steps": float(skipped), **rates}
 
-    def _means(self, pieces: list[tuple[list[str], Tensor]]) -> dict[str, float]:
-        names = pieces[0][0]
-        packed = merge_packed(torch.stack([rows for _, rows in pieces]))
+    def _means(self, found: list[tuple[list[str], Tensor]]) -> dict[str, float]:
+        names = found[0][0]
+        packed = merge_packed(torch.stack([rows for _, rows in found]))
         if self.data_size > 1:
             packed = merge_packed(self.accelerator.gather(packed[None]))
         return finish(names, packed)

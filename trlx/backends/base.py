@@ -1,6 +1,6 @@
 """The protocol between an algorithm and the machinery that runs a model.
 
-A trainer knows the algorithm and sees token ids, per-token scores and numbers. A backend knows the model, its
+A trainer knows the algorithm and sees token ids, numbers about tokens, and metrics. A backend knows the model, its
 optimizer, the devices and the processes. Pipeline parallelism forces the backend to own forward and backward, so the
 loss function is handed down to it.
 """
@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from trlx.backends.distress import attempted, raise_everywhere, told
 from trlx.batch import TokenBatch, TokenOutputs
 from trlx.config import ModelConfig, TrainConfig
 from trlx.data.collate import DecoderRows, RowFormat
 from trlx.methods.masked import Metrics
+from trlx.methods.units import Unit
 from trlx.models.source import check_model, exported
-from trlx.sampling.settings import SamplingConfig
+from trlx.sampling.base import Sampler
 
 PATIENCE = timedelta(hours=6)
 """How long processes wait while the main one scores rollouts; torch's own ten minutes end runs with slow rewards."""
@@ -34,8 +36,10 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UPDATES_FILE = "updates.json"
 """In a checkpoint: optimizer steps done, on which the learning rate depends, and the loss scale of fp16."""
 
+T = TypeVar("T")
+
 LossFn = Callable[[TokenOutputs, TokenBatch], tuple[Tensor, Metrics]]
-"""Takes one microbatch; returns the loss **summed** over its response tokens, and its metrics."""
+"""Takes one microbatch; returns the loss **summed** over its units, and its metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +77,17 @@ class Backend(ABC):
     """True on the one process that talks to the user: calls reward_fn, writes files, prints."""
     leads: bool = True
     """True on one process of each data rank: it speaks for those that hold other parts of the model with it."""
-    part: str = ""
-    """Which part of the model this process holds, as an ending of file names; "" for the one that leads."""
-    vocabulary: int = sys.maxsize
+    shard: str = ""
+    """Which shard of the model this process holds, as an ending of file names; "" for the one that leads."""
+    microbatch_size: int
+    """Rows of one forward and backward pass."""
+    vocab_size: int = sys.maxsize
     """How many tokens the model knows."""
     positions: int = sys.maxsize
     """How long a row can be, at most."""
-    layout: RowFormat = DecoderRows()
+    row_format: RowFormat = DecoderRows()
     """How rollouts become rows of this model."""
-    schedule: str = ""
+    lr_schedule: str = ""
     """The learning rate's schedule, where it is not the config's section alone that says it."""
     starts_at_reference: bool = True
     """Whether policy and reference are one before the first update; an adapter may make them differ from the start."""
@@ -102,13 +108,6 @@ class Backend(ABC):
         """
         check_model(cls.source(model, train), "model.model_path", model.model_extra_configs)
 
-    def check_sampling(self, sampling: SamplingConfig) -> None:
-        """Makes sure, before anything is sampled, that `generate` can do what `sampling` asks.
-
-        Raises:
-            ValueError: it cannot; the message names the setting.
-        """
-
     def check_prompts(self, prompts: list[list[int]], new_tokens: int) -> None:
         """Makes sure that the model can read `prompts` and answer each with `new_tokens`.
 
@@ -116,34 +115,45 @@ class Backend(ABC):
             ValueError: it cannot; the message names the prompt.
         """
         for index, ids in enumerate(prompts):
-            unknown = [token for token in ids if not 0 <= token < self.vocabulary]
+            unknown = [token for token in ids if not 0 <= token < self.vocab_size]
             if unknown:
                 raise ValueError(
-                    f"Prompt {index} has the token {unknown[0]}, but the model knows {self.vocabulary} tokens: take "
+                    f"Prompt {index} has the token {unknown[0]}, but the model knows {self.vocab_size} tokens: take "
                     "ids of the model's own tokenizer"
                 )
-            if self.layout.width(len(ids), new_tokens) > self.positions:
+            if self.row_format.width(len(ids), new_tokens) > self.positions:
                 raise ValueError(
                     f"Prompt {index} has {len(ids)} tokens, which with max_new_tokens={new_tokens} are more than the "
                     f"{self.positions} positions of the model: shorten it, or lower max_new_tokens"
                 )
 
     @abstractmethod
-    def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
-        """Samples one response per prompt of this process. Ids exactly as sampled: up to and including the first eos,
-        no padding, stop sequences not yet cut off. Called on every process equally often; `prompts` may be empty."""
+    def sampler(self) -> Sampler:
+        """A sampler of the weights that train."""
+
+    def weights_by_name(self) -> Iterator[tuple[str, Tensor]]:
+        """The language model's weights by their Hugging Face names, whole, on the CPU; for samplers that hold a copy.
+
+        Each comes on one process alone, while the others help to gather it: call it on every process, to its end.
+
+        Raises:
+            ValueError: an adapter trains.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def evaluate(self, batch: TokenBatch, reference: bool = False) -> TokenOutputs:
-        """Scores this process's rows without gradient, in microbatches; [B, T] float32 on the CPU, T as in `batch`.
-        With `reference` the frozen first policy speaks (log-probabilities only). Called on every process."""
+        """What the model says about this process's rows, without gradient, in microbatches; [B, T] float32 on the CPU,
+        T as in `batch`. With `reference` the frozen first policy speaks (log-probabilities only). Called on every
+        process."""
 
     @abstractmethod
-    def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
+    def train_step(self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN) -> dict[str, float]:
         """One optimizer step on this process's rows of a global batch.
 
-        The summed loss is divided by the number of response tokens over all microbatches and data ranks, so every
-        split of a batch gives one gradient. Every process must bring the same number of rows.
+        The summed loss is divided by the number of units over all microbatches and data ranks, so every split of a
+        batch gives one gradient. Every process must bring the same number of rows, a multiple of those that stand
+        together; so must be `microbatch_size`.
         Returns the global means of the loss function's metrics, with ``grad_norm``, ``skipped_steps`` (1.0 if gradients
         were not finite and nothing was updated), ``learning_rate_group_<i>``, ``time/forward`` and ``time/backward``.
         """
@@ -168,6 +178,29 @@ class Backend(ABC):
     @abstractmethod
     def broadcast_object(self, value: Any) -> Any:
         """The main process's value, on every process."""
+
+    def on_main(self, fn: Callable[[], T]) -> T:
+        """`fn()` called on the main process, its result on every process.
+
+        Raises:
+            BaseException: what `fn` raised, on every process; where it did not run, RewardError and `Interrupted` as
+                they are, anything else as `ErrorElsewhere`. The others would wait for it forever.
+        """
+        value, error = attempted(fn) if self.is_main else (None, None)
+        value, heard = self.broadcast_object((value, told(error)))
+        raise_everywhere(error, heard)
+        return value
+
+    def on_each_rank(self, fn: Callable[[], list[T]]) -> list[T]:
+        """`fn()` called on the leading process of every data rank, the lists concatenated in rank order.
+
+        Raises:
+            BaseException: on every process, what `fn` raised on any, as `on_main` does.
+        """
+        value, error = attempted(fn) if self.leads else (None, None)
+        heard = [each for each in self.gather_objects([told(error)]) if each]
+        raise_everywhere(error, heard[0] if heard else None)
+        return self.gather_objects(value or [])
 
     @abstractmethod
     def barrier(self) -> None:

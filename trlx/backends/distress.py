@@ -17,8 +17,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
+
+from trlx import logging
+from trlx.rewards.calling import RewardError
 
 POLL = 1.0
 """Seconds between two looks into the store."""
@@ -30,8 +34,17 @@ ANSWER = 3.0
 CAUSE, SIGNAL, HEARD = "cause", "signal", "heard"
 """Keys of the store: what failed first and where; the signal that came first; how many processes know of the cause."""
 
+T = TypeVar("T")
+
 _watch: Watch | None = None
 _numbers = itertools.count()
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to save and leave; its name is the message. Raised on every process at the same place.
+
+    No Exception, so that no ``except Exception`` of a user's function swallows it.
+    """
 
 
 def shared(error: BaseException) -> BaseException:
@@ -83,6 +96,45 @@ def stop_listening() -> None:
     """After this `on_signal` is not called any more."""
     if _watch is not None:
         _watch.stop_listening()
+
+
+class ErrorElsewhere(RuntimeError):
+    """A function that runs on another process failed there; the message has type, message and process of its error."""
+
+
+SAME_EVERYWHERE = {cls.__name__: cls for cls in (RewardError, Interrupted, KeyboardInterrupt)}
+"""Errors that other processes raise under their own type."""
+
+
+def attempted(fn: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """(what `fn` returns, what it raises); one of them is None."""
+    try:
+        return fn(), None
+    except BaseException as error:  # of whatever it is the others must hear
+        return None, error
+
+
+def told(error: BaseException | None) -> tuple[str, str, int] | None:
+    """Type, message and process of an error, as they are sent."""
+    if error is None:
+        return None
+    known = [name for name, cls in SAME_EVERYWHERE.items() if isinstance(error, cls)]
+    return (known or [type(error).__name__])[0], str(error), logging.process_rank()
+
+
+def raise_everywhere(error: BaseException | None, heard: tuple[str, str, int] | None) -> None:
+    """Raises on every process what one of them raised: `error` where it was, and what was `told` of it elsewhere."""
+    if error is not None:
+        raise shared(error)
+    if heard is None:
+        return
+    kind, message, rank = heard
+    if kind not in SAME_EVERYWHERE:
+        raise shared(ErrorElsewhere(f"{kind}: {message} (on process {rank})"))
+    error = shared(SAME_EVERYWHERE[kind](message))
+    if kind == RewardError.__name__:
+        error.add_note(f"It was raised on process {rank}")
+    raise error
 
 
 class Watch:

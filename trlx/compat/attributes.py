@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trlx.compat.hooks import HOOKS
 from trlx.sampling.settings import sweep_variants
-from trlx.trainer.sequences import sample_sequences
+from trlx.sampling.texts import Respond
 
 _GONE = {
     "accelerator": "trainer.backend has device and data_rank; Accelerate's object is trainer.backend.accelerator",
@@ -18,7 +18,7 @@ _GONE = {
     "ref_model": "trainer.backend.evaluate(batch, reference=True) runs the reference policy",
     "kl_ctl": "trainer.kl, whose coefficient is trainer.kl.coef",
     "mean_kl approx_kl": "it is logged as policy/kl",
-    "running_moments": "trainer.moments",
+    "running_moments": "trainer.scale.moments",
     "ref_mean": "the mean of scores is never subtracted",
     "train_dataloader": "trainer.store holds the rows, and trlx.data.store.pass_order gives their order",
     "eval_dataloader eval_pipeline": "trainer.evaluator holds the prompts of evaluations",
@@ -30,9 +30,9 @@ _GONE = {
     "logit_mask": "ILQL trainers take it as logit_mask in trainer.config.train.trainer_kwargs",
     "stop_sequences": "trainer.stopper holds them",
     "mb_size num_mb mb_count": "trainer.backend.microbatch_size is the number of rows computed at once",
-    "n_inner_epochs n_updates_per_batch": "trainer.inner_epochs",
-    "epoch_count": "trainer.state.epoch",
-    "nth_evaluation": "trainer.state.step is the step of the evaluation",
+    "n_inner_epochs n_updates_per_batch": "trainer.passes_per_epoch",
+    "epoch_count": "trainer.schedule.epoch",
+    "nth_evaluation": "trainer.schedule.step is the step of the evaluation",
     "train_mode": "models train in trainer.learn() only",
     "log_rollouts rollout_logging_dir run_id": "trainer.config.train.rollout_logging_dir is the folder of rollouts",
     "ilql ppo_config ilql_config sft_config generations_per_prompt": "trainer.config.method holds the settings",
@@ -51,7 +51,8 @@ class OldNames:
         """`Trainer.generate` with the settings of evaluations; of a sweep, those of its first value."""
         settings = sweep_variants(self.config.method.gen_kwargs)[0][1]
         sampling = self.sampling({**settings, **gen_kwargs})
-        return sample_sequences(self.backend, self.tokenizer, sampling, input_ids, attention_mask)
+        respond = Respond(self.draw, self.tokenizer, self.backend.row_format, sampling)
+        return respond.sequences(input_ids, attention_mask)
 
     def __getattr__(self, name: str) -> Any:
         if name in _WORKING:
@@ -84,4 +85,4 @@ def _model(trainer: Any) -> Any:
     return policy.model
 
 
-_WORKING: dict[str, Callable[[Any], Any]] = {"model": _model, "iter_count": lambda trainer: trainer.state.step}
+_WORKING: dict[str, Callable[[Any], Any]] = {"model": _model, "iter_count": lambda trainer: trainer.schedule.step}

@@ -14,7 +14,7 @@ _INSTEAD = {
         "loss": "define loss(scores, batch), which gets a trlx.batch.TokenOutputs and a trlx.batch.TokenBatch",
         "make_experience push_to_store": "override collect(), which returns what the coming epoch trains on",
         "make_experience_seq2seq": "make_experience(samples, rewards, seq_length) takes every kind of model",
-        "prepare_learning": "override collect() for the data of an epoch, and inner_epochs for the passes over it",
+        "prepare_learning": "override collect() for the data of an epoch, and passes_per_epoch for the passes over it",
         "create_train_dataloader": "override collect(), whose rows trlx puts into batches of train.batch_size",
         "post_backward_callback": "override after_step(metrics), called after every optimizer step",
         "post_epoch_callback": "override collect(), called at the beginning of every epoch",

@@ -31,7 +31,7 @@ _MOVED: dict[str, dict[str, str]] = {
     },
     "trlx.models.modeling_ppo": {
         "trlx.method_configs": "PPOConfig",
-        "trlx.methods.ppo": "AdaptiveKLController=AdaptiveKL FixedKLController=FixedKL",
+        "trlx.methods.advantages": "AdaptiveKLController=AdaptiveKL FixedKLController=FixedKL",
     },
     "trlx.models.modeling_ilql": {"trlx.method_configs": "ILQLConfig"},
     "trlx.trainer.accelerate_base_trainer": {

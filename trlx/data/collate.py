@@ -87,6 +87,7 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
         attention_mask=torch.arange(width) < torch.tensor(lengths)[:, None],
         response_mask=pad_columns([[False] * len(r.prompt) + _trained(r) for r in rollouts], width, False),
         scores=pad_columns([[0.0] * len(r.prompt) + _token_scores(r) for r in rollouts], width, 0.0),
+        group=torch.tensor([r.group for r in rollouts]),
     )
 
 

@@ -53,10 +53,15 @@ class RolloutStore:
         return digest.hexdigest()[:16]
 
 
-def pass_order(num_rows: int, seed: int, number: int) -> tuple[int, ...]:
+def pass_order(num_rows: int, seed: int, number: int, together: int = 1) -> tuple[int, ...]:
     """The row numbers of the `number`-th pass over a store: a function of its arguments, so a resume needs none of it
-    saved. Global batches are consecutive pieces of it; the last one may be short."""
-    return permutation(num_rows, seed, "rows", number)
+    saved. Global batches are consecutive pieces of it; the last one may be short.
+
+    Args:
+        together: blocks of so many rows keep their order inside, and stay neighbours.
+    """
+    blocks = permutation(num_rows // together, seed, "rows", number)
+    return blocks if together == 1 else tuple(block * together + row for block in blocks for row in range(together))
 
 
 @lru_cache(maxsize=2)  # one of prompts and one of rows, each read from end to end
@@ -72,19 +77,20 @@ def permutation(size: int, seed: int, stream: str, number: int) -> tuple[int, ..
     return tuple(torch.randperm(size, generator=generator).tolist())
 
 
-def own_rows(count: int, rank: int, size: int) -> slice:
-    """Process `rank`'s consecutive part of `count` rows shared by `size` processes: ceil(count / size) or fewer."""
-    share = -(-count // size)
+def own_rows(count: int, rank: int, size: int, together: int = 1) -> slice:
+    """Process `rank`'s consecutive share of `count` rows, when `size` processes share them in blocks of `together`: all
+    shares are equal but the last ones, which may be short."""
+    share = -(-count // (size * together)) * together
     return slice(rank * share, (rank + 1) * share)
 
 
-def shard(store: Store, indices: list[int], rank: int, size: int) -> TokenBatch:
-    """Process `rank`'s consecutive part of a global batch, when `size` processes share it.
+def shard(store: Store, indices: list[int], rank: int, size: int, together: int = 1) -> TokenBatch:
+    """Process `rank`'s consecutive share of a global batch, see `own_rows`.
 
-    Every process gets the same number of rows, ceil(len(indices) / size): what is missing are copies of the first row
-    with ``response_mask`` False everywhere, which count nothing.
+    Every process gets the same number of rows: what is missing are copies of the first row with ``response_mask`` False
+    everywhere, which count nothing.
     """
-    rows = own_rows(len(indices), rank, size)
+    rows = own_rows(len(indices), rank, size, together)
     mine = indices[rows]
     missing = rows.stop - rows.start - len(mine)
     batch = store.rows(mine + indices[:1] * missing)

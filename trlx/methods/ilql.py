@@ -14,7 +14,7 @@ from trlx.methods.masked import Metrics, means_of, spread_of
 
 
 def ilql_loss(
-    scores: TokenOutputs,
+    outputs: TokenOutputs,
     batch: TokenBatch,
     *,
     tau: float,
@@ -34,9 +34,9 @@ def ilql_loss(
     Q̂, Q_t and the AWAC weight are constants: V learns from L_V alone, the policy from L_AWAC alone.
     """
     mask = batch.response_mask
-    logprobs, values, rewards = scores.logprobs[mask], scores.values[mask], batch.scores[mask]
-    q, q_logprobs = scores.q[:, mask], scores.q_logprobs[:, mask]
-    target_q = scores.target_q[:, mask].detach().amin(dim=0)
+    logprobs, values, rewards = outputs.logprobs[mask], outputs.values[mask], batch.scores[mask]
+    q, q_logprobs = outputs.q[:, mask], outputs.q_logprobs[:, mask]
+    target_q = outputs.target_q[:, mask].detach().amin(dim=0)
 
     wanted_q = rewards + gamma * _next_values(values.detach(), mask)
     loss_q = (q - wanted_q).square().sum(dim=0)

@@ -133,12 +133,12 @@ class RunningMoments:
         self.count = total
         return mean, _unbiased_std(deviations, count)
 
-    def state(self) -> dict[str, float]:
-        """Everything `load` needs to go on from here."""
+    def state_dict(self) -> dict[str, float]:
+        """Everything `load_state_dict` needs to go on from here."""
         return asdict(self)
 
-    def load(self, state: dict[str, float]) -> None:
-        """Restores what `state` returned."""
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restores what `state_dict` returned."""
         self.mean, self.count, self.deviations = state["mean"], int(state["count"]), state["deviations"]
 
 

@@ -8,7 +8,7 @@ from trlx.batch import TokenBatch, TokenOutputs
 from trlx.methods.masked import Metrics, mean_of
 
 
-def sft_loss(scores: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+def sft_loss(outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
     """Cross-entropy, −Σ log p(token), summed over response tokens; its mean is reported as ``loss``."""
-    loss = -scores.logprobs[batch.response_mask]
+    loss = -outputs.logprobs[batch.response_mask]
     return loss.sum(), {"loss": mean_of(loss)}

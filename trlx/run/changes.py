@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from trlx.backends.base import Backend
+from trlx.config import TRLConfig
+
 EXACT = {
     f"config.{name}"
     for name in """train.total_steps train.epochs train.checkpoint_interval train.keep_checkpoints train.eval_interval
@@ -54,11 +57,23 @@ AVERAGES = {
 """Optimizers that understand each other's running averages."""
 
 
+def identity(config: TRLConfig, backend: Backend, data: str) -> dict[str, Any]:
+    """What must be the same for a resumed run to give the same numbers; `data` is a hash of the data."""
+    return {
+        "backend": type(backend).__name__,
+        "config": config.to_json(),
+        "model": backend.fingerprint(),
+        "schedule": backend.lr_schedule,
+        "data": data,
+        "data_processes": backend.data_size,
+    }
+
+
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line for each thing that makes numbers differ from those of a run that was never stopped: what, and how.
 
     Args:
-        saved, now: what identifies a run, see `saving.identity`.
+        saved, now: what identifies a run, see `identity`.
 
     Raises:
         ValueError: the checkpoint cannot be resumed so.

@@ -7,15 +7,13 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from trlx import logging
-
-if TYPE_CHECKING:
-    from trlx.trainer.base import Trainer
+from trlx.run import Run
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +38,7 @@ class Display:
         self._began = self._last = time.monotonic()
         self._tokens = 0
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, trainer: Run) -> None:
         """Says what runs where; called on every process. From here on there is a bar."""
         introduction = _introduction(trainer)
         self._began = self._last = time.monotonic()
@@ -49,7 +47,7 @@ class Display:
         if self.is_main and logging.is_progress_bar_enabled():
             # a notebook is no terminal, but shows a bar as one does
             kind = _Bar if sys.stderr.isatty() or "ipykernel" in sys.modules else _Lines
-            self._progress = kind(trainer.state.step, trainer.total_steps)
+            self._progress = kind(trainer.schedule.step, trainer.total_steps)
 
     def tokens_per_second(self, tokens: int) -> float:
         """Takes the tokens of one step; returns them by the seconds since the step before ended."""
@@ -73,7 +71,7 @@ class Display:
         if self.is_main:
             print_samples(_title(step, metrics), columns, rows)
 
-    def end(self, trainer: Trainer) -> None:
+    def end(self, trainer: Run) -> None:
         """Says what came of a run that is at its end."""
         self.close()
         if self.is_main:
@@ -204,7 +202,7 @@ def _cell(value: Any, is_file: bool) -> str:
     return text if len(text) <= width else f"{text[:width]}…"
 
 
-def _introduction(trainer: Trainer) -> str:
+def _introduction(trainer: Run) -> str:
     """Called on every process, since parameters are counted together."""
     backend, config = trainer.backend, trainer.config
     trained, frozen = backend.parameter_counts()
@@ -215,24 +213,24 @@ def _introduction(trainer: Trainer) -> str:
     ends = "total_steps" if trainer.total_steps == config.train.total_steps else "epochs"
     limit = "" if trainer.total_steps is None else f" (train.{ends}: {getattr(config.train, ends)})"
     return _block(
-        f"{type(trainer).__name__}, {_place(trainer.state.step, trainer.total_steps)}{limit}",
+        f"{type(trainer).__name__}, {_place(trainer.schedule.step, trainer.total_steps)}{limit}",
         model=f"{name}: {trained:,} parameters train, {frozen:,} are frozen",
         device=f"{device}, {processes}, {str(backend.precision).removeprefix('torch.')}",
         folder=config.train.checkpoint_dir,
     )
 
 
-def _conclusion(trainer: Trainer, seconds: float) -> str:
-    state, folder = trainer.state, Path(trainer.config.train.checkpoint_dir)
+def _conclusion(trainer: Run, seconds: float) -> str:
+    folder = Path(trainer.config.train.checkpoint_dir)
     lines = {}
-    if state.best_reward is not None:
-        of = "" if state.best_step is None else f" at step {state.best_step}"
+    if trainer.best_reward is not None:
+        of = "" if trainer.best_step is None else f" at step {trainer.best_step}"
         best = folder / "best_checkpoint" / "hf_model"  # not there where the run goes on from another folder
         where = f": {best}" if trainer.config.train.save_best and best.is_dir() else ""
-        lines["best"] = f"reward {state.best_reward:.4g}{of}{where}"
+        lines["best"] = f"reward {trainer.best_reward:.4g}{of}{where}"
     if trainer.saved is not None:
         lines["weights"] = str(trainer.saved[0] / "hf_model")
-    return _block(f"Done: step {state.step}, after {_duration(seconds)}", **lines)
+    return _block(f"Done: step {trainer.schedule.step}, after {_duration(seconds)}", **lines)
 
 
 def _place(step: int, total: int | None) -> str:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from trlx import checkpoint, logging
-from trlx.backends.distress import is_shared, report, shared, watching
-from trlx.run.guards import Interrupted
+from trlx.backends.distress import Interrupted, is_shared, report, shared, watching
+from trlx.run import Run
 from trlx.tracebacks import short_errors
-
-if TYPE_CHECKING:
-    from trlx.trainer.base import Trainer
 
 logger = logging.get_logger(__name__)
 
@@ -24,7 +21,7 @@ F = TypeVar("F", bound=Callable)
 
 
 @contextmanager
-def rescuing(trainer: Trainer) -> Iterator[None]:
+def rescuing(trainer: Run) -> Iterator[None]:
     """Saves what was trained when the block ends early, where that is possible, and says how to go on.
 
     Raises:
@@ -32,11 +29,11 @@ def rescuing(trainer: Trainer) -> Iterator[None]:
         KeyboardInterrupt: after Ctrl-C.
         BaseException: any other error of the block as it is, with a note.
     """
-    first_step = trainer.state.step
+    first_step = trainer.schedule.step
     try:
         yield
     except Interrupted as asked:
-        told = f"Stopped at step {trainer.state.step} by {asked}. {_save(trainer, asked, first_step)}"
+        told = f"Stopped at step {trainer.schedule.step} by {asked}. {_save(trainer, asked, first_step)}"
         if str(asked) == "SIGINT":
             raise _noted(shared(KeyboardInterrupt()), told) from None
         logger.warning(told)
@@ -44,7 +41,7 @@ def rescuing(trainer: Trainer) -> Iterator[None]:
     except BaseException as error:
         told = _save(trainer, error, first_step)
         if isinstance(error, SystemExit):  # Python ends without a word of it
-            logger.warning(f"sys.exit({error.code!r}) was called at step {trainer.state.step}. {told}")
+            logger.warning(f"sys.exit({error.code!r}) was called at step {trainer.schedule.step}. {told}")
         report(_noted(error, told))
         raise
 
@@ -62,9 +59,9 @@ def for_users(fn: F) -> F:
     return called
 
 
-def _save(trainer: Trainer, error: BaseException, first_step: int) -> str:
+def _save(trainer: Run, error: BaseException, first_step: int) -> str:
     """Writes a checkpoint where there is something to save and all processes can. Says what there is to go on from."""
-    step = trainer.state.step
+    step = trainer.schedule.step
     if step == first_step or (trainer.saved is not None and trainer.saved[1] == step):
         return _how_to_go_on(trainer)
     if isinstance(error, KeyboardInterrupt):
@@ -85,17 +82,17 @@ def _save(trainer: Trainer, error: BaseException, first_step: int) -> str:
     return f"Step {step} is not saved: {why}. {_how_to_go_on(trainer)}"
 
 
-def _passed_over(trainer: Trainer) -> str:
+def _passed_over(trainer: Run) -> str:
     """Takes back the last checkpoint if since then no step has changed the weights, which are those of no use."""
-    if trainer.saved is None or trainer.saved[1] < trainer.state.step - trainer.skipped.in_a_row:
+    if trainer.saved is None or trainer.saved[1] < trainer.schedule.step - trainer.skipped.in_a_row:
         return ""
     folder = trainer.saved[0]
     older = [path for path in checkpoint.checkpoints(folder.parent) if path.name < folder.name]
-    trainer.saved = (older[-1], checkpoint.read_state(older[-1])[0].step) if older else None
+    trainer.saved = (older[-1], checkpoint.step_of(older[-1])) if older else None
     return f", nor are those of {folder}, which are the same"
 
 
-def _how_to_go_on(trainer: Trainer) -> str:
+def _how_to_go_on(trainer: Run) -> str:
     if trainer.saved is None:
         return "There is no checkpoint yet"
     folder, step = trainer.saved

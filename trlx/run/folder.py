@@ -12,15 +12,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from trlx import checkpoint, logging
 from trlx.config import TrainConfig
+from trlx.run import Run
 from trlx.tracking import RUN_FILES, set_aside
-from trlx.trainer.together import on_main
-
-if TYPE_CHECKING:
-    from trlx.trainer.base import Trainer
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +28,7 @@ _held: set[IO] = set()
 
 
 @contextmanager
-def opened(trainer: Trainer) -> Iterator[bool]:
+def opened(trainer: Run) -> Iterator[bool]:
     """Locks ``train.checkpoint_dir`` while the block runs, and puts `trainer` where it is to go on from.
 
     What else an earlier run has left there moves to ``earlier.<number>`` in it. Called on every process.
@@ -46,20 +43,20 @@ def opened(trainer: Trainer) -> Iterator[bool]:
     """
     folder = Path(trainer.config.train.checkpoint_dir)
     with ExitStack() as stack:
-        source = on_main(trainer.backend, lambda: _claim(trainer.config.train, stack))
+        source = trainer.backend.on_main(lambda: _claim(trainer.config.train, stack))
         if source is not None:
             trainer.load(source)
-            logger.info(f"Resumed {source} at step {trainer.state.step} of {trainer.total_steps}")
+            logger.info(f"Resumed {source} at step {trainer.schedule.step} of {trainer.total_steps}")
         resumed = trainer.run_folder is not None
-        best = on_main(trainer.backend, lambda: _make_room(folder, trainer))
+        best = trainer.backend.on_main(lambda: _make_room(folder, trainer))
         trainer.run_folder = folder.resolve()
-        rewards = [reward for reward in (trainer.state.best_reward, best) if reward is not None]
-        trainer.state.best_reward = max(rewards, default=None)
+        rewards = [reward for reward in (trainer.best_reward, best) if reward is not None]
+        trainer.best_reward = max(rewards, default=None)
         try:
             yield resumed
         finally:
             if trainer.tracker is not None:
-                trainer.state.tracker = trainer.tracker.last_state
+                trainer.tracker_state = trainer.tracker.last_state
 
 
 def rotate(written: Path, train: TrainConfig, is_main: bool = True) -> None:
@@ -160,22 +157,22 @@ def to_resume(wanted: str | None, folder: Path) -> Path | None:
     return None
 
 
-def _make_room(folder: Path, trainer: Trainer) -> float | None:
+def _make_room(folder: Path, trainer: Run) -> float | None:
     """Moves away what another run left in the folder, or this one after the step from which it goes on.
 
     Returns the reward of the best checkpoint that stays.
     """
     own = trainer.run_folder == folder.resolve()
-    others = _later(folder, trainer.state.step) if own else _of_a_run(folder)
+    others = _later(folder, trainer.schedule.step) if own else _of_a_run(folder)
     _check_model(trainer, folder, others)
     aside = set_aside(folder, others)
     if aside is not None:
-        whose = f"Checkpoints of later steps than {trainer.state.step}" if own else "What an earlier run left"
+        whose = f"Checkpoints of later steps than {trainer.schedule.step}" if own else "What an earlier run left"
         found = checkpoint.newest(aside) or checkpoint.find(aside / BEST)
         hint = f"; to go on from there, set train.resume_from_checkpoint: {found}" if found else ""
         logger.warning(f"{whose} in {folder}: now in {aside}{hint}")
     best = checkpoint.find(folder / BEST)
-    return checkpoint.read_state(best)[0].best_reward if best else None
+    return checkpoint.read_state(best, tensors=False)[0]["best_reward"] if best else None
 
 
 def _later(folder: Path, step: int) -> list[str]:
@@ -189,7 +186,7 @@ def _later(folder: Path, step: int) -> list[str]:
 
 
 def _step(path: Path) -> int:
-    return checkpoint.read_state(path)[0].step
+    return checkpoint.step_of(path)
 
 
 def _of_a_run(folder: Path) -> list[str]:
@@ -198,7 +195,7 @@ def _of_a_run(folder: Path) -> list[str]:
     return [*names, BEST, *RUN_FILES]
 
 
-def _check_model(trainer: Trainer, folder: Path, names: list[str]) -> None:
+def _check_model(trainer: Run, folder: Path, names: list[str]) -> None:
     """Raises if the model that the run started from, and would start from again when resumed, is about to move."""
     source = trainer.backend.source(trainer.config.model, trainer.config.train)
     if not isinstance(source, (str, Path)) or not Path(source).exists():

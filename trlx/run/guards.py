@@ -1,4 +1,4 @@
-"""What may end a run early: a signal that asks it to save and leave, or gradients that stay broken."""
+"""What may end a run early: a signal, gradients that stay broken, a policy that is not its reference at the start."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import torch
+
 from trlx import logging
 from trlx.backends import distress
 from trlx.backends.base import Backend
-from trlx.checkpoint import TrainerState
+from trlx.backends.distress import Interrupted
+from trlx.batch import TokenBatch
+from trlx.sampling.settings import DIVERGED
 
 logger = logging.get_logger(__name__)
 
+FIRST_RATIO_TOLERANCE = 1e-3
+"""How far the first ratio may be from 1 without a word; float32 stays within 1e-5."""
+REAL_DIFFERENCE = 1e-3
+"""Nats per token that are no rounding in float32."""
 MOST_SKIPPED_IN_A_ROW = 25
 """Steps with non-finite gradients after which a run gives up; fp16 needs a few to find its loss scale."""
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to save and leave; its name is the message. Raised on every process at the same place.
-
-    No Exception, so that no ``except Exception`` of a user's function swallows it.
-    """
 
 
 class Interrupts:
@@ -119,23 +120,75 @@ class SkippedSteps:
     """Counts the steps that changed nothing because gradients were not finite, and ends a run that makes no others."""
 
     def __init__(self):
+        self.total = 0
         self.in_a_row = 0
 
-    def count(self, metrics: dict[str, float], state: TrainerState) -> None:
+    def count(self, metrics: dict[str, float], step: int) -> None:
         """Takes one step's ``skipped_steps`` (0 or 1) and puts the run's total in its place.
 
         Raises:
             FloatingPointError: too many steps in a row were skipped.
         """
         skipped = bool(metrics["skipped_steps"])
-        state.skipped_steps += skipped
+        self.total += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
-        metrics["skipped_steps"] = float(state.skipped_steps)
+        metrics["skipped_steps"] = float(self.total)
         if skipped:
             until = "; no checkpoint is written until a step updates something" if self.in_a_row == 1 else ""
-            logger.warning(f"Step {state.step}: gradients are not finite, nothing was updated{until}")
+            logger.warning(f"Step {step}: gradients are not finite, nothing was updated{until}")
         if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"Gradients were not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row. Lower optimizer.kwargs.lr, set "
                 "train.max_grad_norm, or use bf16 instead of fp16"
             )
+
+
+def check_first_kl(per_token: float, precision: torch.dtype) -> None:
+    """Before any update policy and reference are one, so their KL is 0, up to rounding: most often exactly.
+
+    Kernels whose sums depend on the shape of a batch give a token two log-probabilities. Where these are d apart, k3 is
+    d² / 2. Rounding explains a d of 16 eps of the precision, as far apart as logits of 16 to 32 are, and of 128 eps of
+    float32, in which thousands of terms are added up. What is above that is warned of; what is 4 times above, and above
+    `REAL_DIFFERENCE`, ends the run.
+
+    Args:
+        per_token: mean KL over response tokens (k3; nats).
+        precision: that log-probabilities are computed in.
+
+    Raises:
+        RuntimeError: policy and reference are two.
+    """
+    rounding = max(16 * torch.finfo(precision).eps, 128 * torch.finfo(torch.float32).eps) ** 2 / 2
+    if per_token <= rounding:
+        return
+    found = f"Before the first update the KL between policy and reference is {per_token:.3g} nats per token"
+    if per_token <= max(4 * rounding, REAL_DIFFERENCE):
+        logger.warning(
+            f"{found}, where rounding ({str(precision).removeprefix('torch.')}) explains {rounding:.1g} at most: the "
+            "KL penalty has noise of this size"
+        )
+        return
+    raise RuntimeError(
+        f"{found} instead of 0: this model has two answers to one input (random routing, or a buffer that changes in "
+        "forward), so PPO would train on noise"
+    )
+
+
+def check_first_ratio(deviation: float) -> None:
+    """On the first minibatch the probability ratio is 1; warns where it is up to `deviation` away and that is more than
+    rounding."""
+    if deviation > FIRST_RATIO_TOLERANCE:
+        logger.warning(
+            f"On the first minibatch the probability ratio is up to {deviation:.3g} away from 1: the policy that is "
+            "trained is not quite the one that sampled (low precision, or a module that is another in training)"
+        )
+
+
+def check_weights(backend: Backend, batch: TokenBatch) -> None:
+    """Keeps a model that has diverged from taking the place of a checkpoint that can be used. Called on every process.
+
+    Raises:
+        FloatingPointError: log-probabilities of `batch` are not finite.
+    """
+    if backend.any_process(not backend.evaluate(batch).logprobs.isfinite().all()):
+        raise distress.shared(FloatingPointError(DIVERGED))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from trlx.batch import Rollout
+from trlx.batch import Rollout, Sample
 from trlx.data.prompts import Prompt
 from trlx.sampling.stopping import Stopper
 from trlx.strict import called_here, suggestion
@@ -114,16 +114,20 @@ class SamplingConfig:
             return []
         return list(self.eos_token_id) if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
 
-    def rollouts(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[Rollout]:
-        """Unscored rollouts of what was sampled: stop sequences are cut off, an eos in their place."""
-        return [
-            Rollout(prompt.ids, ids, metadata=prompt.metadata, messages=prompt.messages, ended=ended)
-            for prompt, (ids, ended) in zip(prompts, map(self._finished, responses), strict=True)
-        ]
-
-    def _finished(self, response: list[int]) -> tuple[list[int], bool]:
-        ids, was_cut = self.stop.finish(response) if self.stop else (response, False)
-        return ids, was_cut or (len(ids) > 0 and ids[-1] in self.eos_token_ids)
+    def rollout(self, prompt: Prompt, sample: Sample, group: int = 0) -> Rollout:
+        """The unscored rollout of a sample: its stop sequence is cut off, an eos in its place."""
+        ids, was_cut = self.stop.finish(sample.ids) if self.stop else (sample.ids, False)
+        drawn = len(ids) - was_cut  # the eos behind a cut was not drawn
+        return Rollout(
+            prompt.ids,
+            ids,
+            metadata=prompt.metadata,
+            messages=prompt.messages,
+            ended=was_cut or (len(ids) > 0 and ids[-1] in self.eos_token_ids),
+            group=group,
+            logprobs=None if sample.logprobs is None else sample.logprobs[:drawn],
+            version=sample.version,
+        )
 
     @property
     def logprob_temperature(self) -> float:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from trlx.backends.base import Backend
-from trlx.batch import Rollout
+from trlx.batch import Rollout, Sample
 from trlx.data.prompts import Prompt
 from trlx.data.store import own_rows
 from trlx.rewards.calling import Arguments
@@ -19,7 +19,6 @@ from trlx.rewards.scoring import Metric, Scorer
 from trlx.run.display import Display
 from trlx.run.guards import interruptible, leave_if_asked
 from trlx.sampling.settings import SamplingConfig
-from trlx.trainer.together import on_main
 
 
 @dataclass(slots=True)
@@ -45,6 +44,8 @@ class Evaluator:
     """Evaluates with every setting of the one swept generation argument, if there is one."""
 
     backend: Backend
+    draw: Callable[[list[list[int]], SamplingConfig], list[Sample]]
+    """See `Sampler.generate`."""
     tokenizer: Any
     prompts: list[Prompt]
     variants: list[tuple[str, SamplingConfig]]
@@ -74,7 +75,7 @@ class Evaluator:
             began = time.perf_counter()
             rollouts = self._sample(sampling)
             generated = time.perf_counter()
-            columns, rows, averages = on_main(self.backend, partial(self._judge, rollouts, step))
+            columns, rows, averages = self.backend.on_main(partial(self._judge, rollouts, step))
             result.metrics |= {f"{name}{suffix}": value for name, value in averages.items()}
             result.metrics["time/generate"] = result.metrics.get("time/generate", 0.0) + generated - began
             result.metrics["time/metric"] = result.metrics.get("time/metric", 0.0) + time.perf_counter() - generated
@@ -93,8 +94,8 @@ class Evaluator:
             leave_if_asked(self.backend)
             self.display.working(f"evaluating {start * self.backend.data_size}/{len(self.prompts)}")
             prompts = mine[start : start + self.batch_size]
-            responses = self.backend.generate([prompt.ids for prompt in prompts], sampling)
-            rollouts += sampling.rollouts(prompts, responses)
+            drawn = self.draw([prompt.ids for prompt in prompts], sampling)
+            rollouts += [sampling.rollout(*pair) for pair in zip(prompts, drawn, strict=True)]
         return self.backend.gather_objects(rollouts)
 
     @interruptible()

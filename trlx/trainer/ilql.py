@@ -11,17 +11,18 @@ from torch import Tensor
 
 from trlx.backends.base import ModelNeeds
 from trlx.batch import TokenBatch, TokenOutputs
+from trlx.data.dialogue import dialogues
 from trlx.method_configs import ILQLConfig
 from trlx.methods.ilql import ilql_loss, normalize_returns
 from trlx.methods.masked import Metrics
 from trlx.sampling.settings import SamplingConfig
-from trlx.trainer.offline import OfflineTrainer
+from trlx.trainer.base import Trainer
 
 SAMPLING_DEFAULTS = {"beta": 1, "top_k": 20}
 """What gen_kwargs need not say."""
 
 
-class ILQLTrainer(OfflineTrainer):
+class ILQLTrainer(Trainer):
     """Implicit language Q-learning: offline reinforcement learning on dialogues with one reward each.
 
     Args:
@@ -29,13 +30,11 @@ class ILQLTrainer(OfflineTrainer):
             ``train.trainer_kwargs``.
     """
 
+    method_class = ILQLConfig
     rewarded = True
     logit_mask: Any = None
 
     def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None, logit_mask=None):
-        if not isinstance(config.method, ILQLConfig):
-            raise ValueError(f"{type(self).__name__} needs method.name ILQLConfig, got {config.method.name}")
-        self.method: ILQLConfig = config.method
         self.logit_mask = logit_mask
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
 
@@ -59,16 +58,17 @@ class ILQLTrainer(OfflineTrainer):
         for index, number in enumerate(numbers):
             if not math.isfinite(number):
                 raise ValueError(f"rewards[{index}] is {number}: every sample needs a finite number")
-        rollouts = self.tokenize(samples, seq_length, numbers)
+        special_tokens = self.backend.row_format.special_tokens
+        rollouts = dialogues(samples, self.tokenizer, seq_length, numbers, special_tokens)
         scores = normalize_returns([rollout.score for rollout in rollouts])
         for rollout, score in zip(rollouts, scores, strict=True):
             rollout.score = score
         self.learn_from(rollouts)
 
-    def loss(self, scores: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         method = self.method
         return ilql_loss(
-            scores,
+            outputs,
             batch,
             tau=method.tau,
             gamma=method.gamma,
@@ -78,5 +78,5 @@ class ILQLTrainer(OfflineTrainer):
         )
 
     def after_step(self, metrics: dict[str, float]) -> None:
-        if self.state.step % self.method.steps_for_target_q_sync == 0:
+        if self.schedule.step % self.method.steps_for_target_q_sync == 0:
             self.backend.update_heads(lambda heads: heads["q"].sync(self.method.alpha))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trlx.backends.base import UPDATES_FILE, Backend, LossFn, ModelNeeds
-from trlx.backends.megatron.drawing import check_settings
-from trlx.backends.megatron.generation import generate
+from trlx.backends.megatron.generation import PipelineSampler
 from trlx.backends.megatron.mapping import entries, padded_vocab
 from trlx.backends.megatron.model import PolicyStage, build_chunks, freeze, language_model
 from trlx.backends.megatron.model_source import find_source
@@ -33,9 +32,10 @@ from trlx.backends.megatron.updates import Updates
 from trlx.batch import TokenBatch, TokenOutputs
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.methods.masked import finish, merge_packed, pack
+from trlx.methods.units import Unit
 from trlx.models.reference import Reference
 from trlx.models.source import check_model, exported
-from trlx.sampling.settings import SamplingConfig
+from trlx.sampling.base import Sampler
 
 
 class MegatronBackend(Backend):
@@ -56,22 +56,22 @@ class MegatronBackend(Backend):
         asked = {key: value for key, value in train.trainer_kwargs.items() if key in OPTIONS}
         settings = read_settings(asked, train=train, model=model, optimizer=optimizer, scheduler=scheduler)
         self.model_source = find_source(model, settings, tokenizer, train, needs)
-        decoder, self.vocabulary = self.model_source.decoder, self.model_source.decoder.vocab_size
+        decoder, self.vocab_size = self.model_source.decoder, self.model_source.decoder.vocab_size
         if decoder.position == "learned":
             self.positions = decoder.max_position_embeddings
         join()
         check_sizes(settings, decoder, dist.get_world_size(), train.batch_size)
         self.parallel = initialize(settings.sizes, train.seed)
         self.device, self.is_main, self.leads = self.parallel.device, self.parallel.is_main, self.parallel.leads
-        self.part = "" if self.leads else f"-{self.parallel.tensor_rank:03d}-{self.parallel.stage:03d}"
+        self.shard = "" if self.leads else f"-{self.parallel.tensor_rank:03d}-{self.parallel.stage:03d}"
         self.data_rank, self.data_size = self.parallel.data_rank, self.parallel.data_size
         self.processes = dist.get_world_size()
         self.tokenizer, self.needs, self.precision = tokenizer, needs, settings.dtype
         self.microbatch_size = settings.micro_batch_size
-        self.schedule = repr(settings.optim.schedule)  # may contain train.total_steps
+        self.lr_schedule = repr(settings.optim.schedule)  # may contain train.total_steps
         self.divisor = settings.sizes.tensor if settings.sizes.sequence else 1
 
-        rows = padded_vocab(self.vocabulary, settings.make_vocab_size_divisible_by * settings.sizes.tensor)
+        rows = padded_vocab(self.vocab_size, settings.make_vocab_size_divisible_by * settings.sizes.tensor)
         self.stage = build_chunks(decoder, settings, rows, needs, train.seed, self.device)
         self.weights = StageWeights(self.stage, entries(decoder, self.model_source.family, rows), self.parallel)
         self.model_source.load(self.weights)
@@ -96,16 +96,11 @@ class MegatronBackend(Backend):
             where = "train.trainer_kwargs.pretrained_model" if named else "model.model_path"
             check_model(path, where, model.model_extra_configs)
 
-    def check_sampling(self, sampling: SamplingConfig) -> None:
-        check_settings(sampling, bool(self.needs.q_heads), self.vocabulary)
+    def sampler(self) -> Sampler:
+        return PipelineSampler(self.stage, self.parallel, bool(self.needs.q_heads), self.vocab_size)
 
-    @torch.no_grad()
-    def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
-        self.check_sampling(sampling)
-        self.check_prompts(prompts, sampling.max_new_tokens)
-        seed = self.parallel.from_leader(int(torch.randint(2**62, ())))
-        self._train_mode(False)
-        return generate(self.stage, self.parallel, prompts, sampling, seed)
+    def weights_by_name(self) -> Iterator[tuple[str, Tensor]]:
+        return self.weights.whole(self.weights.of_model(), lambda weight: weight.value)
 
     def evaluate(self, batch: TokenBatch, reference: bool = False) -> TokenOutputs:
         if reference and self.reference is None:
@@ -119,15 +114,14 @@ class MegatronBackend(Backend):
             return TokenOutputs(logprobs)
         return TokenOutputs(logprobs, self._collected([outputs.values for outputs in found], microbatches, batch))
 
-    def train_step(self, batch: TokenBatch, loss_fn: LossFn) -> dict[str, float]:
+    def train_step(self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN) -> dict[str, float]:
         self._train_mode(True)
-        units = max(float(self.sum_across(batch.response_mask.sum())), 1.0)
         # the loss is a sum; DistributedDataParallel averages gradients over data ranks, so multiply by their number
-        loss_factor = self.data_size / units
+        loss_factor = self.data_size / max(float(self.sum_across(unit.count(batch))), 1.0)
 
         def on_outputs(outputs: TokenOutputs, microbatch: TokenBatch) -> tuple[Tensor, Any]:
-            loss, metrics = loss_fn(outputs, microbatch)
-            return loss * loss_factor, pack(metrics)
+            summed, metrics = loss(outputs, microbatch)
+            return summed * loss_factor, pack(metrics)
 
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
@@ -253,4 +247,5 @@ def _widened(rows: TokenBatch, divisor: int) -> TokenBatch:
     missing = -rows.tokens.shape[1] % divisor
     if not missing:
         return rows
-    return TokenBatch(**{name: nn.functional.pad(column, (0, missing)) for name, column in rows.columns().items()})
+    columns = rows.columns().items()
+    return TokenBatch(**{name: x if x.ndim == 1 else nn.functional.pad(x, (0, missing)) for name, x in columns})

@@ -14,37 +14,64 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
-from torch import Tensor
+from torch import Tensor, nn
 
 from trlx.backends.megatron.drawing import Drawing
 from trlx.backends.megatron.model import PolicyStage
 from trlx.backends.megatron.parallel import ParallelState, pipeline_group
+from trlx.batch import Sample
 from trlx.data.collate import left_pad
 from trlx.data.store import own_rows
+from trlx.sampling.base import Sampler
+from trlx.sampling.rules import KNOWN, Rules
 from trlx.sampling.settings import SamplingConfig, cut_at_eos
 
 
-def generate(
-    stage: list[PolicyStage], parallel: ParallelState, prompts: list[list[int]], sampling: SamplingConfig, seed: int
-) -> list[list[int]]:
-    """One response per prompt: ids as sampled, up to and including the first eos; on all processes of a data rank."""
-    if not prompts:
-        return []
-    uniforms = torch.rand(
-        len(prompts), sampling.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    )
-    groups = []
-    for i in range(parallel.sizes.pipeline):
-        rows = own_rows(len(prompts), i, parallel.sizes.pipeline)
-        if prompts[rows]:
-            groups.append(_Group(prompts[rows], sampling, uniforms[rows].to(parallel.device), parallel.device))
-    pipeline = _Pipeline(stage, parallel, groups)
-    with _whole_sequences(stage):
-        for _ in range(sampling.max_new_tokens):
-            for group in groups:
-                pipeline.advance(group)
-    pipeline.finish()
-    return [response for group in groups for response in group.responses]
+class PipelineSampler(Sampler):
+    """Samples from the stages that train."""
+
+    def __init__(self, stage: list[PolicyStage], parallel: ParallelState, has_q: bool, vocab_size: int):
+        self.stage, self.parallel = stage, parallel
+        self.has_q, self.vocab_size = has_q, vocab_size
+
+    def check(self, sampling: SamplingConfig) -> None:
+        for name in sampling.extra:
+            if name not in KNOWN:
+                raise ValueError(
+                    f"{sampling.where}.{name} does not work with a NeMo trainer, which knows {', '.join(KNOWN)}"
+                )
+        sampling.check_shaping(self.has_q, self.vocab_size)
+        Rules(sampling, self.parallel.device)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[Sample]:
+        """The same samples on every process that holds a part of the model."""
+        self.check(sampling)
+        self.parallel.require()
+        seed = self.parallel.from_leader(int(torch.randint(2**62, ())))
+        for chunk in self.stage:
+            chunk.eval()
+        responses = self._responses(prompts, sampling, seed) if prompts else []
+        return [Sample(ids, version=self.version) for ids in responses]
+
+    def _responses(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[list[int]]:
+        stage, parallel = self.stage, self.parallel
+        uniforms = torch.rand(
+            len(prompts), sampling.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+        groups = []
+        for i in range(parallel.sizes.pipeline):
+            rows = own_rows(len(prompts), i, parallel.sizes.pipeline)
+            if prompts[rows]:
+                own = uniforms[rows].to(parallel.device)
+                groups.append(_Group(prompts[rows], sampling, own, parallel.device, stage[-1].heads))
+        pipeline = _Pipeline(stage, parallel, groups)
+        with _whole_sequences(stage):
+            for _ in range(sampling.max_new_tokens):
+                for group in groups:
+                    pipeline.advance(group)
+        pipeline.finish()
+        return [response for group in groups for response in group.responses]
 
 
 @dataclass
@@ -55,6 +82,7 @@ class _Group:
     sampling: SamplingConfig
     uniforms: Tensor
     device: torch.device
+    heads: nn.ModuleDict | None
     context: StaticInferenceContext = field(init=False)
     drawn: list[Tensor] = field(default_factory=list)
     """int64 [3, B] for each step: tokens, whether the row was done before, and after."""
@@ -65,7 +93,7 @@ class _Group:
         tokens, mask = left_pad(self.prompts, self.sampling.pad_token_id)
         self.tokens, self.real = tokens.to(self.device), mask.bool().to(self.device)
         self.context = StaticInferenceContext(len(self.prompts), tokens.shape[1] + self.sampling.max_new_tokens)
-        self.drawing = Drawing(self.sampling, self.prompts, self.uniforms)
+        self.drawing = Drawing(self.sampling, self.prompts, self.uniforms, self.heads)
 
     @property
     def finished(self) -> bool:
@@ -127,7 +155,7 @@ class _Pipeline:
                 self._send_states(output, (self.parallel.stage + 1) % size)
                 continue
             # only the last stage's last chunk gets here
-            drawn = group.drawing.draw(*output, chunk.heads)
+            drawn = group.drawing.draw(*output)
             for other in range(size - 1):
                 self._send(drawn, other, self.parallel.return_group)
             group.context.sequence_len_offset = group.tokens.shape[1]

@@ -34,7 +34,8 @@ ACTIVATIONS = {
 class PolicyStage(GPTModel):
     """One pipeline stage, or one chunk of an interleaved stage. The last one has the heads.
 
-    Called with tokens [B, T] and their response mask, the last stage returns `TokenOutputs`, other stages hidden states.
+    Called with tokens [B, T] and their response mask, the last stage returns `TokenOutputs`, the others hidden
+    states.
     """
 
     def __init__(

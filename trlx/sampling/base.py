@@ -1,0 +1,44 @@
+"""What draws responses: the protocol that every sampler keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from trlx.batch import Sample
+from trlx.sampling.settings import SamplingConfig
+
+Weights = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Gives the language model's weights by their Hugging Face names, each whole, on every process."""
+
+
+class Sampler(ABC):
+    """Draws responses from the policy. It may hold the weights that train, or a copy of them somewhere else."""
+
+    version: int = 0
+    """Of the weights that it draws from now: the optimizer steps that made them."""
+
+    @abstractmethod
+    def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[Sample]:
+        """One response for each of this process's prompts. Called on every process equally often; `prompts` may be
+        empty. Equal neighbours are the samples of one prompt: what reads the prompt may do so once for all of them."""
+
+    def check(self, sampling: SamplingConfig) -> None:
+        """Makes sure, before anything is sampled, that `generate` can do what `sampling` asks.
+
+        Raises:
+            ValueError: it cannot; the message names the setting.
+        """
+
+    def sync(self, version: int, weights: Weights) -> None:
+        """From now on samples are drawn from the weights of `version`. Called on every process before it samples.
+
+        A sampler of the weights that train has nothing to fetch; one that holds a copy calls ``weights()``, once for
+        each version.
+        """
+        self.version = version
+
+    def close(self) -> None:
+        """Ends what the sampler started."""

@@ -1,0 +1,280 @@
+"""What online methods share: prompts, samples in groups, scores, the collection that training goes over, its resume."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from abc import abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trlx import logging
+from trlx.batch import Rollout, TokenBatch
+from trlx.config import TRLConfig
+from trlx.data.prompts import Prompt, PromptPipeline, PromptStream
+from trlx.data.store import Store, own_rows
+from trlx.method_configs import OnlineConfig
+from trlx.methods.advantages import ScoreScale, kl_penalty, missing_eos_penalty
+from trlx.methods.masked import finish, mean_of, pack, spread_of
+from trlx.rewards.results import Scored, means
+from trlx.run.guards import check_first_kl, interruptible, leave_if_asked
+from trlx.sampling.settings import check_rollouts
+from trlx.tracking import Tracker
+from trlx.trainer.base import Trainer
+
+logger = logging.get_logger(__name__)
+
+SAMPLES_ON_DISK = 8
+"""Rollouts of each collection that are written beside the metrics, to look at."""
+
+
+class OnlineTrainer(Trainer):
+    """Trains on samples of the policy itself, scored by reward_fn.
+
+    Every epoch is one collection: prompts are drawn, each is answered `samples_per_prompt` times, the answers are
+    scored, and the model says what it thinks of them. A method is what it makes of that: `advantages`, and `loss`.
+    """
+
+    online = True
+    method_class = OnlineConfig
+    samples_per_prompt: int = 1
+    """How often each prompt is answered. The answers are one group: neighbours, sampled by one process at once."""
+
+    def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None):
+        self.stream: PromptStream | None = None
+        self._has_warned = False
+        super().__init__(config, reward_fn, metric_fn, stop_sequences)
+        self.scale = self.score_scale()
+        self.rollout_sampling = self.sampling(self.sampling_kwargs, self.method.sampling_key)
+        self.sampler.check(self.rollout_sampling)
+        self.log = RolloutLog(config, self.tokenizer)
+
+    def check(self) -> None:
+        super().check()
+        if self.reward_fn is None:
+            raise ValueError(
+                f"{type(self).__name__} needs reward_fn: a function of samples, prompts and outputs that returns their "
+                "scores"
+            )
+        check_rollouts(self.sampling_kwargs, self.method.sampling_key)
+
+    @abstractmethod
+    def advantages(self, batch: TokenBatch) -> TokenBatch:
+        """A whole collection with the columns that the loss reads; the same on every process.
+
+        It has ``scores`` (clipped and scaled as the config says), ``group`` and ``old_logprobs``, and where `needs`
+        asks for them ``old_values`` and ``ref_logprobs``. What is put into `pending` is logged with the next step.
+        """
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rollouts that a process generates at once, groups not divided."""
+        return self.method.chunk_size
+
+    def score_scale(self) -> ScoreScale:
+        """How scores are clipped and divided."""
+        return ScoreScale(self.method.scale_reward, self.method.cliprange_reward, self.method.ref_std)
+
+    def add_prompt_pipeline(self, pipeline: PromptPipeline) -> None:
+        """Sets the prompts that rollouts start from."""
+        self.stream = PromptStream(pipeline, self.config.train.seed)
+        self.prompt_digest = pipeline.digest()
+        self.scorer.check(pipeline[0].metadata)
+
+    @property
+    def sampling_kwargs(self) -> dict[str, Any]:
+        return self.method.sampling
+
+    @property
+    def rows_per_epoch(self) -> int:
+        block = self.samples_per_prompt * self.backend.data_size
+        return -(-self.method.num_rollouts // block) * block
+
+    @property
+    def data_digest(self) -> str:
+        return self.prompt_digest
+
+    def collect(self) -> Store:
+        began = time.perf_counter()
+        rollouts = self.sample(self.stream.take(self.rows_per_epoch // self.samples_per_prompt))
+        batch = self.backend.row_format.collate(rollouts, self.tokenizer.pad_token_id)
+        batch = self._with_model_columns(batch)
+        self.pending |= _logprob_gap(rollouts, batch)
+        batch = self.advantages(self._with_scaled_scores(batch))
+        self.pending["time/rollout_time"] = time.perf_counter() - began
+        return batch
+
+    def sample(self, prompts: list[Prompt]) -> list[Rollout]:
+        """Scored rollouts, `samples_per_prompt` for each prompt and in order; the same on every process.
+
+        Each chunk of prompts is shared by the processes; while it is scored the next one is generated.
+
+        Raises:
+            RewardError: on every process, see `Scorer.score`.
+            Interrupted: on every process, when any got a signal.
+        """
+        rollouts: list[Rollout] = []
+        jobs, generating, size = [], 0.0, self._prompts_per_chunk
+        for start in range(0, len(prompts), size):
+            leave_if_asked(self.backend)
+            self.display.working(f"sampling {len(rollouts)}/{len(prompts) * self.samples_per_prompt}")
+            began = time.perf_counter()
+            mine = self._sample(prompts[start : start + size], start)
+            generating += time.perf_counter() - began
+            chunk = self.backend.gather_objects(mine)
+            rollouts += chunk
+            jobs.append(self._submit(mine, chunk))
+        began = time.perf_counter()
+        self.display.working("waiting for scores")
+        for rollout, scored in zip(rollouts, self._wait(jobs), strict=True):
+            rollout.score, rollout.parts = scored.score, scored.parts
+        self.pending = {
+            **{f"rollout_scores/{name}/mean": mean for name, mean in means(r.parts for r in rollouts).items()},
+            "time/rollout_generate": generating,
+            "time/rollout_score": time.perf_counter() - began,
+            "rollouts/response_length": sum(len(r.response) for r in rollouts) / len(rollouts),
+            "rollouts/ended": sum(r.ended for r in rollouts) / len(rollouts),
+        }
+        if self.backend.is_main:
+            self.log.write(rollouts, self.tracker, self.schedule.step)
+        return rollouts
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
+            "scale": self.scale.state_dict(),
+            "prompts_drawn": self.stream.position,
+            "temperature": self.rollout_sampling.logprob_temperature,
+            "rollouts": self.store.columns() if isinstance(self.store, TokenBatch) else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.scale.load_state_dict(state["scale"])
+        self.stream.position = state["prompts_drawn"]
+        # log-probabilities at another temperature are those of another policy
+        same = state["temperature"] == self.rollout_sampling.logprob_temperature
+        self.store = TokenBatch(**state["rollouts"]) if state["rollouts"] and same else None
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """After a resume: goes on with the collection in hand, or makes a new one where there is none."""
+        if self.store is None:
+            self.schedule.restart_epoch()
+        elif self.schedule.settle(len(self.store)):
+            self.store = None
+
+    @property
+    def _prompts_per_chunk(self) -> int:
+        """Prompts that all processes together answer at once."""
+        return max(self.rows_at_once // self.samples_per_prompt, 1) * self.backend.data_size
+
+    def _sample(self, prompts: list[Prompt], first_group: int) -> list[Rollout]:
+        """Unscored rollouts of this process's consecutive share of `prompts`."""
+        mine = own_rows(len(prompts), self.backend.data_rank, self.backend.data_size)
+        groups = enumerate(prompts[mine], first_group + mine.start)
+        asked = [(group, prompt) for group, prompt in groups for _ in range(self.samples_per_prompt)]
+        drawn = self.draw([prompt.ids for _, prompt in asked], self.rollout_sampling)
+        pairs = zip(asked, drawn, strict=True)
+        return [self.rollout_sampling.rollout(prompt, sample, group) for (group, prompt), sample in pairs]
+
+    @property
+    def _scores_on_each_rank(self) -> bool:
+        """Every process calls reward_fn on its own rollouts; else the main one does on all."""
+        return self.config.train.reward_on == "each_rank"
+
+    def _submit(self, mine: list[Rollout], chunk: list[Rollout]) -> Any:
+        """Starts the scoring of a chunk where this process has a part in it; gives what waits for the scores."""
+        rollouts, asked = (mine, self.backend.leads) if self._scores_on_each_rank else (chunk, self.backend.is_main)
+        if not (rollouts and asked):
+            return list
+        return self.scorer.submit(rollouts, self.schedule.step, self.config.train.eos_in_outputs).result
+
+    def _wait(self, jobs: list) -> list[Scored]:
+        """The scores of all chunks, in the order of the gathered rollouts."""
+        if self._scores_on_each_rank:
+            return [score for job in jobs for score in self.backend.on_each_rank(interruptible()(job))]
+        return self.backend.on_main(interruptible()(lambda: [score for job in jobs for score in job()]))
+
+    def _with_model_columns(self, batch: TokenBatch) -> TokenBatch:
+        """What policy and reference say about the collection; every process asks about its share of rows."""
+        needs, rows = self.needs(), own_rows(len(batch), self.backend.data_rank, self.backend.data_size)
+        mine = TokenBatch(**{name: column[rows] for name, column in batch.columns().items()})
+        policy = self.backend.evaluate(mine)
+        found = {"old_logprobs": policy.logprobs}
+        if needs.value_head:
+            found["old_values"] = policy.values
+        if needs.reference:
+            found["ref_logprobs"] = self.backend.evaluate(mine, reference=True).logprobs
+        if self.backend.data_size > 1:
+            shares = self.backend.gather_objects([found])
+            found = {name: torch.cat([share[name] for share in shares]) for name in found}
+        batch = batch.replace(**found)
+        self.pending |= self._kl(batch) if needs.reference else {}
+        return batch
+
+    def _kl(self, batch: TokenBatch) -> dict[str, float]:
+        """How far the policy is from its reference, in nats per sequence and per token."""
+        mask = batch.response_mask
+        kl = kl_penalty(batch.old_logprobs, batch.ref_logprobs, "k3") * mask
+        per_sequence = float(kl.sum(dim=1).mean())
+        if self.schedule.step == 0 and self.backend.starts_at_reference:
+            check_first_kl(float(kl[mask].mean()), self.backend.precision)
+        stats = {"policy/kl": per_sequence, "policy/sqrt_kl": max(per_sequence, 0.0) ** 0.5}
+        return stats | finish(*pack({"policy/kl_per_token": mean_of(kl, mask)}))
+
+    def _with_scaled_scores(self, batch: TokenBatch) -> TokenBatch:
+        """The scores clipped, divided and lessened as the config says."""
+        scores, stats = self.scale(batch.scores)
+        if self.scale.clipped_all and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"method.cliprange_reward ({self.scale.limit:g}) clips the score of every rollout, so that they are all "
+                "alike: raise it, or write null for no limit"
+            )
+        self.pending |= {f"rollout_scores/{name}": value for name, value in stats.items()}
+        penalty = self.method.missing_eos_penalty
+        if penalty:
+            ends = self.rollout_sampling.eos_token_ids
+            scores = missing_eos_penalty(scores, batch.tokens, batch.response_mask, ends, penalty)
+        return batch.replace(scores=scores)
+
+
+def _logprob_gap(rollouts: list[Rollout], batch: TokenBatch) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from those of the policy that trains, where the sampler tells."""
+    own = zip(rollouts, batch.old_logprobs, batch.response_mask, strict=True)
+    gaps = [row[mask][: len(r.logprobs)] - torch.tensor(r.logprobs) for r, row, mask in own if r.logprobs]
+    return finish(*pack({"rollouts/logprob_gap": spread_of(torch.cat(gaps).abs())})) if gaps else {}
+
+
+class RolloutLog:
+    """Writes rollouts down: a few as text beside the metrics, all token ids in ``train.rollout_logging_dir``."""
+
+    def __init__(self, config: TRLConfig, tokenizer: Any):
+        self.config = config
+        self.tokenizer = tokenizer
+        if config.train.rollout_logging_dir is not None:
+            Path(config.train.rollout_logging_dir).mkdir(parents=True, exist_ok=True)
+
+    def write(self, rollouts: list[Rollout], tracker: Tracker | None, step: int) -> None:
+        """To be called on the main process, once per collection."""
+        if tracker is not None:
+            tracker.log_samples("rollout", step, [self._texts(rollout) for rollout in rollouts[:SAMPLES_ON_DISK]])
+        if self.config.train.rollout_logging_dir is not None:
+            rows = [{"query_tensor": r.prompt, "response_tensor": r.response, "score": r.score} for r in rollouts]
+            (self._folder / f"epoch-{time.time_ns()}.json").write_text(json.dumps(rows))
+
+    def _texts(self, rollout: Rollout) -> dict[str, Any]:
+        prompt, response = self.tokenizer.decode(rollout.prompt), self.tokenizer.decode(rollout.response)
+        parts = {"parts": rollout.parts} if rollout.parts else {}
+        return {"prompt": prompt, "response": response, "score": rollout.score, **parts}
+
+    @cached_property
+    def _folder(self) -> Path:
+        folder = Path(self.config.train.rollout_logging_dir) / f"run-{uuid.uuid4()}"
+        folder.mkdir()
+        (folder / "config.json").write_text(str(self.config))
+        return folder

@@ -1,0 +1,114 @@
+"""How long a run trains, in which order it reads rows, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trlx.config import TrainConfig
+from trlx.data.store import pass_order
+
+
+@dataclass
+class Schedule:
+    """Epochs of passes over the rows of a store, in global batches.
+
+    An epoch trains on one collection of rollouts (online) or on all samples (offline), in `passes_per_epoch` passes.
+    Each pass reads the rows in an order of its own, a function of ``train.seed`` and the number of the pass.
+    """
+
+    train: TrainConfig
+    """Says how many epochs, steps and rows; what is assigned to it later counts from then on."""
+    passes_per_epoch: int
+    data_size: int
+    """Processes that share a global batch, ``train.batch_size`` rows each."""
+    rows_together: int = 1
+    """Consecutive rows that stay together, such as the two of a pair."""
+
+    step: int = field(default=0, init=False)
+    """Optimizer steps done."""
+    epoch: int = field(default=0, init=False)
+    """Epochs done."""
+    inner_epoch: int = field(default=0, init=False)
+    """Passes of the present epoch that are done."""
+    passes: int = field(default=0, init=False)
+    """Passes done in all."""
+    rows_done: int = field(default=0, init=False)
+    """Rows of the present pass that are done, over all processes."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a global batch."""
+        return self.train.batch_size * self.data_size
+
+    @property
+    def finished(self) -> bool:
+        """Whether ``train.total_steps`` or ``train.epochs`` are done."""
+        steps = self.train.total_steps
+        return self.epoch >= self.train.epochs or (steps is not None and self.step >= steps)
+
+    @property
+    def begins_epoch(self) -> bool:
+        """Whether the next batch is the first of an epoch."""
+        return self.inner_epoch == self.rows_done == 0
+
+    def last_step(self, rows_per_epoch: int | None) -> int | None:
+        """The step at which training ends; None where neither ``train.total_steps`` nor the rows of an epoch tell."""
+        steps = self.train.total_steps
+        if rows_per_epoch is None:
+            return steps
+        of_epochs = self.train.epochs * self.passes_per_epoch * -(-rows_per_epoch // self.batch_size)
+        return of_epochs if steps is None else min(steps, of_epochs)
+
+    def rows(self, num_rows: int) -> list[int]:
+        """The row numbers of the present global batch, in a store of `num_rows`."""
+        order = pass_order(num_rows, self.train.seed, self.passes, self.rows_together)
+        return list(order[self.rows_done : self.rows_done + self.batch_size])
+
+    def advance(self, num_rows: int) -> bool:
+        """Moves past the present batch. Returns whether it was the last of an epoch."""
+        self.step += 1
+        self.rows_done += self.batch_size
+        return self.settle(num_rows)
+
+    def settle(self, num_rows: int) -> bool:
+        """Moves over the end of a pass, and of an epoch, where it is reached. Returns whether an epoch ended."""
+        if self.rows_done >= num_rows:
+            self.rows_done, self.inner_epoch, self.passes = 0, self.inner_epoch + 1, self.passes + 1
+        ended = self.inner_epoch >= self.passes_per_epoch
+        if ended:
+            self.rows_done, self.inner_epoch, self.epoch = 0, 0, self.epoch + 1
+        return ended
+
+    def restart_epoch(self) -> None:
+        """Goes back to the beginning of the present epoch: its rows are not there any more."""
+        self.rows_done = self.inner_epoch = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The position; how long to train is the config's to say."""
+        return {name: getattr(self, name) for name in _POSITION}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        for name in _POSITION:
+            setattr(self, name, state[name])
+
+
+_POSITION = [f.name for f in fields(Schedule) if not f.init]
+
+
+def check_blocks(sizes: Mapping[str, int], together: int) -> None:
+    """Makes sure that rows which stand together fit in batches.
+
+    Args:
+        sizes: rows, by the names of their settings in the section ``train``.
+
+    Raises:
+        ValueError: one of them would split a block of `together` rows.
+    """
+    for name, rows in sizes.items():
+        if rows % together:
+            raise ValueError(
+                f"train.{name} is {rows}, but this trainer keeps rows together by {together}: write a multiple of it"
+            )
