@@ -18,6 +18,8 @@ _HOMES = {
     "register_trainer": "trlx.registry",
     "register_method": "trlx.registry",
     "register_datapipeline": "trlx.registry",
+    "register_sampler": "trlx.registry",
+    "register_architecture": "trlx.registry",
     "SequenceClassifierReward": "trlx.rewards.classifier",
     "RemoteReward": "trlx.rewards.remote",
     "WeightedRewards": "trlx.rewards.weighted",

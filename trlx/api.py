@@ -126,7 +126,7 @@ def _config(config: Any, model_path, reward_fn, rewards) -> TRLConfig:
 def _trainer_class(name: str) -> type[Trainer]:
     found = trainers.get(name)
     if not issubclass(found, Trainer):
-        raise TypeError(f"{found.__name__} must subclass trlx.trainer.base.Trainer, see docs/own-method.md")
+        raise TypeError(f"{found.__name__} must subclass trlx.trainer.base.Trainer, see docs/extending.md")
     return found
 
 

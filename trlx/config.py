@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from trlx import logging
 from trlx.method_configs import MethodConfig, get_method
+from trlx.registry import architectures
 from trlx.strict import ConfigError, Section, build, called_here, suggestion, unknown_key, with_numbers, yaml_file
 from trlx.tracebacks import short_errors
 
@@ -41,7 +42,8 @@ class ModelConfig(Section):
     model_path: Any
     """Hub name, folder, or a ``transformers.PretrainedConfig`` for random weights."""
     model_arch_type: str = "causal"
-    """"causal" (decoder) or "seq2seq" (encoder-decoder, which the model's config tells by itself)."""
+    """"causal" (decoder), "seq2seq" (encoder-decoder, which the model's config tells by itself), or a class of your own
+    that is registered."""
     num_layers_unfrozen: int = -1
     """-1 trains everything, k > 0 the top k blocks, 0 only the heads. Position embeddings are frozen with the rest."""
     peft_config: Any = None
@@ -53,7 +55,7 @@ class ModelConfig(Section):
         is_path = isinstance(self.model_path, (str, Path))
         known = is_path or hasattr(self.model_path, "to_dict")
         self.require(known, "model_path", "be a path, hub name or PretrainedConfig")
-        self.require_choice("model_arch_type", ["causal", "seq2seq"])
+        self.require_choice("model_arch_type", sorted({"causal", "seq2seq", *architectures.names()}))
         adapter = self.peft_config
         is_peft = adapter is None or isinstance(adapter, Mapping) or hasattr(adapter, "to_dict")
         self.require(is_peft, "peft_config", "be a dict with peft_type, or a peft config")
@@ -175,6 +177,9 @@ class TrainConfig(Section):
     logging_dir: str | None = None
     """Folder of metrics.jsonl and samples, if not checkpoint_dir."""
     tags: list[str] | None = field(default_factory=list)
+    sampler: Any = "auto"
+    """What draws rollouts: auto (the model that trains), or a registered sampler: its name, or a dict with ``engine``,
+    its name, and further keyword arguments."""
     seed: int = 1000
     minibatch_size: int | None = None
     """Rows per forward and backward pass; divides batch_size. Null: the whole batch."""
@@ -209,6 +214,8 @@ class TrainConfig(Section):
         self.require_choice("reward_on", ["main", "each_rank"])
         self.require_choice("mixed_precision", ["no", "bf16", "fp16", None])
         self.tags = self.tags or []
+        engine = self.sampler.get("engine") if isinstance(self.sampler, Mapping) else self.sampler
+        self.require(isinstance(engine, str), "sampler", "be auto, a sampler's name, or a dict with engine, its name")
 
 
 @dataclass

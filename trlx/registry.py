@@ -1,4 +1,4 @@
-"""Name -> class tables for trainers, methods and pipelines."""
+"""Name -> class tables for trainers, methods, pipelines, samplers and architectures."""
 
 from __future__ import annotations
 
@@ -59,7 +59,11 @@ class Registry:
 trainers = Registry("trainer")
 methods = Registry("method")
 pipelines = Registry("pipeline")
+samplers = Registry("sampler")
+architectures = Registry("architecture")
 
 register_trainer = trainers.register
 register_method = methods.register
 register_datapipeline = pipelines.register
+register_sampler = samplers.register
+register_architecture = architectures.register

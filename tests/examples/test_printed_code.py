@@ -1,6 +1,6 @@
 """The Python code of the documentation runs as it is printed, with small models under the names of the hub.
 
-docs/own-method.md has a test of its own, tests/unit/test_own_method.py.
+docs/extending.md has a test of its own, tests/unit/test_extending.py.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ def printed(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-SELF_CONTAINED = [page for page in PAGES if printed(page) and page.name != "own-method.md"]
+SELF_CONTAINED = [page for page in PAGES if printed(page) and page.name != "extending.md"]
 
 
 @pytest.fixture

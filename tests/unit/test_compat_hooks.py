@@ -21,7 +21,7 @@ from trlx.trainer.accelerate import (
     AccelerateSFTTrainer,
 )
 
-PAGE = (Path(__file__).parents[2] / "docs" / "own-method.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 
 
 def old_loss(self, batch):
@@ -91,7 +91,9 @@ def test_a_class_that_was_never_registered_is_refused_when_a_trainer_is_built(tm
         subclass(AcceleratePPOTrainer, make_experience=function)(tiny_config(tmp_path, "PPO"), share_of_a)
     config = tiny_config(tmp_path, "PPO")
     config.method.__class__ = subclass(PPOConfig, loss=function)
-    with pytest.raises(TypeError, match=r"instead of loss: override loss\(scores, batch\) or collect\(\) of a trainer"):
+    with pytest.raises(
+        TypeError, match=r"instead of loss: override loss\(outputs, batch\) or advantages\(batch\) of a trainer"
+    ):
         AcceleratePPOTrainer(config, share_of_a)
 
 

@@ -6,8 +6,8 @@ import torch
 from tests.builders import responses as sampled
 from tests.unit.test_seq2seq import CONFIGS
 from tests.unit.tiny_models import FAMILIES, tiny_model
-from trlx.models.architecture import ARCHITECTURES
 from trlx.models.policy import build_policy, load_model
+from trlx.registry import architectures
 from trlx.sampling.settings import SamplingConfig
 
 BETA, NEW = 3.0, 4
@@ -17,7 +17,7 @@ PROMPT = [5, 6, 7]
 def policy_of(name):
     """A tiny policy with two Q heads and a value head that say something."""
     kind = "causal" if name in FAMILIES else "seq2seq"
-    architecture = ARCHITECTURES[kind]
+    architecture = architectures.get(kind)
     model = tiny_model(name) if name in FAMILIES else load_model(CONFIGS[name](), {}, architecture)
     policy = build_policy(model, value_head=True, q_heads=2, architecture=architecture).eval()
     generator = torch.Generator().manual_seed(1)

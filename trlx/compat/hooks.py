@@ -11,7 +11,7 @@ from typing import Any
 
 _INSTEAD = {
     "trainer": {
-        "loss": "define loss(scores, batch), which gets a trlx.batch.TokenOutputs and a trlx.batch.TokenBatch",
+        "loss": "define loss(outputs, batch), which gets a trlx.batch.TokenOutputs and a trlx.batch.TokenBatch",
         "make_experience push_to_store": "override collect(), which returns what the coming epoch trains on",
         "make_experience_seq2seq": "make_experience(samples, rewards, seq_length) takes every kind of model",
         "prepare_learning": "override collect() for the data of an epoch, and passes_per_epoch for the passes over it",
@@ -26,7 +26,7 @@ _INSTEAD = {
         "generate generate_eval": "override sampling(gen_kwargs), which makes the settings of rollouts and evaluations",
     },
     "method": {
-        "loss get_advantages_and_returns": "override loss(scores, batch) or collect() of a trainer",
+        "loss get_advantages_and_returns": "override loss(outputs, batch) or advantages(batch) of a trainer",
         "heads": "override needs() of a trainer",
         "from_dict": "declare fields, and refuse wrong values in check()",
     },
@@ -54,12 +54,12 @@ def check_hooks(kind: str, cls: type) -> None:
     dead = [name for name in HOOKS.get(kind, ()) if _is_the_users(cls, name) and not _is_called(kind, cls, name)]
     if dead:
         advice = "; ".join(f"instead of {name}: {HOOKS[kind][name]}" for name in dead)
-        raise TypeError(f"{cls.__name__} overrides methods that trlx does not call: {advice}. See docs/own-method.md")
+        raise TypeError(f"{cls.__name__} overrides methods that trlx does not call: {advice}. See docs/extending.md")
     missing = [name for name in REQUIRED.get(kind, ()) if not hasattr(cls, name)]
     if missing:
         raise TypeError(
             f"{cls.__name__} needs {' and '.join(missing)} to be a {kind}: subclass trlx.data.prompts.PromptPipeline, "
-            "see docs/own-method.md"
+            "see docs/extending.md"
         )
 
 

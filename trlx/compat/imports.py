@@ -124,7 +124,7 @@ _GONE_NAMES: dict[str, dict[str, str]] = {
         "batched_index_select": "torch.take_along_dim does the same",
     },
     "trlx.pipeline": {
-        "BasePipeline": "subclass trlx.data.prompts.PromptPipeline (docs/own-method.md)",
+        "BasePipeline": "subclass trlx.data.prompts.PromptPipeline (docs/extending.md)",
         "BaseRolloutStore": _STORES,
         "MiniBatchIterator": "train.minibatch_size splits batches; trlx.batch.TokenBatch.split splits one by hand",
     },
@@ -135,7 +135,7 @@ _GONE_NAMES: dict[str, dict[str, str]] = {
         "get_param_space get_search_alg get_scheduler get_tune_config tune_function": _SWEEP,
         "create_report": "python -m trlx.sweep writes its report as files, see trlx.launch.results",
     },
-    "trlx.trainer": {"BaseRLTrainer": "subclass trlx.trainer.base.Trainer (docs/own-method.md)"},
+    "trlx.trainer": {"BaseRLTrainer": "subclass trlx.trainer.base.Trainer (docs/extending.md)"},
     "trlx.trainer.nemo_ppo_trainer": {"PPOGPT megatron_trainer rank_0_tqdm": _NEMO},
     "trlx.trainer.nemo_ilql_trainer": {"ILQLGPT megatron_trainer ShuffledCyclicSequence": _NEMO},
     "trlx.trainer.nemo_sft_trainer": {"SFTGPT megatron_trainer ShuffledCyclicSequence": _NEMO},

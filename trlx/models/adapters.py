@@ -173,7 +173,7 @@ def _own_logits(architecture: Architecture) -> torch.Tensor:
 def _new(model: PreTrainedModel, given: PeftConfig | Mapping[str, Any], architecture: type) -> PeftModel:
     import peft
 
-    config, task = copy.deepcopy(given), TASKS[architecture]
+    config, task = copy.deepcopy(given), _of(architecture, TASKS)
     if isinstance(given, Mapping):
         try:
             config = peft.get_peft_config({"task_type": task, **given})
@@ -220,4 +220,9 @@ def _architecture(adapter: PeftModel, base: type[Causal] | type[EncoderDecoder])
             f"model.peft_config.peft_type {config.peft_type.value} is not supported; of the adapters made of virtual "
             f"tokens these are: {', '.join(PROMPT_LEARNING)}"
         )
-    return PROMPT_LEARNING[config.peft_type.value][base](adapter.get_base_model(), adapter)
+    return _of(base, PROMPT_LEARNING[config.peft_type.value])(adapter.get_base_model(), adapter)
+
+
+def _of(architecture: type, table: Mapping[type, Any]) -> Any:
+    """What a table has for a class, or for the one that it is a kind of."""
+    return next(value for cls, value in table.items() if issubclass(architecture, cls))

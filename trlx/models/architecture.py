@@ -19,6 +19,7 @@ from transformers import (
 from trlx import logging
 from trlx.data.collate import DecoderRows, EncoderDecoderRows, RowFormat, left_pad, right_pad
 from trlx.models.decoder import trunk
+from trlx.registry import architectures, register_architecture
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +52,7 @@ class Architecture(Protocol):
         """The same without the virtual tokens of an adapter."""
 
 
+@register_architecture("causal")
 class Causal:
     """A decoder alone: prompt and response stand in one row.
 
@@ -91,6 +93,7 @@ class Causal:
         return Causal(self.model)
 
 
+@register_architecture("seq2seq")
 class EncoderDecoder:
     """An encoder that reads the prompt and a decoder that writes the response, which follows a start token.
 
@@ -167,23 +170,22 @@ def architecture_for(
         options: ``model.model_extra_configs``; where they say which files are read, the config is read from there.
 
     Raises:
-        ValueError: "seq2seq" is asked of a model without an encoder.
+        ValueError: what is asked for does not fit the model, or is not registered.
     """
     try:
         where = {name: value for name, value in options.items() if name in FROM_HUB}
         is_config = isinstance(model_path, PretrainedConfig)
         config = model_path if is_config else AutoConfig.from_pretrained(model_path, **where)
     except (OSError, ValueError):  # whoever loads the model says what is wrong with it
-        return ARCHITECTURES[arch_type]
-    if config.is_encoder_decoder and arch_type == "causal":
+        return architectures.get(arch_type)
+    asked = architectures.get(arch_type)
+    if config.is_encoder_decoder and asked is Causal:
         logger.info(f"The model ({config.model_type}) has an encoder: model.model_arch_type is taken for seq2seq")
-    elif arch_type == "seq2seq" and not config.is_encoder_decoder:
-        raise ValueError(
-            f"model.model_arch_type is 'seq2seq', but {config.model_type} models have no encoder: write causal"
-        )
-    return ARCHITECTURES["seq2seq" if config.is_encoder_decoder else arch_type]
+        return EncoderDecoder
+    if config.is_encoder_decoder != issubclass(asked, EncoderDecoder):
+        has = "have an encoder: write seq2seq" if config.is_encoder_decoder else "have no encoder: write causal"
+        raise ValueError(f"model.model_arch_type is {arch_type!r}, but {config.model_type} models {has}")
+    return asked
 
 
 FROM_HUB = ("revision", "trust_remote_code", "code_revision", "token", "cache_dir", "local_files_only", "subfolder")
-ARCHITECTURES: dict[str, type[Causal] | type[EncoderDecoder]] = {"causal": Causal, "seq2seq": EncoderDecoder}
-"""By ``model.model_arch_type``."""

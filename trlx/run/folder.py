@@ -23,6 +23,8 @@ logger = logging.get_logger(__name__)
 
 LOCK_FILE = ".lock"
 BEST = "best_checkpoint"
+MANY_STEPS = 999_999
+"""Taken for the last step where nobody knows it."""
 
 _held: set[IO] = set()
 
@@ -57,6 +59,12 @@ def opened(trainer: Run) -> Iterator[bool]:
         finally:
             if trainer.tracker is not None:
                 trainer.tracker_state = trainer.tracker.last_state
+
+
+def place(train: TrainConfig, step: int, last_step: int | None) -> Path:
+    """The folder of a step's checkpoint; as many digits as the last step has put folders in order."""
+    last = last_step or MANY_STEPS if train.total_steps is None else train.total_steps
+    return Path(train.checkpoint_dir) / f"checkpoint_{step:0{len(str(last))}d}"
 
 
 def rotate(written: Path, train: TrainConfig, is_main: bool = True) -> None:

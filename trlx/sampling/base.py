@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from trlx.batch import Sample
+from trlx.registry import samplers
 from trlx.sampling.settings import SamplingConfig
+from trlx.strict import check_keywords
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Gives the language model's weights by their Hugging Face names, each whole, on every process."""
@@ -42,3 +45,24 @@ class Sampler(ABC):
 
     def close(self) -> None:
         """Ends what the sampler started."""
+
+
+def sampler_for(settings: Any, own: Callable[[], Sampler], **offered: Any) -> Sampler:
+    """The sampler that ``train.sampler`` asks for.
+
+    Args:
+        settings: "auto", a registered name, or a dict of ``engine``, which is one of them, and keyword arguments.
+        own: makes the backend's.
+        offered: what every registered sampler is made with.
+
+    Raises:
+        ValueError: the name is unknown, or the sampler does not take one of the arguments.
+    """
+    arguments = dict(settings) if isinstance(settings, Mapping) else {"engine": settings}
+    engine = arguments.pop("engine")
+    if engine == "auto":
+        check_keywords(own, arguments, "train.sampler")
+        return own()
+    cls = samplers.get(engine)
+    check_keywords(cls, arguments, "train.sampler", ours=offered)
+    return cls(**offered, **arguments)

@@ -31,7 +31,7 @@ from trlx.run.changes import changes, identity, keeps_averages
 from trlx.run.display import Display
 from trlx.run.failures import rescuing
 from trlx.run.guards import Interrupts, SkippedSteps, check_weights, leave_if_asked
-from trlx.sampling.base import Sampler
+from trlx.sampling.base import sampler_for
 from trlx.sampling.settings import GEN_KWARGS, SamplingConfig, one_setting, sweep_variants
 from trlx.sampling.stopping import Stopper
 from trlx.sampling.texts import Respond
@@ -43,8 +43,6 @@ logger = logging.get_logger(__name__)
 
 OURS = ("config", "reward_fn", "metric_fn", "stop_sequences")
 """Arguments of a trainer that `trlx.train` passes; any others are ``train.trainer_kwargs``."""
-MANY_STEPS = 999_999
-"""How wide the numbers of checkpoints are made where nobody knows how many steps a run has."""
 
 
 class Trainer(OldNames, ABC):
@@ -89,7 +87,8 @@ class Trainer(OldNames, ABC):
             tokenizer=self.tokenizer,
             needs=self.needs(),
         )
-        self.sampler: Sampler = self.backend.sampler()
+        offered = {"backend": self.backend, "tokenizer": self.tokenizer}
+        self.sampler = sampler_for(config.train.sampler, self.backend.sampler, **offered)
         for _, sampling in self.eval_variants:
             self.sampler.check(sampling)
         seed_everything(config.train.seed + self.backend.data_rank)
@@ -214,9 +213,8 @@ class Trainer(OldNames, ABC):
             stack.enter_context(watching())
             resumed = stack.enter_context(run_folder.opened(self))
             stack.enter_context(Interrupts())
-            state = self.tracker_state if resumed else None
-            backend = self.backend
-            self.tracker = stack.enter_context(Tracker.of(self.config, backend.data_size, backend.is_main, state))
+            where, state = (self.backend.data_size, self.backend.is_main), self.tracker_state if resumed else None
+            self.tracker = stack.enter_context(Tracker.of(self.config, *where, state))
             stack.enter_context(rescuing(self))
             stack.enter_context(self.display)
             self.display.begin(self)
@@ -271,8 +269,7 @@ class Trainer(OldNames, ABC):
         if directory is None and self._probe is not None:
             check_weights(self.backend, self._probe)
         train, backend, step = self.config.train, self.backend, self.schedule.step
-        digits = len(str(self.total_steps or MANY_STEPS if train.total_steps is None else train.total_steps))
-        own = Path(train.checkpoint_dir) / f"checkpoint_{step:0{digits}d}"
+        own = run_folder.place(train, step, self.total_steps)
         target = Path(directory or own).expanduser()
         backend.on_main(lambda: checkpoint.check_replaceable(target))
         with checkpoint.replacing(target, backend.is_main, backend.barrier) as folder:

@@ -22,7 +22,7 @@ from trlx.methods.advantages import ScoreScale, kl_penalty, missing_eos_penalty
 from trlx.methods.masked import finish, mean_of, pack, spread_of
 from trlx.rewards.results import Scored, means
 from trlx.run.guards import check_first_kl, interruptible, leave_if_asked
-from trlx.sampling.settings import check_rollouts
+from trlx.sampling.settings import SamplingConfig, check_rollouts
 from trlx.tracking import Tracker
 from trlx.trainer.base import Trainer
 
@@ -49,7 +49,6 @@ class OnlineTrainer(Trainer):
         self._has_warned = False
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
         self.scale = self.score_scale()
-        self.rollout_sampling = self.sampling(self.sampling_kwargs, self.method.sampling_key)
         self.sampler.check(self.rollout_sampling)
         self.log = RolloutLog(config, self.tokenizer)
 
@@ -69,6 +68,11 @@ class OnlineTrainer(Trainer):
         It has ``scores`` (clipped and scaled as the config says), ``group`` and ``old_logprobs``, and where `needs`
         asks for them ``old_values`` and ``ref_logprobs``. What is put into `pending` is logged with the next step.
         """
+
+    @cached_property
+    def rollout_sampling(self) -> SamplingConfig:
+        """How rollouts are sampled. Log-probabilities are of its temperature: give it to `ModelNeeds`."""
+        return self.sampling(self.method.sampling, self.method.sampling_key)
 
     @property
     def rows_at_once(self) -> int:
@@ -232,8 +236,8 @@ class OnlineTrainer(Trainer):
         if self.scale.clipped_all and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                f"method.cliprange_reward ({self.scale.limit:g}) clips the score of every rollout, so that they are all "
-                "alike: raise it, or write null for no limit"
+                f"method.cliprange_reward ({self.scale.limit:g}) clips the score of every rollout, so that they are "
+                "all alike: raise it, or write null for no limit"
             )
         self.pending |= {f"rollout_scores/{name}": value for name, value in stats.items()}
         penalty = self.method.missing_eos_penalty

@@ -44,7 +44,7 @@ class PPOTrainer(OnlineTrainer):
             reference=True,
             # a dropped unit would make the policy that is trained another than the one that sampled
             dropout=False,
-            temperature=self.sampling(self.method.sampling, self.method.sampling_key).logprob_temperature,
+            temperature=self.rollout_sampling.logprob_temperature,
         )
 
     def advantages(self, batch: TokenBatch) -> TokenBatch:
