@@ -97,12 +97,8 @@ def test_samples_of_a_prompt_are_compared_with_each_other(printed):
     trainer = trlx.train(reward_fn=reward_fn, prompts=PROMPTS, eval_prompts=["a"], config=config)
     batch = trainer.store
     assert batch.group.tolist() == [0, 0, 0, 1, 1, 1] and batch.old_values is None and batch.ref_logprobs is None
-    for group in (0, 1):
-        rows = batch.group == group
-        assert (
-            len({tuple(ids[~mask].tolist()[:1]) for ids, mask in zip(batch.tokens[rows], batch.response_mask[rows])})
-            == 1
-        )
+    prompts = [ids[~mask][:1].tolist() for ids, mask in zip(batch.tokens, batch.response_mask, strict=True)]
+    assert prompts[0] == prompts[1] == prompts[2] != prompts[3] == prompts[4] == prompts[5]
     sums = batch.scores.sum(dim=1)
     for row in range(6):
         others = [sums[other] for other in range(6) if other != row and batch.group[other] == batch.group[row]]
