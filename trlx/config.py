@@ -178,8 +178,7 @@ class TrainConfig(Section):
     """Folder of metrics.jsonl and samples, if not checkpoint_dir."""
     tags: list[str] | None = field(default_factory=list)
     sampler: Any = "auto"
-    """What draws rollouts: auto (the model that trains), or a registered sampler: its name, or a dict with ``engine``,
-    its name, and further keyword arguments."""
+    """auto (the model that trains), or a registered sampler: its name, or a dict with ``engine`` and its arguments."""
     seed: int = 1000
     minibatch_size: int | None = None
     """Rows per forward and backward pass; divides batch_size. Null: the whole batch."""
@@ -214,8 +213,8 @@ class TrainConfig(Section):
         self.require_choice("reward_on", ["main", "each_rank"])
         self.require_choice("mixed_precision", ["no", "bf16", "fp16", None])
         self.tags = self.tags or []
-        engine = self.sampler.get("engine") if isinstance(self.sampler, Mapping) else self.sampler
-        self.require(isinstance(engine, str), "sampler", "be auto, a sampler's name, or a dict with engine, its name")
+        is_named = isinstance(self.sampler, str) or (isinstance(self.sampler, Mapping) and "engine" in self.sampler)
+        self.require(is_named, "sampler", "be auto, a sampler's name, or a dict with engine, its name")
 
 
 @dataclass

@@ -55,9 +55,9 @@ def test_a_run_in_the_folder_of_another_one_sets_everything_aside_and_says_how_t
     aside = tmp_path / "earlier.1"
     assert names(tmp_path) == [*WRITTEN[:3], "config.json", "earlier.1", "metrics.jsonl", "notes.txt", "samples"]
     assert names(aside) == sorted([*WRITTEN[1:], "checkpoint_7", "samples"])
-    assert checkpoint.read_state(aside / "best_checkpoint")[0]["best_reward"] == 3.0
+    assert checkpoint.read_state(aside / "best_checkpoint")[0]["best"][0] == 3.0
     assert (aside / "metrics.jsonl").read_text() == old and len(metrics(tmp_path)) == 3
-    assert checkpoint.read_state(tmp_path / "best_checkpoint")[0]["best_reward"] == 1.0
+    assert checkpoint.read_state(tmp_path / "best_checkpoint")[0]["best"][0] == 1.0
     said = f"What an earlier run left in {tmp_path}: now in {aside}; to go on from there, set "
     assert said + f"train.resume_from_checkpoint: {aside / 'checkpoint_3'}" in caplog.text
     # and so it goes: the second run is set aside in its turn
@@ -74,7 +74,7 @@ def test_a_run_that_goes_back_sets_aside_what_came_later(tmp_path, caplog):
     assert f"Checkpoints of later steps than 1 in {tmp_path}: now in {aside}" in caplog.text
     assert names(tmp_path) == [*WRITTEN[:-1], "earlier.1", "metrics.abandoned.jsonl", "metrics.jsonl", "samples"]
     assert steps(tmp_path) == [1, 2, 3]
-    assert checkpoint.read_state(tmp_path / "best_checkpoint")[0]["best_reward"] == 1.6
+    assert checkpoint.read_state(tmp_path / "best_checkpoint")[0]["best"][0] == 1.6
 
 
 def test_a_best_checkpoint_is_not_lost_to_a_worse_one_of_steps_that_are_repeated(tmp_path):
@@ -83,7 +83,7 @@ def test_a_best_checkpoint_is_not_lost_to_a_worse_one_of_steps_that_are_repeated
     checkpoint.remove(tmp_path / "checkpoint_2")
     sft(tmp_path, [2.0, 2.5], resume_from_checkpoint="auto")
     state, _ = checkpoint.read_state(tmp_path / "best_checkpoint")
-    assert (state["schedule"]["step"], state["best_reward"]) == (2, 3.0)
+    assert (state["schedule"]["step"], state["best"][0]) == (2, 3.0)
     assert steps(tmp_path) == [1, 2, 3] and not (tmp_path / "earlier.1").exists()
 
 

@@ -222,7 +222,7 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_reward(tmp_path, last):
     config = tiny_config(tmp_path, "SFT", train={"total_steps": 2, "eval_interval": 1})
     trlx.train(config=config, samples=TEXTS, metric_fn=metric)
     state, _ = checkpoint.read_state(checkpoint.existing(tmp_path / "best_checkpoint"))
-    assert (state["schedule"]["step"], state["best_reward"]) == (1, 3.0)
+    assert (state["schedule"]["step"], state["best"][0]) == (1, 3.0)
 
 
 def test_of_a_sweep_the_best_value_is_the_objective_and_reward_fn_goes_before_a_metric():

@@ -18,7 +18,7 @@ _INSTEAD = {
         "create_train_dataloader": "override collect(), whose rows trlx puts into batches of train.batch_size",
         "post_backward_callback": "override after_step(metrics), called after every optimizer step",
         "post_epoch_callback": "override collect(), called at the beginning of every epoch",
-        "get_arch setup_model": "override needs(), which returns the heads and the reference that the model gets",
+        "get_arch setup_model": "override needs(method), which returns the heads and the reference that the model gets",
         "setup_optimizer setup_scheduler": "set it in the sections optimizer and scheduler of the config",
         "setup_rollout_logging": "set train.rollout_logging_dir, the folder for rollouts",
         "get_model_inputs": "override collect(), whose rows are the inputs of the model",
@@ -27,7 +27,7 @@ _INSTEAD = {
     },
     "method": {
         "loss get_advantages_and_returns": "override loss(outputs, batch) or advantages(batch) of a trainer",
-        "heads": "override needs() of a trainer",
+        "heads": "override needs(method) of a trainer",
         "from_dict": "declare fields, and refuse wrong values in check()",
     },
     "pipeline": {"create_loader": "trlx reads prompts as pipeline[i] and pads them when it samples"},

@@ -180,7 +180,7 @@ def _make_room(folder: Path, trainer: Run) -> float | None:
         hint = f"; to go on from there, set train.resume_from_checkpoint: {found}" if found else ""
         logger.warning(f"{whose} in {folder}: now in {aside}{hint}")
     best = checkpoint.find(folder / BEST)
-    return checkpoint.read_state(best, tensors=False)[0]["best_reward"] if best else None
+    return checkpoint.read_state(best, tensors=False)[0]["best"][0] if best else None
 
 
 def _later(folder: Path, step: int) -> list[str]:

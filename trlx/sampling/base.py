@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from trlx.batch import Sample
 from trlx.registry import samplers
@@ -47,13 +48,12 @@ class Sampler(ABC):
         """Ends what the sampler started."""
 
 
-def sampler_for(settings: Any, own: Callable[[], Sampler], **offered: Any) -> Sampler:
+def sampler_for(settings: Any, backend: Any, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     """The sampler that ``train.sampler`` asks for.
 
     Args:
         settings: "auto", a registered name, or a dict of ``engine``, which is one of them, and keyword arguments.
-        own: makes the backend's.
-        offered: what every registered sampler is made with.
+        backend: makes the sampler of "auto"; a registered one is made with it and the tokenizer.
 
     Raises:
         ValueError: the name is unknown, or the sampler does not take one of the arguments.
@@ -61,8 +61,8 @@ def sampler_for(settings: Any, own: Callable[[], Sampler], **offered: Any) -> Sa
     arguments = dict(settings) if isinstance(settings, Mapping) else {"engine": settings}
     engine = arguments.pop("engine")
     if engine == "auto":
-        check_keywords(own, arguments, "train.sampler")
-        return own()
+        check_keywords(backend.sampler, arguments, "train.sampler")
+        return backend.sampler()
     cls = samplers.get(engine)
-    check_keywords(cls, arguments, "train.sampler", ours=offered)
-    return cls(**offered, **arguments)
+    check_keywords(cls, arguments, "train.sampler", ours=("backend", "tokenizer"))
+    return cls(backend=backend, tokenizer=tokenizer, **arguments)

@@ -6,6 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,8 +61,6 @@ class Trainer(OldNames, ABC):
     """What `loss` sums over, and the backend divides by the number of."""
     passes_per_epoch: int = 1
     """Passes over what `collect` returns."""
-    eval_batch_size: int | None = None
-    """Prompts per generation at evaluation; None: train.batch_size."""
 
     def __init__(self, config: TRLConfig, reward_fn=None, metric_fn=None, stop_sequences=None):
         check_hooks("trainer", type(self))
@@ -79,27 +78,24 @@ class Trainer(OldNames, ABC):
         self.eval_variants = [
             (name, self.sampling(kwargs)) for name, kwargs in sweep_variants(config.method.gen_kwargs)
         ]
+        self.model_needs = replace(self.needs(self.method), temperature=self.logprob_temperature)
         self.backend = self.backend_class(
             model=config.model,
             optimizer=config.optimizer,
             scheduler=config.scheduler,
             train=config.train,
             tokenizer=self.tokenizer,
-            needs=self.needs(),
+            needs=self.model_needs,
         )
-        offered = {"backend": self.backend, "tokenizer": self.tokenizer}
-        self.sampler = sampler_for(config.train.sampler, self.backend.sampler, **offered)
+        self.sampler = sampler_for(config.train.sampler, self.backend, self.tokenizer)
         for _, sampling in self.eval_variants:
             self.sampler.check(sampling)
         seed_everything(config.train.seed + self.backend.data_rank)
-        blocks = {"batch_size": config.train.batch_size, "minibatch_size": self.backend.microbatch_size}
-        check_blocks(blocks, self.rows_together)
+        check_blocks(config.train.batch_size, self.backend.microbatch_size, self.rows_together)
         self.schedule = Schedule(config.train, self.passes_per_epoch, self.backend.data_size, self.rows_together)
         self.store: Store | None = None
-        self.scorer: Scorer | None = None
-        if reward_fn is not None:
-            separator = self.backend.row_format.separator
-            self.scorer = Scorer(reward_fn, self.tokenizer, config.train.reward_timeout, separator)
+        judged = (self.tokenizer, config.train.reward_timeout, self.backend.row_format.separator)
+        self.scorer = None if reward_fn is None else Scorer(reward_fn, *judged)
         self.evaluator: Evaluator | None = None
         self.tracker: Tracker | None = None
         self.display = Display(self.backend.is_main)
@@ -110,7 +106,6 @@ class Trainer(OldNames, ABC):
         self.at_boundary = True  # between steps, where what is saved can be resumed from
         self.best_reward: float | None = None
         self.best_step: int | None = None
-        self.evaluation_due = False  # the run ended in the middle of an evaluation, which is to be made first
         self.tracker_state: dict[str, Any] = {}
         self.skipped = SkippedSteps()
         self._probe: TokenBatch | None = None  # a row of the last step
@@ -124,12 +119,16 @@ class Trainer(OldNames, ABC):
             ValueError: it cannot.
         """
         if not isinstance(self.method, self.method_class):
-            name = self.method_class.__name__
-            raise ValueError(f"{type(self).__name__} needs method.name {name}, got {self.method.name}")
+            wanted = f"method.name {self.method_class.__name__}"
+            raise ValueError(f"{type(self).__name__} needs {wanted}, got {self.method.name}")
 
-    @abstractmethod
-    def needs(self) -> ModelNeeds:
-        """What the method asks of the model."""
+    @staticmethod
+    def needs(method: Any) -> ModelNeeds:
+        """What a method with these settings asks of the model. ``trlx plan`` asks, too, and has no trainer."""
+        return ModelNeeds()
+
+    logprob_temperature: float = 1.0
+    """The model's log-probabilities are of this temperature."""
 
     @abstractmethod
     def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
@@ -149,6 +148,11 @@ class Trainer(OldNames, ABC):
         return len(self.samples)
 
     @property
+    def rows_at_once(self) -> int:
+        """Responses that a process generates at once."""
+        return self.config.train.batch_size
+
+    @property
     def rows_together(self) -> int:
         """Consecutive rows that are never split over microbatches or processes: the two of a pair, a group."""
         return self.unit.rows
@@ -166,9 +170,7 @@ class Trainer(OldNames, ABC):
         and tensors. A method with a state of its own adds it: ``super().state_dict() | {...}``."""
         return {
             "schedule": self.schedule.state_dict(),
-            "best_reward": self.best_reward,
-            "best_step": self.best_step,
-            "evaluation_due": self.evaluation_due,
+            "best": [self.best_reward, self.best_step],
             "skipped_steps": self.skipped.total,
             # after training the tracker is closed, and what it said last still holds
             "tracker": (self.tracker and self.tracker.state()) or self.tracker_state,
@@ -177,9 +179,8 @@ class Trainer(OldNames, ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.schedule.load_state_dict(state["schedule"])
-        self.best_reward, self.best_step = state["best_reward"], state["best_step"]
-        self.evaluation_due, self.tracker_state = state["evaluation_due"], state["tracker"]
-        self.skipped.total = state["skipped_steps"]
+        self.best_reward, self.best_step = state["best"]
+        self.skipped.total, self.tracker_state = state["skipped_steps"], state["tracker"]
 
     # what the user calls
 
@@ -191,7 +192,7 @@ class Trainer(OldNames, ABC):
             tokenizer=self.tokenizer,
             prompts=[pipeline[i] for i in range(len(pipeline))],
             variants=self.eval_variants,
-            batch_size=self.eval_batch_size or self.config.train.batch_size,
+            batch_size=self.rows_at_once,
             scorer=self.scorer,
             metric_fn=self.metric_fn,
             display=self.display,
@@ -206,7 +207,7 @@ class Trainer(OldNames, ABC):
             KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; at once after a second one.
             RuntimeError, ValueError: see `trlx.run.folder.opened`.
         """
-        if self.run_folder is not None and self.schedule.finished and not self.evaluation_due:
+        if self.run_folder is not None and self.schedule.finished and not self.schedule.evaluation_due:
             logger.info(f"Nothing is left to learn: train.total_steps or train.epochs end at step {self.schedule.step}")
             return
         with ExitStack() as stack:
@@ -218,7 +219,7 @@ class Trainer(OldNames, ABC):
             stack.enter_context(rescuing(self))
             stack.enter_context(self.display)
             self.display.begin(self)
-            if not resumed or self.evaluation_due:
+            if not resumed or self.schedule.evaluation_due:
                 self.evaluate()
             while not self.schedule.finished:
                 self._step(self._next_batch())
@@ -335,10 +336,10 @@ class Trainer(OldNames, ABC):
         if self.evaluator is None:
             return {}
         step = self.schedule.step
-        self.evaluation_due = True
+        self.schedule.evaluation_due = True
         with own_randomness(self.config.train.seed, step, self.backend.data_rank):
             result = self.evaluator.run(step)
-        self.evaluation_due = False
+        self.schedule.evaluation_due = False
         if self.tracker is not None:
             self.tracker.log(result.metrics, step)
             samples = [dict(zip(result.columns, row, strict=True)) for row in result.rows]

@@ -39,7 +39,7 @@ class ILQLTrainer(Trainer):
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
 
     @staticmethod
-    def model_needs(method: ILQLConfig) -> ModelNeeds:
+    def needs(method: ILQLConfig) -> ModelNeeds:
         return ModelNeeds(value_head=True, q_heads=2 if method.two_qs else 1)
 
     def sampling(self, gen_kwargs: dict[str, Any], *where: str) -> SamplingConfig:

@@ -71,12 +71,15 @@ class OnlineTrainer(Trainer):
 
     @cached_property
     def rollout_sampling(self) -> SamplingConfig:
-        """How rollouts are sampled. Log-probabilities are of its temperature: give it to `ModelNeeds`."""
+        """How rollouts are sampled."""
         return self.sampling(self.method.sampling, self.method.sampling_key)
 
     @property
+    def logprob_temperature(self) -> float:
+        return self.rollout_sampling.logprob_temperature
+
+    @property
     def rows_at_once(self) -> int:
-        """Rollouts that a process generates at once, groups not divided."""
         return self.method.chunk_size
 
     def score_scale(self) -> ScoreScale:
@@ -151,7 +154,7 @@ class OnlineTrainer(Trainer):
         return super().state_dict() | {
             "scale": self.scale.state_dict(),
             "prompts_drawn": self.stream.position,
-            "temperature": self.rollout_sampling.logprob_temperature,
+            "temperature": self.logprob_temperature,
             "rollouts": self.store.columns() if isinstance(self.store, TokenBatch) else {},
         }
 
@@ -160,7 +163,7 @@ class OnlineTrainer(Trainer):
         self.scale.load_state_dict(state["scale"])
         self.stream.position = state["prompts_drawn"]
         # log-probabilities at another temperature are those of another policy
-        same = state["temperature"] == self.rollout_sampling.logprob_temperature
+        same = state["temperature"] == self.logprob_temperature
         self.store = TokenBatch(**state["rollouts"]) if state["rollouts"] and same else None
         self._go_on()
 
@@ -205,7 +208,7 @@ class OnlineTrainer(Trainer):
 
     def _with_model_columns(self, batch: TokenBatch) -> TokenBatch:
         """What policy and reference say about the collection; every process asks about its share of rows."""
-        needs, rows = self.needs(), own_rows(len(batch), self.backend.data_rank, self.backend.data_size)
+        needs, rows = self.model_needs, own_rows(len(batch), self.backend.data_rank, self.backend.data_size)
         mine = TokenBatch(**{name: column[rows] for name, column in batch.columns().items()})
         policy = self.backend.evaluate(mine)
         found = {"old_logprobs": policy.logprobs}

@@ -33,19 +33,10 @@ class PPOTrainer(OnlineTrainer):
     def passes_per_epoch(self) -> int:
         return self.config.method.ppo_epochs
 
-    @property
-    def eval_batch_size(self) -> int:
-        return self.config.method.chunk_size
-
-    def needs(self) -> ModelNeeds:
-        return ModelNeeds(
-            value_head=True,
-            value_layers=self.method.num_value_layers_unfrozen,
-            reference=True,
-            # a dropped unit would make the policy that is trained another than the one that sampled
-            dropout=False,
-            temperature=self.rollout_sampling.logprob_temperature,
-        )
+    @staticmethod
+    def needs(method: PPOConfig) -> ModelNeeds:
+        # no dropout: it would make the policy that is trained another than the one that sampled
+        return ModelNeeds(value_head=True, value_layers=method.num_value_layers_unfrozen, reference=True, dropout=False)
 
     def advantages(self, batch: TokenBatch) -> TokenBatch:
         """Rewards of scores less the KL penalty, and generalized advantage estimates of these, whitened."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trlx.backends.base import ModelNeeds
 from trlx.batch import Rollout, TokenBatch, TokenOutputs
 from trlx.data.prompts import PromptPipeline
 from trlx.data.store import RolloutStore
@@ -35,8 +34,7 @@ class RFTTrainer(OnlineTrainer):
         self.history: list[Rollout] = []
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
 
-    def needs(self) -> ModelNeeds:
-        return ModelNeeds()
+    logprob_temperature = 1.0  # its loss is that of imitation
 
     @property
     def samples_per_prompt(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -36,6 +35,9 @@ class Schedule:
     """Passes done in all."""
     rows_done: int = field(default=0, init=False)
     """Rows of the present pass that are done, over all processes."""
+
+    evaluation_due: bool = field(default=False, init=False)
+    """The run ended in the middle of an evaluation, which is to be made before the next batch."""
 
     @property
     def batch_size(self) -> int:
@@ -85,7 +87,7 @@ class Schedule:
         """Goes back to the beginning of the present epoch: its rows are not there any more."""
         self.rows_done = self.inner_epoch = 0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position; how long to train is the config's to say."""
         return {name: getattr(self, name) for name in _POSITION}
 
@@ -98,16 +100,13 @@ class Schedule:
 _POSITION = [f.name for f in fields(Schedule) if not f.init]
 
 
-def check_blocks(sizes: Mapping[str, int], together: int) -> None:
-    """Makes sure that rows which stand together fit in batches.
-
-    Args:
-        sizes: rows, by the names of their settings in the section ``train``.
+def check_blocks(batch_size: int, minibatch_size: int, together: int) -> None:
+    """Makes sure that no block of `together` rows is split.
 
     Raises:
-        ValueError: one of them would split a block of `together` rows.
+        ValueError: it would be.
     """
-    for name, rows in sizes.items():
+    for name, rows in (("batch_size", batch_size), ("minibatch_size", minibatch_size)):
         if rows % together:
             raise ValueError(
                 f"train.{name} is {rows}, but this trainer keeps rows together by {together}: write a multiple of it"

@@ -160,7 +160,7 @@ def trainer_needs(method: MethodConfig) -> ModelNeeds:
     if method.name not in TRAINERS:
         known = ", ".join(name.removesuffix("Config") for name in TRAINERS)
         raise ValueError(f"There is no NeMo trainer for {method.name.removesuffix('Config')}: write one of {known}")
-    return TRAINERS[method.name].model_needs(method)
+    return TRAINERS[method.name].needs(method)
 
 
 def _shape(settings: MegatronSettings, config: TRLConfig, vocabulary: int) -> DecoderConfig:
