@@ -14,7 +14,6 @@ from trlx.backends.base import ModelNeeds
 from trlx.data.store import own_rows
 from trlx.models.heads import QHeads, ValueHead
 from trlx.models.policy import HEADS_FILE, build_policy, load_heads
-from trlx.sampling.generate import generate as generate_alone
 from trlx.sampling.settings import SamplingConfig
 from trlx.sampling.stopping import Stopper
 
@@ -197,7 +196,7 @@ def check_steps(folder, prompts, sampling, expected, steps):
     for layout in (TENSOR, PIPELINE | CHUNKS):
         backend = backend_of(folder, layout)
         with pytest.raises(ValueError, match="Prompt 0 has the token 99, but the model knows"):
-            backend.generate([[99]], sampling)
+            backend.check_prompts([[99]], sampling.max_new_tokens)
         passes = []
         backend.stage[0].decoder.register_forward_hook(lambda *_, passes=passes: passes.append(1))
         assert responses(backend.sampler(), prompts, sampling) == expected
@@ -233,7 +232,7 @@ def test_sampling_with_beta_and_a_mask_is_that_of_the_accelerate_backend(tmp_pat
     cases = []
     for extra in extras:
         sampling = greedy(eos_token_id=[4, 5, 6], extra=extra)
-        cases.append((PROMPTS, sampling, generate_alone(policy, PROMPTS, sampling, "cpu")))
+        cases.append((PROMPTS, sampling, responses(policy, PROMPTS, sampling)))
     assert len({str(expected) for *_, expected in cases}) == len(cases)
     for prompt, row in zip(PROMPTS, cases[-1][2], strict=True):
         assert not any(mask[before, after] for before, after in zip([prompt[-1], *row], row, strict=False))

@@ -47,7 +47,7 @@ class PipelineSampler(Sampler):
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[Sample]:
         """The same samples on every process that holds a part of the model."""
         self.check(sampling)
-        self.parallel.require()
+        self.parallel.require_groups()
         seed = self.parallel.from_leader(int(torch.randint(2**62, ())))
         for chunk in self.stage:
             chunk.eval()
