@@ -170,6 +170,7 @@ def run_on_ray(sweep: Sweep, num_cpus: int | None = None, server_address: str | 
                 run_config=tune.RunConfig(
                     name=sweep.ray_folder.name,
                     storage_path=str(sweep.folder),
+                    # Ray's default also saves trials at their end; with it a test of hyperband waited forever
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 ),
             )
