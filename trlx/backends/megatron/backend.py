@@ -127,7 +127,7 @@ class MegatronBackend(Backend):
             chunk.zero_grad_buffer()
         self.updates.clear()
         began = time.perf_counter()
-        found, forward = run_forward_backward(self.wrapped, self._microbatches(batch), on_outputs)
+        found, forward = run_forward_backward(self.wrapped, self._microbatches(batch, unit.rows), on_outputs)
         backward = time.perf_counter() - began - forward
         return self._means(found) | self.updates.apply() | {"time/forward": forward, "time/backward": backward}
 
@@ -186,17 +186,18 @@ class MegatronBackend(Backend):
     def fingerprint(self) -> str:
         return self.initial_digest
 
-    def _microbatches(self, batch: TokenBatch) -> list[TokenBatch]:
+    def _microbatches(self, batch: TokenBatch, together: int = 1) -> list[TokenBatch]:
         """Microbatches on the device, padded to a width that sequence parallelism can divide.
 
-        An interleaved schedule needs a multiple of the stages, so microbatches with an empty response mask are added.
+        An interleaved schedule needs a multiple of the stages, so microbatches of `together` rows with an empty
+        response mask are added.
         """
         microbatches = [_widened(rows, self.divisor).to(self.device) for rows in batch.split(self.microbatch_size)]
         sizes = self.parallel.sizes
         missing = -len(microbatches) % sizes.pipeline if sizes.virtual else 0
         if not missing:
             return microbatches
-        first = microbatches[0].rows(slice(0, 1))
+        first = microbatches[0].rows(slice(0, together))
         empty = _widened(first.replace(response_mask=torch.zeros_like(first.response_mask)), self.divisor)
         return microbatches + [empty] * missing
 

@@ -1,0 +1,70 @@
+"""What a sampler is told, and what it gives."""
+
+import pytest
+import torch
+
+import trlx
+from tests.runs import PROMPTS, run, share_of_a, tiny_config
+from trlx.batch import Sample
+from trlx.data.prompts import Prompt
+from trlx.registry import register_sampler
+from trlx.sampling.base import Sampler
+from trlx.sampling.settings import SamplingConfig
+from trlx.sampling.stopping import Stopper
+
+
+@register_sampler("copying")
+class CopyingSampler(Sampler):
+    """Holds a copy of the weights, fetched once for each version, and answers every prompt with one token."""
+
+    def __init__(self, backend, tokenizer, token=4):
+        self.token = token
+        self.copies = {}
+
+    def sync(self, version, weights):
+        if version not in self.copies:
+            self.copies[version] = {name: weight.clone() for name, weight in weights()}
+        super().sync(version, weights)
+
+    def generate(self, prompts, sampling):
+        return [Sample([self.token, 5], version=self.version) for _ in prompts]
+
+
+def test_a_sampler_with_a_copy_of_the_weights_gets_those_of_every_version(tmp_path):
+    method = {"num_rollouts": 4, "chunk_size": 4, "ppo_epochs": 1}
+    train = {"total_steps": 2, "sampler": {"engine": "copying", "token": 6}, "eval_interval": 10}
+    config = tiny_config(tmp_path, "PPO", method=method, train=train)
+    trainer = trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config)
+    copies = trainer.sampler.copies
+    assert list(copies) == [0, 1, 2]  # two collections, and the evaluation at the end
+    policy = dict(trainer.backend.policy.model.named_parameters())
+    assert copies[2].keys() == policy.keys()
+    assert all(torch.equal(copies[2][name], weight) for name, weight in policy.items())
+    assert not torch.equal(copies[0]["transformer.wte.weight"], copies[1]["transformer.wte.weight"])
+    assert trainer.generate([[4, 5]]).tolist() == [[4, 5, 6, 5]]
+
+
+def test_rollouts_know_the_weights_that_drew_them(tmp_path):
+    seen = []
+    config = tiny_config(tmp_path, "PPO", method={"num_rollouts": 4, "ppo_epochs": 2}, train={"total_steps": 4})
+    trainer = trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config)
+    trainer.log.write = lambda rollouts, *_: seen.extend(rollouts)
+    trainer.collect()
+    assert [rollout.version for rollout in seen] == [4] * 4
+
+
+def test_an_adapter_has_no_weights_to_copy(tmp_path):
+    trainer = run("SFT", tmp_path, model={"peft_config": {"peft_type": "LORA", "r": 2}}, train={"total_steps": 0})
+    with pytest.raises(ValueError, match="cannot follow an adapter"):
+        list(trainer.backend.weights_by_name())
+
+
+def test_log_probabilities_are_those_of_the_tokens_that_stay(tmp_path):
+    from tests.builders import char_tokenizer
+
+    prompt, stop = Prompt([4]), Stopper(char_tokenizer(), ["ab"])  # "a" is 4, "b" is 5
+    cut = SamplingConfig(eos_token_id=2, stop=stop).rollout(prompt, Sample([6, 4, 5], [-1.0, -2.0, -3.0], version=3))
+    assert (cut.response, cut.logprobs, cut.ended, cut.version) == ([6, 2], [-1.0], True, 3)
+    whole = SamplingConfig(eos_token_id=2).rollout(prompt, Sample([6, 2], [-1.0, -2.0]), group=7)
+    assert (whole.response, whole.logprobs, whole.ended, whole.group) == ([6, 2], [-1.0, -2.0], True, 7)
+    assert SamplingConfig(eos_token_id=2).rollout(prompt, Sample([6])).logprobs is None
