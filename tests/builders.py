@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import tarfile
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trlx.sampling.base import Sampler
 from trlx.sampling.generate import TransformersSampler
 
+UNPACK = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+"""How to unpack an archive; Python knows the argument from 3.11.4 on."""
 CHARACTERS = string.ascii_lowercase + " .,:!?#\n"
 
 

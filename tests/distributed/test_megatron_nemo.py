@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.builders import char_tokenizer, tiny_gpt2_config
+from tests.builders import UNPACK, char_tokenizer, tiny_gpt2_config
 from tests.distributed.test_megatron_truth import NEEDS, rows, settings
 from tests.processes import together
 from tests.runs import metrics, run
@@ -79,7 +79,7 @@ def test_a_run_from_an_archive_is_the_run_from_the_folder_it_was_made_of(tmp_pat
     main(["convert", str(tmp_path / "hf"), str(tmp_path / "one.nemo")])
     main(["convert", str(tmp_path / "hf"), str(tmp_path / "quarters.nemo"), "--tensor", "2", "--pipeline", "2"])
     with tarfile.open(tmp_path / "one.nemo") as tar:
-        tar.extractall(tmp_path / "unpacked", filter="data")
+        tar.extractall(tmp_path / "unpacked", **UNPACK)
     together(2, from_archives, tmp_path)
 
 

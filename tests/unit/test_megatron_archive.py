@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.builders import UNPACK
 from trlx.backends.megatron.nemo.archive import opened, write_archive
 
 CONFIG = {"hidden_size": 2, "optim": {"lr": 1e-5, "betas": [0.9, 0.98]}, "precision": "bf16", "tokenizer": None}
@@ -75,7 +76,7 @@ def test_every_rank_has_the_file_that_nemo_gives_it(tmp_path, ranks, names):
     write_archive(tmp_path / "m.nemo", CONFIG, {(tp, pp): {"w": WEIGHT + 10 * tp + pp} for tp, pp in ranks})
     with tarfile.open(tmp_path / "m.nemo", "r:") as tar:
         assert tar.getnames() == ["./model_config.yaml", *(f"./{name}" for name in names)]
-        tar.extractall(tmp_path / "unpacked", filter="data")
+        tar.extractall(tmp_path / "unpacked", **UNPACK)
     for source in (tmp_path / "m.nemo", tmp_path / "unpacked"):
         with opened(source) as archive:
             assert archive.parallel_sizes() == tuple(size + 1 for size in max(ranks))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from tests.builders import UNPACK
 from tests.unit.nemo_archives import (
     GPT,
     LLAMA,
@@ -103,7 +104,7 @@ def test_a_folder_without_model_config_is_read_by_its_only_yaml_file_or_by_megat
     model, config = llama(), LLAMA | {"megatron_legacy": True}
     write_archive(tmp_path / "m.nemo", config, older_llama(model, tensor, pipeline, legacy=True))
     with tarfile.open(tmp_path / "m.nemo") as tar:
-        tar.extractall(tmp_path / "folder", filter="data")
+        tar.extractall(tmp_path / "folder", **UNPACK)
     (tmp_path / "folder" / "model_config.yaml").unlink()
     assert is_nemo(tmp_path / "folder")
     assert same_weights(open_nemo(tmp_path / "folder", tokens=6, changes=config), model)
@@ -141,7 +142,7 @@ def test_norms_are_read_under_the_names_with_and_without_transformer_engine(tmp_
 def test_an_unpacked_archive_is_read_as_well(tmp_path):
     model = llama()
     with tarfile.open(written(tmp_path / "m.nemo", model, 2)) as tar:
-        tar.extractall(tmp_path / "folder", filter="data")
+        tar.extractall(tmp_path / "folder", **UNPACK)
     assert is_nemo(tmp_path / "folder") and is_nemo(tmp_path / "m.nemo") and not is_nemo(tmp_path)
     assert same_weights(open_nemo(tmp_path / "folder"), model)
 
