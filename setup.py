@@ -46,6 +46,7 @@ EXTRAS["dev"] = [
     "import-linter>=2.3",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.12",
     "setuptools>=77",
 ]
