@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from trlx.batch import Rollout
-from trlx.data.collate import collate, left_pad, pad_columns
+from trlx.data.collate import collate, left_pad, right_pad
 
 
 def test_a_scalar_score_lands_on_the_last_response_token():
@@ -65,14 +65,10 @@ def test_no_rollouts_make_no_batch():
         collate([], pad_id=0)
 
 
-def test_pad_columns_pads_lists_and_tensors_on_the_right_and_keeps_their_type():
-    assert pad_columns([[1], [2, 3]], 3, 9).tolist() == [[1, 9, 9], [2, 3, 9]]
-    padded = pad_columns([torch.tensor([0.5], dtype=torch.float64), torch.tensor([])], 2, 0.0)
-    assert padded.tolist() == [[0.5, 0], [0, 0]]
-    assert padded.dtype == torch.float64
-
-
-def test_left_pad_ends_all_prompts_in_one_column():
+def test_right_pad_begins_all_rows_in_one_column_and_left_pad_ends_them_in_one():
+    tokens, mask = right_pad([[7], [8, 9]], pad_id=5)
+    assert tokens.tolist() == [[7, 5], [8, 9]] and mask.tolist() == [[1, 0], [1, 1]]
+    assert tokens.dtype == mask.dtype == torch.int64
     tokens, mask = left_pad([[7], [8, 9]], pad_id=5)
     assert tokens.tolist() == [[5, 7], [8, 9]]
     assert mask.tolist() == [[0, 1], [1, 1]]

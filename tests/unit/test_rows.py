@@ -83,9 +83,9 @@ def test_samples_without_columns_stay_as_they_are(samples):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"prompt": "a", "label": 1}], 'columns prompt, label, which is none to learn from.*"text"'),
-        ([MESSAGES[0]], "columns role, content, which is none"),
-        ([{"text": "a", "messages": MESSAGES}], "2 ways to read them: keep one"),
+        ([{"prompt": "a", "label": 1}], 'columns prompt, label, and trlx knows no way to read them: keep "text"'),
+        ([MESSAGES[0]], "columns role, content, and trlx knows no way"),
+        ([{"text": "a", "messages": MESSAGES}], "2 ways to read them: keep"),
         ([{"text": "a"}, {"txt": "a"}], "Sample 1 must have text"),
         ([{"text": "a"}, {"text": None}], "Sample 1 must have text"),
         ([{"prompt": "a", "output": "b"}, "c"], "Sample 1 must have prompt and output"),
@@ -100,7 +100,7 @@ def test_one_text_or_several_data_sets_are_no_data_set():
     with pytest.raises(TypeError, match="prompts must be a list of prompts, not one str"):
         as_list("ab", "prompts")
     splits = pytest.importorskip("datasets").DatasetDict(train=hugging_face([{"text": "a"}]))
-    with pytest.raises(TypeError, match="not one DatasetDict: pass one of its parts"):
+    with pytest.raises(TypeError, match="not one DatasetDict: pass one of its data sets"):
         sample_list(splits)
 
 

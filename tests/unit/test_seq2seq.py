@@ -13,7 +13,7 @@ from tests.builders import VOCABULARY, char_tokenizer
 from tests.builders import responses as sampled
 from tests.runs import DATA, PROMPTS, length, metrics, share_of_a, tiny_config, weights
 from trlx.batch import Rollout, Sample
-from trlx.data.collate import collate_encoder_decoder
+from trlx.data.collate import EncoderDecoderRows
 from trlx.data.dialogue import dialogues
 from trlx.models.architecture import EncoderDecoder
 from trlx.models.policy import build_policy, load_model, save_hf
@@ -96,7 +96,7 @@ def tiny_policy(name, **needs):
 
 def tiny_batch():
     rollouts = [Rollout([5, 6, 7, 2], [8, 9, 2], 1.0), Rollout([10, 2], [11, 12, 13, 14], 2.0)]
-    return collate_encoder_decoder(rollouts, pad_id=0, start_id=0)
+    return EncoderDecoderRows(0).collate(rollouts, pad_id=0)
 
 
 def inputs(batch):
@@ -115,7 +115,7 @@ def test_the_prompt_goes_to_the_encoder_and_every_response_token_is_trained():
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="Rollout 0 has an empty prompt"):
-        collate_encoder_decoder([Rollout([], [4])], pad_id=0, start_id=0)
+        EncoderDecoderRows(0).collate([Rollout([], [4])], pad_id=0)
 
 
 @every_family

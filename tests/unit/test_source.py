@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import AutoTokenizer
+from transformers.utils import logging as hf_logging
 
 import trlx
 from tests.builders import CHARACTERS, char_tokenizer, tiny_gpt2, tiny_gpt2_config
 from tests.runs import PROMPTS, TEXTS, share_of_a, tiny_config
 from trlx.config import TokenizerConfig
+from trlx.data.hub import no_bars
 from trlx.models.policy import load_model
 from trlx.models.source import exported, tokenizer_for
 from trlx.presets import _folder
@@ -75,6 +78,19 @@ def test_an_adapter_has_the_tokenizer_of_its_model_unless_one_lies_beside_it(tmp
     assert first(tokenizer_for(str(adapter), TokenizerConfig())) == BACKWARDS[0]
     char_tokenizer().save_pretrained(adapter)
     assert first(tokenizer_for(str(adapter), TokenizerConfig())) == "a"
+
+
+def test_where_bars_of_downloads_were_hidden_they_stay_hidden_when_a_model_is_loaded():
+    disable_progress_bars()
+    try:
+        with no_bars():
+            assert are_progress_bars_disabled() and not hf_logging.is_progress_bar_enabled()
+        assert are_progress_bars_disabled() and hf_logging.is_progress_bar_enabled()
+    finally:
+        enable_progress_bars()
+    with no_bars():
+        assert not are_progress_bars_disabled() and not hf_logging.is_progress_bar_enabled()
+    assert not are_progress_bars_disabled() and hf_logging.is_progress_bar_enabled()
 
 
 def test_an_archive_has_the_tokenizer_beside_it(tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor
 from trlx.backends.distress import attempted, raise_everywhere, told
 from trlx.batch import TokenBatch, TokenOutputs
 from trlx.config import ModelConfig, TrainConfig
-from trlx.data.collate import DecoderRows, RowFormat
+from trlx.data.collate import RowFormat
 from trlx.methods.masked import Metrics
 from trlx.methods.units import Unit
 from trlx.models.source import check_model, exported
@@ -85,7 +85,7 @@ class Backend(ABC):
     """How many tokens the model knows."""
     positions: int = sys.maxsize
     """How long a row can be, at most."""
-    row_format: RowFormat = DecoderRows()
+    row_format: RowFormat = RowFormat()
     """How rollouts become rows of this model."""
     lr_schedule: str = ""
     """The learning rate's schedule, where it is not the config's section alone that says it."""

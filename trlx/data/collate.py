@@ -5,53 +5,41 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from trlx.batch import Rollout, TokenBatch
 
 
-class RowFormat(Protocol):
-    """What a trainer must know of the kind of model it trains."""
+class RowFormat:
+    """How prompts and responses become rows. Here as a decoder reads them: prompt and response in one row."""
 
-    separator: str
+    separator: str = ""
     """Stands between prompt and output in the samples that reward_fn and metric_fn get."""
-    special_tokens: bool
-    """Whether texts are tokenized with what the tokenizer adds by itself."""
+    special_tokens: bool = False
+    """Whether prompts and outputs get all special tokens that the tokenizer adds."""
 
     def width(self, prompt: int, response: int) -> int:
-        """Tokens of the longest row that a prompt and a response of these lengths make."""
-
-    def collate(self, rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
-        """The rollouts as a batch."""
-
-    def beginnings(self, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """What stands before each response in a sequence that is returned to the user, int64 [B, T]."""
-
-
-class DecoderRows:
-    """Decoders: a row is prompt and response."""
-
-    separator: ClassVar[str] = ""
-    special_tokens: ClassVar[bool] = False
-
-    def width(self, prompt: int, response: int) -> int:
+        """The number of tokens of the longest row that a prompt and a response of these lengths need."""
         return prompt + response
 
     def collate(self, rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
+        """The rollouts as a batch, see the function `collate`."""
         return collate(rollouts, pad_id)
 
     def beginnings(self, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """The tokens before each response in a sequence that the user gets, int64 [B, T]."""
         padded = tokenizer.pad({"input_ids": prompts}, padding=True, return_attention_mask=False, return_tensors="pt")
         return padded["input_ids"]
 
 
 @dataclass(frozen=True)
-class EncoderDecoderRows:
-    """Encoder-decoder models: the prompt is the encoder's row; the decoder's is `start_id` and the response."""
+class EncoderDecoderRows(RowFormat):
+    """As encoder-decoder models read them: the prompt for the encoder, `start_id` and the response for the decoder."""
 
     start_id: int
     separator: str = "<sep>"
@@ -61,67 +49,50 @@ class EncoderDecoderRows:
         return max(prompt, 1 + response)
 
     def collate(self, rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
-        return collate_encoder_decoder(rollouts, pad_id, self.start_id)
+        starts = [dataclasses.replace(r, prompt=[self.start_id] if r.prompt else []) for r in rollouts]
+        batch = collate(starts, pad_id)
+        encoder_tokens, encoder_mask = right_pad([r.prompt for r in rollouts], pad_id)
+        return batch.replace(encoder_tokens=encoder_tokens, encoder_mask=encoder_mask.bool())
 
     def beginnings(self, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
         return torch.full((len(prompts), 1), self.start_id)
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
-    """Rows of prompt, response, padding; masks come from lengths, so `pad_id` may be the eos token.
+    """Rows of prompt, response, padding. Masks come from lengths, so `pad_id` may be the eos token.
 
-    A scalar score stands at the last trained response token. A dense one starts at the first response token and counts
-    0 where it ends early.
+    A scalar score stands at the last trained response token. A dense score starts at the first response token; missing
+    numbers at its end are 0.
 
     Raises:
-        ValueError: no rollouts, an empty prompt, nothing to train on, or lists longer than the response.
+        ValueError: no rollouts, an empty prompt, nothing to train on, or a list that is longer than the response.
     """
     if not rollouts:
         raise ValueError("There are no rollouts to make a batch of")
     for index, rollout in enumerate(rollouts):
         _check(index, rollout)
-    lengths = [len(r.prompt) + len(r.response) for r in rollouts]
-    width = max(lengths)
+    tokens, mask = right_pad([[*r.prompt, *r.response] for r in rollouts], pad_id)
     return TokenBatch(
-        tokens=pad_columns([[*r.prompt, *r.response] for r in rollouts], width, pad_id),
-        attention_mask=torch.arange(width) < torch.tensor(lengths)[:, None],
-        response_mask=pad_columns([[False] * len(r.prompt) + _trained(r) for r in rollouts], width, False),
-        scores=pad_columns([[0.0] * len(r.prompt) + _token_scores(r) for r in rollouts], width, 0.0),
+        tokens=tokens,
+        attention_mask=mask.bool(),
+        response_mask=_padded([[False] * len(r.prompt) + _trained(r) for r in rollouts], False),
+        scores=_padded([[0.0] * len(r.prompt) + _token_scores(r) for r in rollouts], 0.0),
         group=torch.tensor([r.group for r in rollouts]),
     )
 
 
-def collate_encoder_decoder(rollouts: Sequence[Rollout], pad_id: int, start_id: int) -> TokenBatch:
-    """Rows of `start_id`, response, padding for the decoder, and of the prompt for the encoder; else as `collate`."""
-    starts = [dataclasses.replace(r, prompt=[start_id] if r.prompt else []) for r in rollouts]
-    batch = collate(starts, pad_id)
-    encoder_tokens, encoder_mask = right_pad([r.prompt for r in rollouts], pad_id)
-    return batch.replace(encoder_tokens=encoder_tokens, encoder_mask=encoder_mask.bool())
-
-
-def pad_columns(rows: Sequence[Tensor | list], width: int, value: Any) -> Tensor:
-    """[B, width]: each 1-D row padded on the right with `value`.
-
-    The type is that of the first row if it is a tensor, else torch's choice for the numbers (float32, int64 or bool).
-    """
-    dtype = rows[0].dtype if isinstance(rows[0], Tensor) else None
-    lists = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in lists], dtype=dtype)
-
-
 def left_pad(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(tokens, attention mask), both int64 [B, T] as ``transformers`` samplers want them: prompts end in one column."""
-    width = max(len(row) for row in rows)
-    tokens = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], dtype=torch.int64)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64)
-    return tokens, mask
+    """(tokens, attention mask), both int64 [B, T]; all rows end in the last column, as ``transformers`` samples."""
+    return _padded(rows, pad_id, "left"), _padded([[1] * len(row) for row in rows], 0, "left")
 
 
 def right_pad(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(tokens, attention mask), both int64 [B, T]: rows begin in one column."""
-    width = max(len(row) for row in rows)
-    lengths = torch.tensor([len(row) for row in rows])
-    return pad_columns(rows, width, pad_id), (torch.arange(width) < lengths[:, None]).long()
+    """(tokens, attention mask), both int64 [B, T]; all rows begin in the first column."""
+    return _padded(rows, pad_id), _padded([[1] * len(row) for row in rows], 0)
+
+
+def _padded(rows: Sequence[list], value: float, side: str = "right") -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], True, value, side)
 
 
 def _check(index: int, rollout: Rollout) -> None:
@@ -142,8 +113,8 @@ def _trained(rollout: Rollout) -> list[bool]:
 
 def _token_scores(rollout: Rollout) -> list[float]:
     """One score per response token."""
-    if isinstance(rollout.score, list):
-        return [*rollout.score] + [0.0] * (len(rollout.response) - len(rollout.score))
-    trained = _trained(rollout)
-    after = trained[::-1].index(True)
-    return [0.0] * (len(trained) - after - 1) + [rollout.score] + [0.0] * after
+    scores = rollout.score
+    if not isinstance(scores, list):
+        last = max(index for index, is_trained in enumerate(_trained(rollout)) if is_trained)
+        scores = [0.0] * last + [scores]
+    return scores + [0.0] * (len(rollout.response) - len(scores))

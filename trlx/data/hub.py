@@ -1,4 +1,4 @@
-"""What is asked of Hugging Face's libraries before and while something is loaded."""
+"""Checks of paths before Hugging Face's libraries load them, and their progress bars while they do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
@@ -19,12 +19,12 @@ def check_source(path: Any, where: str, options: Mapping[str, Any] | None = None
     """Makes sure, before anything is loaded, that there is a model at `path`.
 
     Args:
-        path: hub name, folder or file; anything else (a config, a model) stands for itself.
+        path: hub name, folder or file. Anything else (a config, a model) is not checked.
         where: what messages call the setting.
         options: keyword arguments of ``from_pretrained``.
 
     Raises:
-        OSError: there is none.
+        OSError: there is no model.
     """
     options = options or {}
     if not isinstance(path, str) or Path(path).is_file() or {"config", "gguf_file"} & options.keys():
@@ -32,7 +32,7 @@ def check_source(path: Any, where: str, options: Mapping[str, Any] | None = None
     check_folder(path, where)
     which = {name: options[name] for name in WHICH_FILES if name in options}
     try:
-        with suppress(OSError):  # what is in the cache is not waited for where there is no network
+        with suppress(OSError):  # the cache first: without a network, the hub's time-out would take long
             if cached_file(path, "config.json", **{**which, "local_files_only": True}):
                 return
         found = cached_file(path, "config.json", **which)
@@ -46,31 +46,28 @@ def check_source(path: Any, where: str, options: Mapping[str, Any] | None = None
 
 
 def check_folder(path: str, where: str) -> None:
-    """Makes sure that a path which cannot be a hub name exists.
-
-    Raises:
-        OSError: it does not.
-    """
+    """Raises an OSError if `path` cannot be a hub name and does not exist."""
     is_path = path.startswith(("/", ".")) or path.count("/") > 1 or path.endswith(("/", ".nemo"))
     if is_path and not Path(path).exists():
         raise OSError(f"{where} is {path!r}, which does not exist (seen from {Path.cwd()})")
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, without its advice."""
+    """The type and the first line of a library's error, without its advice."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """In this block transformers shows no bars of its own, which would tear that of training to pieces; those of
-    downloads stay."""
-    shown, downloads = hf_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    hf_logging.disable_progress_bar()
-    if downloads:
+    """In this block transformers shows no progress bars, which would break the display. Bars of downloads stay."""
+    shown, hides_downloads = hf_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    hf_logging.disable_progress_bar()  # this and enable_progress_bar also switch the bars of downloads
+    if not hides_downloads:
         enable_progress_bars()
     try:
         yield
     finally:
         if shown:
             hf_logging.enable_progress_bar()
+        if hides_downloads:
+            disable_progress_bars()

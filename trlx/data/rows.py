@@ -1,25 +1,25 @@
-"""Data sets as lists: `datasets.Dataset`, tables and other sequences, without importing what they are made by."""
+"""Lists of rows from `datasets.Dataset`, pandas tables and other sequences, without an import of these libraries."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-LAYOUTS = (("messages",), ("text",), ("prompt", "completion"), ("prompt", "output"), ("prompt", "response"))
-"""Columns that samples can be read from."""
+COLUMNS = (("messages",), ("text",), ("prompt", "completion"), ("prompt", "output"), ("prompt", "response"))
+"""The sets of columns that samples can be read from."""
 
 
 def as_list(data: Any, name: str) -> list[Any]:
     """The rows of a list, a ``datasets.Dataset`` (as dicts), a pandas table (as dicts) or another sequence.
 
     Args:
-        name: what the rows are, e.g. ``"prompts"``.
+        name: what errors call the rows, e.g. ``"prompts"``.
 
     Raises:
         TypeError: `data` is one text or dict, such as a ``DatasetDict``, which holds several data sets.
     """
     if isinstance(data, (str, Mapping)):
-        splits = ": pass one of its parts" if hasattr(data, "column_names") else ""
+        splits = ": pass one of its data sets" if hasattr(data, "column_names") else ""
         raise TypeError(f"{name} must be a list of {name}, not one {type(data).__name__}{splits}")
     if hasattr(data, "iterrows"):  # iterating over a pandas table gives its column names
         return data.to_dict("records")
@@ -27,33 +27,28 @@ def as_list(data: Any, name: str) -> list[Any]:
 
 
 def sample_list(samples: Any) -> list[Any]:
-    """Samples as texts, dialogues and chats; rows with columns become what their columns say.
+    """Samples as texts, dialogues and chats. Rows with columns become what their columns say.
 
-    ``text`` is a text, ``prompt`` with ``completion``, ``output`` or ``response`` a dialogue (a chat if both are lists
-    of messages), ``messages`` a chat. Other columns are ignored.
+    ``text`` is a text; ``prompt`` with ``completion``, ``output`` or ``response`` is a dialogue, or a chat if both are
+    lists of messages; ``messages`` is a chat. Other columns are ignored.
 
     Raises:
-        ValueError: none of these columns is there, or there are several ways to read them.
+        ValueError: there is none of these columns, more than one way to read them, or a row without a value.
     """
     rows = as_list(samples, "samples")
     if not rows or not isinstance(rows[0], Mapping):
         return rows
-    columns = _layout(list(rows[0]))
+    found = [columns for columns in COLUMNS if set(columns) <= rows[0].keys()]
+    if len(found) != 1:
+        raise ValueError(
+            f"samples have the columns {', '.join(map(str, rows[0]))}, and trlx knows {len(found) or 'no'} "
+            f'way{"s" * (len(found) > 1)} to read them: keep "text", "prompt" with one of "completion", "output" and '
+            '"response", or "messages"'
+        )
     for index, row in enumerate(rows):
-        if not isinstance(row, Mapping) or any(row.get(column) is None for column in columns):
-            raise ValueError(f"Sample {index} must have {' and '.join(columns)} as sample 0 has, got {repr(row)[:80]}")
-    return [_sample(*(row[column] for column in columns)) for row in rows]
-
-
-def _layout(columns: list[str]) -> tuple[str, ...]:
-    found = [layout for layout in LAYOUTS if set(layout) <= set(columns)]
-    if len(found) == 1:
-        return found[0]
-    wanted = '"text", "prompt" with "completion", "output" or "response", or "messages"'
-    problem = "none to learn from" if not found else f"{len(found)} ways to read them"
-    raise ValueError(
-        f"samples have the columns {', '.join(map(str, columns))}, which is {problem}: keep one of {wanted}"
-    )
+        if not isinstance(row, Mapping) or any(row.get(column) is None for column in found[0]):
+            raise ValueError(f"Sample {index} must have {' and '.join(found[0])} as sample 0 has, got {repr(row)[:80]}")
+    return [_sample(*(row[column] for column in found[0])) for row in rows]
 
 
 def _sample(content: Any, answer: Any = None) -> Any:

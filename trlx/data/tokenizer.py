@@ -13,7 +13,7 @@ from trlx.data.hub import check_folder, first_line
 logger = logging.get_logger(__name__)
 
 SPACE = "\u2581"
-"""How sentencepiece writes a space."""
+"""The character that sentencepiece writes for a space."""
 
 
 def load_tokenizer(
@@ -23,7 +23,7 @@ def load_tokenizer(
     truncation_side: str = "right",
     extra: dict[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer with an eos and a pad token; where pad is missing, eos stands in for it.
+    """A tokenizer with an eos and a pad token. If it has no pad token, eos becomes its pad token.
 
     Args:
         path: hub name, folder, or a tokenizer object, which is copied and never changed.
@@ -31,7 +31,7 @@ def load_tokenizer(
 
     Raises:
         OSError: there is no tokenizer at `path`.
-        ValueError: there is no eos token, or `extra` is given along with a tokenizer object.
+        ValueError: there is no eos token, or both `extra` and a tokenizer object are given.
     """
     if isinstance(path, PreTrainedTokenizerBase):
         if extra:
@@ -52,15 +52,11 @@ def load_tokenizer(
 
 
 def read_tokenizer(path: str, **how: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, as its files say.
-
-    Raises:
-        OSError: there is none.
-    """
+    """The tokenizer at `path` as its files describe it; raises an OSError if there is none."""
     check_folder(str(path), "tokenizer.tokenizer_path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **how)
-        # where files are missing transformers may make one up that knows special tokens only
+        # if files are missing, transformers may return a tokenizer that knows only special tokens
         special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         problem = None if tokenizer.get_vocab().keys() - special - {SPACE} else "it has no words"
     except Exception as error:  # of many kinds, TypeErrors among them
@@ -74,14 +70,13 @@ def read_tokenizer(path: str, **how: Any) -> PreTrainedTokenizerBase:
 
 
 def front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text: bos for Llama and Gemma, nothing for GPT-2."""
+    """The token ids that the tokenizer puts before every text: bos for Llama and Gemma, none for GPT-2."""
     bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
     return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a response without a prompt follows, as it must follow something: `front`; where that is nothing bos, and
-    where there is none eos."""
+    """The token ids before a response that has no prompt: `front`; if that is empty bos; if there is no bos, eos."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return front(tokenizer) or [eos if bos is None else bos]
 
@@ -89,13 +84,10 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def prompt_tokens(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False
 ) -> list[list[int]]:
-    """The token ids of texts that a response follows in the same row.
-
-    In front of each stands what the tokenizer puts there, once, also where the text brings it along. What it appends
-    (an eos) is left out.
+    """The token ids of prompts. Each begins with `front` once, even if the text brings it along; nothing is appended.
 
     Args:
-        special_tokens: both are wanted, as by an encoder, which reads whole texts (see ``RowFormat.special_tokens``).
+        special_tokens: keep all special tokens that the tokenizer adds, in front and behind, as encoders need them.
     """
     ids = tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"] if texts else []
     start = [] if special_tokens else front(tokenizer)
@@ -103,7 +95,7 @@ def prompt_tokens(
 
 
 def shorten(tokens: list, length: int, side: str, kept: int = 0) -> list:
-    """At most `length` items, the rest cut off on `side` ("left" or "right") behind the first `kept`."""
+    """At most `length` items. The rest is cut off on `side` ("left" or "right"), but never from the first `kept`."""
     if side == "right" or len(tokens) <= length:
         return tokens[:length]
     kept = min(kept, length)
@@ -111,5 +103,5 @@ def shorten(tokens: list, length: int, side: str, kept: int = 0) -> list:
 
 
 def begins_with(tokens: list[int], start: list[int]) -> int:
-    """How many of the first tokens are `start`: all or none of it."""
+    """``len(start)`` if `tokens` begins with `start`, else 0."""
     return len(start) if tokens[: len(start)] == start else 0

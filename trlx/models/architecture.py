@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from trlx import logging
-from trlx.data.collate import DecoderRows, EncoderDecoderRows, RowFormat, left_pad, right_pad
+from trlx.data.collate import EncoderDecoderRows, RowFormat, left_pad, right_pad
 from trlx.models.decoder import trunk
 from trlx.registry import architectures, register_architecture
 
@@ -84,7 +84,7 @@ class Causal:
         return {"input_ids": tokens, "attention_mask": mask}, tokens.shape[1]
 
     def row_format(self, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
-        return DecoderRows()
+        return RowFormat()
 
     def recompute(self) -> None:
         recompute_activations(self.model)
