@@ -238,7 +238,7 @@ def test_a_template_that_rewrites_earlier_turns_needs_marks():
             dialogues([chat("a", "b", "c", "d")], with_template(template), 99)
     marked = MARKED.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '' }}")
     assert trained_text(chat("a", "b", "c", "d"), with_template(marked)).endswith("a:<|END|>\nu:<|end|>\na:D<|END|>")
-    with pytest.raises(ValueError, match="not around the assistant's turns"):
+    with pytest.raises(ValueError, match="marks do not enclose the assistant's turns"):
         dialogues([chat("a", "b")], with_template(MARKED.replace("== 'assistant'", "== 'nobody'")), 99)
 
 

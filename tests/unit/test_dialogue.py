@@ -109,12 +109,12 @@ def test_nothing_left_to_learn_from_is_an_error(tokenizer):
 @pytest.mark.parametrize(
     ("samples", "error", "message"),
     [
-        ([], ValueError, "at least one"),
-        ("ab", ValueError, "list of texts"),
+        ([], ValueError, "list of samples is empty: pass at least one"),
+        ("ab", TypeError, "samples must be a list of samples, not one str"),
         (["a", 3], TypeError, "Sample 1"),
         (["a", ["b", 3]], TypeError, "Sample 1"),
-        (["a", ["b", "c", "d"]], ValueError, "Sample 1 has 3 messages"),
-        (["a", []], ValueError, "Sample 1 has 0 messages"),
+        (["a", ["b", "c", "d"]], ValueError, "Sample 1 has 3 texts"),
+        (["a", []], ValueError, "Sample 1 has 0 texts"),
     ],
 )
 def test_a_wrong_sample_is_named(tokenizer, samples, error, message):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trlx import logging
 from trlx.data.chat import chat_prompt, is_chat
+from trlx.data.rows import as_list
 from trlx.data.store import permutation
 from trlx.data.tokenizer import beginning, begins_with, prompt_tokens, shorten
 from trlx.registry import register_datapipeline
@@ -19,7 +20,7 @@ from trlx.registry import register_datapipeline
 logger = logging.get_logger(__name__)
 
 RESERVED = ("samples", "prompts", "outputs", "tokenizer")
-"""Arguments of reward_fn that the library fills in; a prompt's metadata cannot have these names."""
+"""Arguments of reward_fn that a key of a prompt cannot be called."""
 
 
 @dataclass(slots=True)
@@ -28,11 +29,11 @@ class Prompt:
 
     ids: list[int]
     text: str | None = None
-    """As the caller wrote it; None where the caller gave token ids or a chat."""
+    """As the caller wrote it; None for token ids and chats."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """The caller's further keys; each reaches reward_fn and metric_fn as a list aligned with the batch."""
+    """The other keys of the caller's dict; reward_fn and metric_fn get each as a list with one entry per sample."""
     messages: list[Any] | None = None
-    """The chat as the caller wrote it; None where the prompt is none."""
+    """The chat as the caller wrote it; None for texts and token ids."""
 
 
 @register_datapipeline
@@ -40,13 +41,11 @@ class PromptPipeline:
     """Prompts of at most `max_prompt_length` tokens, ready to sample from.
 
     Args:
-        prompts: texts (which get what the tokenizer puts in front of them, see `prompt_tokens`), lists of token ids,
-            chats (lists of messages, ``{"role": "user", "content": "Hi"}``, written by the tokenizer's chat template up
-            to where the assistant answers), or dicts that hold one of these as "prompt" beside any further keys, the
-            same in every dict. The dicts are left as they are.
-        max_prompt_length: what is longer is cut on the tokenizer's truncation side, with one warning for all; chats
-            always on the left, as without their end nobody would be asked to answer. A bos in front stays.
-        add_special_tokens: let the tokenizer also append what it appends by itself (encoder-decoder models want that).
+        prompts: texts (see `prompt_tokens`), lists of token ids, chats (see `chat_prompt`), or dicts with one of these
+            as "prompt" and any other keys, the same ones in every dict. trlx does not change the dicts.
+        max_prompt_length: longer prompts are cut on the tokenizer's truncation side, with one warning for all. Chats
+            are always cut on the left, as their end asks the assistant to answer. A bos in front stays.
+        add_special_tokens: add all special tokens of the tokenizer, as encoder-decoder models need them.
 
     Raises:
         ValueError, TypeError: no prompts, a prompt without tokens, of another type, or with other keys than the first;
@@ -62,17 +61,23 @@ class PromptPipeline:
     ):
         if max_prompt_length < 1:
             raise ValueError(
-                f"Prompts of at most {max_prompt_length} tokens are no prompts: make train.seq_length larger than "
+                f"A prompt cannot have at most {max_prompt_length} tokens: make train.seq_length larger than "
                 "max_new_tokens"
             )
         self.tokenizer = tokenizer
         self.max_prompt_length = max_prompt_length
         self.add_special_tokens = add_special_tokens
-        contents, metadata = _separate(prompts)
-        ids = self._tokenize(contents)
-        texts = [content if isinstance(content, str) else None for content in contents]
-        chats = [list(content) if is_chat(content) else None for content in contents]
-        self.prompts = [Prompt(*parts) for parts in zip(ids, texts, metadata, chats, strict=True)]
+        rows = _rows(prompts)
+        contents = [row["prompt"] for row in rows]
+        self.prompts = [
+            Prompt(
+                ids,
+                text=row["prompt"] if isinstance(row["prompt"], str) else None,
+                metadata={key: value for key, value in row.items() if key != "prompt"},
+                messages=list(row["prompt"]) if is_chat(row["prompt"]) else None,
+            )
+            for row, ids in zip(rows, self._cut_long_ones(contents, self._tokenize(contents)), strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -81,58 +86,57 @@ class PromptPipeline:
         return self.prompts[index]
 
     def create_loader(self, *_: Any, **__: Any) -> None:
-        """What CarperAI's trlx read prompts from; always a NotImplementedError."""
+        """Raises a NotImplementedError; CarperAI's trlx read prompts from the loader that this returned."""
         raise NotImplementedError("A PromptPipeline has no loader: read prompts as pipeline[i], or from a PromptStream")
 
     def digest(self) -> str:
-        """A short hash of tokens and metadata, to recognise other data when a run is resumed."""
-        digest = hashlib.sha256()
-        for prompt in self.prompts:
-            # the address of an object without a repr of its own is another in every run
-            metadata = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(prompt.metadata))
-            digest.update(f"{prompt.ids}{metadata}".encode(errors="replace"))
-        return digest.hexdigest()[:16]
+        """A short hash of tokens and metadata. If a resumed run has another one, its prompts changed."""
+        rows = "".join(f"{prompt.ids}{prompt.metadata}" for prompt in self.prompts)
+        # the repr of an object may hold its address, which differs between runs
+        rows = re.sub(r" at 0x[0-9a-fA-F]+", "", rows)
+        return hashlib.sha256(rows.encode(errors="replace")).hexdigest()[:16]
 
     def _tokenize(self, contents: list[Any]) -> list[list[int]]:
         texts = [content for content in contents if isinstance(content, str)]
-        of_texts = iter(prompt_tokens(texts, self.tokenizer, self.add_special_tokens))
+        ids_of_texts = iter(prompt_tokens(texts, self.tokenizer, self.add_special_tokens))
         ids = []
         for index, content in enumerate(contents):
             if is_chat(content):
                 ids.append(chat_prompt(content, self.tokenizer, f"Prompt {index}"))
             else:
-                ids.append(next(of_texts) if isinstance(content, str) else list(content))
-        for index, tokens in enumerate(ids):
-            if not tokens:
+                ids.append(next(ids_of_texts) if isinstance(content, str) else list(content))
+            if not ids[-1]:
                 raise ValueError(
-                    f"Prompt {index} has no tokens, but a model needs one to start from: instead of an empty prompt "
-                    f"write the tokenizer's bos_token, {self.tokenizer.bos_token or self.tokenizer.eos_token!r}"
+                    f"Prompt {index} has no tokens, but a model needs one to start from: write the tokenizer's "
+                    f"bos_token, {self.tokenizer.bos_token or self.tokenizer.eos_token!r}, in place of an empty prompt"
                 )
-        return self._cut_long_ones(contents, ids)
+        return ids
 
     def _cut_long_ones(self, contents: list[Any], ids: list[list[int]]) -> list[list[int]]:
-        limit = self.max_prompt_length
-        long = [index for index, tokens in enumerate(ids) if len(tokens) > limit]
-        start = beginning(self.tokenizer) if long else []
-        sides = {index: "left" if is_chat(contents[index]) else self.tokenizer.truncation_side for index in long}
+        limit, start = self.max_prompt_length, beginning(self.tokenizer)
+        sides = {
+            index: "left" if is_chat(contents[index]) else self.tokenizer.truncation_side
+            for index, tokens in enumerate(ids)
+            if len(tokens) > limit
+        }
         for index, side in sides.items():
-            if self.add_special_tokens and isinstance(contents[index], str):  # those at its end must survive, too
+            if self.add_special_tokens and isinstance(contents[index], str):  # special tokens at the end must stay, too
                 ids[index] = self.tokenizer(contents[index], truncation=True, max_length=limit)["input_ids"]
             else:
                 ids[index] = shorten(ids[index], limit, side, begins_with(ids[index], start))
-        if long:
+        if sides:
             logger.warning(
-                f"{len(long)} of {len(ids)} prompts were longer than {limit} tokens (train.seq_length less the "
+                f"{len(sides)} of {len(ids)} prompts were longer than {limit} tokens (train.seq_length less the "
                 f"max_new_tokens of generation) and were cut on the {' or '.join(sorted(set(sides.values())))}"
             )
         return ids
 
 
 class PromptStream:
-    """An endless sequence of a pipeline's prompts: every pass in a new shuffled order.
+    """An endless sequence of a pipeline's prompts, in a new shuffled order for every pass.
 
-    The order follows from the seed alone and `position`, the number of prompts drawn so far, is the whole state: a
-    stream set to the position of another one goes on exactly as that one would.
+    The order depends on the seed alone. `position`, the number of prompts drawn so far, is the whole state: a stream
+    with the position of another one continues exactly like it.
     """
 
     def __init__(self, pipeline: PromptPipeline, seed: int):
@@ -142,39 +146,33 @@ class PromptStream:
 
     def take(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""
-        taken = [self._at(position) for position in range(self.position, self.position + count)]
+        size, taken = len(self.pipeline), []
+        for position in range(self.position, self.position + count):
+            number, offset = divmod(position, size)
+            taken.append(self.pipeline[permutation(size, self.seed, "prompts", number)[offset]])
         self.position += count
         return taken
 
-    def _at(self, position: int) -> Prompt:
-        number, offset = divmod(position, len(self.pipeline))
-        return self.pipeline[permutation(len(self.pipeline), self.seed, "prompts", number)[offset]]
 
-
-def _separate(prompts: Iterable[Any]) -> tuple[list[Any], list[dict[str, Any]]]:
-    """What to tokenize and what to hand to reward_fn, after checking both."""
-    if isinstance(prompts, (str, Mapping)):
-        raise TypeError(f"prompts must be a list of prompts, not one {type(prompts).__name__}: write [prompt]")
-    rows = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
+def _rows(prompts: Iterable[Any]) -> list[Mapping[str, Any]]:
+    """The prompts as dicts, checked."""
+    rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in as_list(prompts, "prompts")]
     if not rows:
         raise ValueError("The list of prompts is empty: pass at least one prompt")
     for index, row in enumerate(rows):
-        _check(index, row, rows[0])
-    return [row["prompt"] for row in rows], [{k: v for k, v in row.items() if k != "prompt"} for row in rows]
-
-
-def _check(index: int, row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    if "prompt" not in row:
-        raise ValueError(f'Prompt {index} is a dict without the key "prompt"; it has {sorted(map(str, row))}')
-    if row.keys() != first.keys():
-        raise ValueError(
-            f"Prompt {index} has the keys {sorted(map(str, row))}, prompt 0 has {sorted(map(str, first))}: "
-            "give every prompt the same keys"
-        )
-    taken = [key for key in RESERVED if key in row]
-    if taken:
-        raise ValueError(f"Prompt {index} has a key {taken[0]!r}, which is an argument of reward_fn already: rename it")
-    content = row["prompt"]
-    is_ids = isinstance(content, (list, tuple)) and all(isinstance(token, int) for token in content)
-    if not (isinstance(content, str) or is_ids or is_chat(content)):
-        raise TypeError(f"Prompt {index} must be a text, a list of token ids or of messages, got {repr(content)[:80]}")
+        if "prompt" not in row:
+            raise ValueError(f'Prompt {index} is a dict without the key "prompt"; it has {sorted(map(str, row))}')
+        if row.keys() != rows[0].keys():
+            raise ValueError(
+                f"Prompt {index} has the keys {sorted(map(str, row))}, prompt 0 has {sorted(map(str, rows[0]))}: "
+                "give every prompt the same keys"
+            )
+        for key in RESERVED:
+            if key in row:
+                raise ValueError(f"Prompt {index} has a key {key!r}, which is an argument of reward_fn: rename the key")
+        content = row["prompt"]
+        is_ids = isinstance(content, (list, tuple)) and all(isinstance(token, int) for token in content)
+        if not (isinstance(content, str) or is_ids or is_chat(content)):
+            kinds = "a text, a list of token ids or a list of messages"
+            raise TypeError(f"Prompt {index} must be {kinds}, got {repr(content)[:80]}")
+    return rows
