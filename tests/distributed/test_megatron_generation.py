@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as hf
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
@@ -237,3 +238,18 @@ def test_sampling_with_beta_and_a_mask_is_that_of_the_accelerate_backend(tmp_pat
     for prompt, row in zip(PROMPTS, cases[-1][2], strict=True):
         assert not any(mask[before, after] for before, after in zip([prompt[-1], *row], row, strict=False))
     together(4, check, tmp_path, cases, [{}, TENSOR | PIPELINE | CHUNKS | SEQUENCE], needs)
+
+
+def check_weights(folder, expected):
+    """Each weight comes whole, under its Hugging Face name, and on one process alone."""
+    backend = backend_of(folder, TENSOR | PIPELINE)
+    found = {name: weight.sum().item() for name, weight in backend.weights_by_name()}
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    assert sorted(name for each in gathered for name in each) == sorted(expected)
+    assert {name: total for each in gathered for name, total in each.items()} == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_sampler_with_a_copy_gets_the_weights_of_every_stage(tmp_path):
+    model = made("llama", tmp_path)
+    together(4, check_weights, tmp_path, {name: weight.sum().item() for name, weight in model.named_parameters()})
