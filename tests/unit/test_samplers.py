@@ -1,5 +1,7 @@
 """What a sampler is told, and what it gives."""
 
+import gc
+
 import pytest
 import torch
 
@@ -20,6 +22,10 @@ class CopyingSampler(Sampler):
     def __init__(self, backend, tokenizer, token=4):
         self.token = token
         self.copies = {}
+        self.is_closed = False
+
+    def close(self):
+        self.is_closed = True
 
     def sync(self, version, weights):
         if version not in self.copies:
@@ -42,6 +48,11 @@ def test_a_sampler_with_a_copy_of_the_weights_gets_those_of_every_version(tmp_pa
     assert all(torch.equal(copies[2][name], weight) for name, weight in policy.items())
     assert not torch.equal(copies[0]["transformer.wte.weight"], copies[1]["transformer.wte.weight"])
     assert trainer.generate([[4, 5]]).tolist() == [[4, 5, 6, 5]]
+    sampler = trainer.sampler
+    assert not sampler.is_closed
+    del trainer
+    gc.collect()
+    assert sampler.is_closed
 
 
 def test_rollouts_know_the_weights_that_drew_them(tmp_path):

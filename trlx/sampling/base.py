@@ -45,7 +45,7 @@ class Sampler(ABC):
         self.version = version
 
     def close(self) -> None:
-        """Ends what the sampler started."""
+        """Ends what the sampler started. It is called when the trainer is deleted, and at the end of the program."""
 
 
 def sampler_for(settings: Any, backend: Any, tokenizer: PreTrainedTokenizerBase) -> Sampler:

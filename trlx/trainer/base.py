@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import replace
@@ -43,22 +44,21 @@ from trlx.trainer.schedule import Schedule, check_blocks
 logger = logging.get_logger(__name__)
 
 OURS = ("config", "reward_fn", "metric_fn", "stop_sequences")
-"""Arguments of a trainer that `trlx.train` passes; any others are ``train.trainer_kwargs``."""
+"""Arguments that `trlx.train` passes to a trainer; all others come from ``train.trainer_kwargs``."""
 
 
 class Trainer(OldNames, ABC):
-    """A method on a backend. Subclasses say what the model needs (`needs`), what an epoch trains on (`learn_from`, or
-    `collect`) and what the loss is (`loss`)."""
+    """Trains a model on a backend. A method is a subclass that defines `needs`, `loss`, and its data."""
 
     backend_class: ClassVar[type[Backend]]
     method_class: ClassVar[type[MethodConfig]] = MethodConfig
-    """What the method section of the config must be."""
+    """Class of the config's method section."""
     online: ClassVar[bool] = False
-    """True: trains on its own samples, scored by reward_fn. False: trains on samples it is given."""
+    """True: trains on its own samples, scored by reward_fn. False: trains on given samples."""
     rewarded: ClassVar[bool] = False
-    """Whether each sample it is given comes with a reward."""
+    """Whether `trlx.train` needs a reward for each given sample."""
     unit: Unit = Unit.TOKEN
-    """What `loss` sums over, and the backend divides by the number of."""
+    """What `loss` sums over; the backend divides the sum by the number of units."""
     passes_per_epoch: int = 1
     """Passes over what `collect` returns."""
 
@@ -66,10 +66,8 @@ class Trainer(OldNames, ABC):
         check_hooks("trainer", type(self))
         check_hooks("method", type(config.method))
         config.check()
-        self.config = config
-        self.method = config.method
-        self.reward_fn = reward_fn
-        self.metric_fn = metric_fn
+        self.config, self.method = config, config.method
+        self.reward_fn, self.metric_fn = reward_fn, metric_fn
         self.check()
         self.backend_class.check_source(config.model, config.train)
         source = self.backend_class.source(config.model, config.train)
@@ -88,6 +86,7 @@ class Trainer(OldNames, ABC):
             needs=self.model_needs,
         )
         self.sampler = sampler_for(config.train.sampler, self.backend, self.tokenizer)
+        weakref.finalize(self, self.sampler.close)
         for _, sampling in self.eval_variants:
             self.sampler.check(sampling)
         seed_everything(config.train.seed + self.backend.data_rank)
@@ -100,23 +99,23 @@ class Trainer(OldNames, ABC):
         self.tracker: Tracker | None = None
         self.display = Display(self.backend.is_main)
         self.run_folder: Path | None = None
-        """The folder of the run that this trainer goes on; None: it starts one."""
-        self.pending: dict[str, float] = {}  # what collect() measured, logged with the next step
+        """The folder of the run that this trainer continues; None: it starts a run."""
+        self.pending: dict[str, float] = {}  # collect() measured these; the next step logs them
         self.saved: tuple[Path, int] | None = None  # the last checkpoint to resume from, and its step
-        self.at_boundary = True  # between steps, where what is saved can be resumed from
+        self.at_boundary = True  # between two steps, where a checkpoint can be resumed exactly
         self.best_reward: float | None = None
         self.best_step: int | None = None
         self.tracker_state: dict[str, Any] = {}
         self.skipped = SkippedSteps()
         self._probe: TokenBatch | None = None  # a row of the last step
 
-    # what a method says
+    # a method overrides these
 
     def check(self) -> None:
-        """Makes sure, before a model is loaded, that this trainer can do what it was given.
+        """Checks config and arguments before the model is loaded.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: the trainer cannot work with them.
         """
         if not isinstance(self.method, self.method_class):
             wanted = f"method.name {self.method_class.__name__}"
@@ -124,55 +123,55 @@ class Trainer(OldNames, ABC):
 
     @staticmethod
     def needs(method: Any) -> ModelNeeds:
-        """What a method with these settings asks of the model. ``trlx plan`` asks, too, and has no trainer."""
+        """The heads and the reference that these settings need. ``trlx plan`` calls it, too."""
         return ModelNeeds()
 
     logprob_temperature: float = 1.0
-    """The model's log-probabilities are of this temperature."""
+    """Temperature of the model's log-probabilities."""
 
     @abstractmethod
     def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """The loss summed over the units of one microbatch, and its metrics."""
+        """The loss, summed over the units of one microbatch, and its metrics."""
 
     def learn_from(self, rollouts: list[Rollout]) -> None:
-        """Sets what every epoch trains on; for methods that learn from samples they are given."""
+        """Sets what every epoch of an offline method trains on."""
         self.samples = self.store = RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.row_format)
 
     def collect(self) -> Store:
-        """What the coming epoch trains on, the same on every process. Changes no state if it raises."""
+        """Returns what the coming epoch trains on, the same on every process."""
         return self.samples
 
     @property
     def rows_per_epoch(self) -> int | None:
-        """Rows that `collect` returns; None where that shows only when it does."""
+        """Rows that `collect` returns; None: unknown until it returns."""
         return len(self.samples)
 
     @property
     def rows_at_once(self) -> int:
-        """Responses that a process generates at once."""
+        """Responses that a process samples at once."""
         return self.config.train.batch_size
 
     @property
     def rows_together(self) -> int:
-        """Consecutive rows that are never split over microbatches or processes: the two of a pair, a group."""
+        """Consecutive rows that microbatches and processes never split: the two of a pair, a group."""
         return self.unit.rows
 
     @property
     def data_digest(self) -> str:
-        """A short hash of the data, to recognise a resume on other data."""
+        """A short hash of the data; a resume with other data warns."""
         return self.samples.digest()
 
     def after_step(self, metrics: dict[str, float]) -> None:
-        """Called after every optimizer step, before anything is logged or saved."""
+        """The loop calls it after every optimizer step, before it logs and saves."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights, optimizer and random numbers: nested dicts of numbers, texts, lists
-        and tensors. A method with a state of its own adds it: ``super().state_dict() | {...}``."""
+        """What a resume needs beside weights, optimizer and random numbers: nested dicts of plain values and tensors. A
+        method adds its own state: ``super().state_dict() | {...}``."""
         return {
             "schedule": self.schedule.state_dict(),
             "best": [self.best_reward, self.best_step],
             "skipped_steps": self.skipped.total,
-            # after training the tracker is closed, and what it said last still holds
+            # after training the tracker is closed, and its last state holds
             "tracker": (self.tracker and self.tracker.state()) or self.tracker_state,
         }
 
@@ -182,7 +181,7 @@ class Trainer(OldNames, ABC):
         self.best_reward, self.best_step = state["best"]
         self.skipped.total, self.tracker_state = state["skipped_steps"], state["tracker"]
 
-    # what the user calls
+    # users call these
 
     def add_eval_pipeline(self, pipeline: PromptPipeline) -> None:
         """Sets the prompts of evaluations."""
@@ -202,9 +201,9 @@ class Trainer(OldNames, ABC):
         """Trains to the end, from the start or from ``train.resume_from_checkpoint``.
 
         Raises:
-            RewardError: reward_fn or metric_fn failed; what was trained so far is checkpointed first.
-            SystemExit: with code 75 after SIGTERM or SIGUSR1, once a checkpoint is written.
-            KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; at once after a second one.
+            RewardError: reward_fn or metric_fn failed; a checkpoint is written first.
+            SystemExit: with code 75 after SIGTERM or SIGUSR1; a checkpoint is written first.
+            KeyboardInterrupt: after Ctrl-C; a checkpoint is written first, unless Ctrl-C came twice.
             RuntimeError, ValueError: see `trlx.run.folder.opened`.
         """
         if self.run_folder is not None and self.schedule.finished and not self.schedule.evaluation_due:
@@ -226,17 +225,17 @@ class Trainer(OldNames, ABC):
             self.display.end(self)
 
     def generate(self, input_ids, attention_mask=None, **gen_kwargs: Any) -> str | list[str] | Tensor:
-        """Samples from the policy as it is now.
+        """Samples from the present policy.
 
         Args:
             input_ids: a text or chat, or a list of them; or tokens, int64 [B, T] (padding marked by `attention_mask`),
                 or a list of id lists.
-            gen_kwargs: changes to the rollouts' generation settings, e.g. ``max_new_tokens=8, do_sample=False``. Where
-                the config sweeps over one, it is to be chosen here.
+            gen_kwargs: change the rollouts' generation settings, e.g. ``max_new_tokens=8, do_sample=False``. If the
+                config sweeps over one, choose its value here.
 
         Returns:
-            For a text its response, for a list of texts theirs. For tokens int64 [B, T + new]: the prompts, padded on
-            the tokenizer's padding side, each followed by its response, padded on the right.
+            The response to a text, or a list of the responses to texts. For tokens int64 [B, T + new]: the prompts,
+            padded on the tokenizer's padding side, each followed by its response, padded on the right.
         """
         sampling = self.sampling(one_setting({**self.sampling_kwargs, **gen_kwargs}), "gen_kwargs")
         return Respond(self.draw, self.tokenizer, self.backend.row_format, sampling)(input_ids, attention_mask)
@@ -244,9 +243,9 @@ class Trainer(OldNames, ABC):
     def save_pretrained(
         self, directory: str | Path | None = None, merge: bool = False, safe_serialization: bool = True
     ) -> None:
-        """Writes model and tokenizer so that plain ``transformers`` loads them; heads in a file of their own beside.
+        """Writes model and tokenizer so that plain ``transformers`` loads them, and the heads in a file beside.
 
-        Where an adapter trains it is the adapter that is written, or with `merge` the model with the adapter folded in.
+        If an adapter trains, it writes the adapter, or with `merge` the model with the adapter merged.
 
         Raises:
             ValueError: without `safe_serialization` weights would be a pickle; or `directory` is a file.
@@ -259,13 +258,13 @@ class Trainer(OldNames, ABC):
         self.backend.barrier()
 
     def save(self, directory: str | Path | None = None) -> None:
-        """Writes a checkpoint to `directory`, replacing the one there; by default ``checkpoint_<step>``.
+        """Writes a checkpoint to `directory`, and replaces the checkpoint there.
 
-        In the latter case old ones are deleted as ``train.keep_checkpoints`` says.
+        Without `directory` it writes ``checkpoint_<step>``, and deletes old ones as ``train.keep_checkpoints`` says.
 
         Raises:
             ValueError: `directory` holds other things than a checkpoint.
-            FloatingPointError: without `directory`, where the model's log-probabilities are no longer finite.
+            FloatingPointError: without `directory`, if the model's log-probabilities are no longer finite.
         """
         if directory is None and self._probe is not None:
             check_weights(self.backend, self._probe)
@@ -284,11 +283,11 @@ class Trainer(OldNames, ABC):
             run_folder.rotate(own, train, backend.is_main)
 
     def load(self, directory: str | Path | None = None) -> None:
-        """Restores everything `save` wrote, by default the newest; says what differs from the run that wrote it.
+        """Restores a checkpoint, by default the newest, and warns of settings that differ from its run.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: it is of another method or backend, or holds other weights than this config trains.
+            ValueError: the checkpoint is of another method or backend, or of other weights than this config trains.
         """
         under = self.config.train.checkpoint_dir
         folder = checkpoint.existing(Path(directory or checkpoint.newest(under) or under).expanduser())
@@ -302,7 +301,7 @@ class Trainer(OldNames, ABC):
         if not self.online and saved["data"] != now["data"]:
             self.schedule.restart_epoch()
         own = f"{self.backend.data_rank:05d}"
-        # with other parallel sizes there may be no such shard; then what the leading process drew goes on here
+        # with other parallel sizes this shard may not exist; then take the generators of the leading process
         randomness = RandomState.read(folder, own + self.backend.shard) or RandomState.read(folder, own)
         if randomness is not None:
             randomness.restore()
@@ -313,26 +312,26 @@ class Trainer(OldNames, ABC):
 
     @property
     def total_steps(self) -> int | None:
-        """train.total_steps, or fewer where train.epochs is known to end first; None where neither is known."""
+        """The step at which training ends: by train.total_steps or train.epochs; None: unknown."""
         return self.schedule.last_step(self.rows_per_epoch)
 
     @property
     def sampling_kwargs(self) -> dict[str, Any]:
-        """Generation settings of rollouts; of evaluations where the method has none."""
+        """Generation settings of rollouts, or of evaluations if the method has no rollouts."""
         return self.config.method.gen_kwargs
 
     def sampling(self, gen_kwargs: dict[str, Any], where: str = GEN_KWARGS) -> SamplingConfig:
-        """Generation settings, checked and completed with this run's tokens and stop sequences."""
+        """Checks generation settings, and adds this run's special tokens and stop sequences."""
         return SamplingConfig.from_kwargs(gen_kwargs, self.tokenizer, self.stopper, where)
 
     def draw(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[Sample]:
-        """Samples from the policy as it is now, see `Sampler.generate`. Called on every process."""
+        """Samples from the present policy, see `Sampler.generate`. Call it on every process."""
         self.backend.check_prompts(prompts, sampling.max_new_tokens)
         self.sampler.sync(self.schedule.step, self.backend.weights_by_name)
         return self.sampler.generate(prompts, sampling)
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluates now, logs the result, keeps the best checkpoint. Random number generators stay as they were."""
+        """Evaluates, logs the result, and keeps the best checkpoint. Random number generators stay as they were."""
         if self.evaluator is None:
             return {}
         step = self.schedule.step
@@ -358,7 +357,7 @@ class Trainer(OldNames, ABC):
         return shard(self.store, rows, backend.data_rank, backend.data_size, self.rows_together)
 
     def _collect(self) -> Store:
-        """`collect`; if it ends early, random numbers go back to where they were: a checkpoint can be written."""
+        """Calls `collect`. If it raises, goes back to the state before it, so that a checkpoint can be written."""
         before = RandomState.capture(), self.state_dict()
         try:
             return self.collect()
@@ -368,7 +367,7 @@ class Trainer(OldNames, ABC):
             raise
 
     def _step(self, batch: TokenBatch) -> None:
-        """One optimizer step and everything due after it. At its end the run is at a boundary it can resume from."""
+        """One optimizer step, and the evaluation and the checkpoint that are due after it."""
         began = time.perf_counter()
         tokens = self.store.num_tokens(self.schedule.rows(len(self.store)))
         self.at_boundary = False

@@ -1,4 +1,4 @@
-"""Evaluation: sample from the evaluation prompts, score the samples, report means and show a few."""
+"""Evaluation: samples the evaluation prompts, scores the samples, and reports means and a table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trlx.sampling.settings import SamplingConfig
 
 @dataclass(slots=True)
 class EvaluationResult:
-    """Means by name, and the samples behind them."""
+    """Means by name, and the table of samples."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
@@ -31,7 +31,7 @@ class EvaluationResult:
 
     @property
     def objective(self) -> float | None:
-        """What the best checkpoint is chosen by: the highest ``reward/mean`` of the sweep, else ``metrics/reward``."""
+        """What `best_checkpoint` maximises: the highest ``reward/mean`` of a sweep, or else ``metrics/reward``."""
         for name in ("reward/mean", "metrics/reward"):
             found = [value for key, value in self.metrics.items() if key.split("@")[0] == name]
             if found:
@@ -41,7 +41,7 @@ class EvaluationResult:
 
 @dataclass(slots=True)
 class Evaluator:
-    """Evaluates with every setting of the one swept generation argument, if there is one."""
+    """Evaluates with each value of the generation argument that the config sweeps over, if it sweeps over one."""
 
     backend: Backend
     draw: Callable[[list[list[int]], SamplingConfig], list[Sample]]
@@ -58,16 +58,16 @@ class Evaluator:
     _metric: Metric | None = field(init=False)
 
     def __post_init__(self):
-        self.tokenizer = copy.deepcopy(self.tokenizer)  # metric_fn may do with it as it likes
+        self.tokenizer = copy.deepcopy(self.tokenizer)  # metric_fn may change it
         self._metric = Metric(self.metric_fn) if self.metric_fn is not None else None
         for function in filter(None, (self.scorer, self._metric)):
             function.check(self.prompts[0].metadata)
 
     def run(self, step: int = 0) -> EvaluationResult:
-        """Called on every process; the result is the same on each. `step` is what the functions hear of the run.
+        """Call it on every process; each gets the same result. reward_fn and metric_fn get `step`.
 
         Raises:
-            RewardError: reward_fn or metric_fn failed or returned something else than one number per sample.
+            RewardError: reward_fn or metric_fn failed, or did not return one number per sample.
             Interrupted: a signal asked the run to leave.
         """
         result = EvaluationResult()
@@ -89,7 +89,7 @@ class Evaluator:
         rows = own_rows(len(self.prompts), self.backend.data_rank, self.backend.data_size)
         mine = self.prompts[rows]
         rollouts = []
-        # as often on every process, also where it has nothing left: sharded weights are gathered by all at once
+        # every process calls `draw` equally often, even with no prompts left: it gathers sharded weights
         for start in range(0, rows.stop - rows.start, self.batch_size):
             leave_if_asked(self.backend)
             self.display.working(f"evaluating {start * self.backend.data_size}/{len(self.prompts)}")

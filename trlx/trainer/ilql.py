@@ -1,4 +1,4 @@
-"""ILQL: learn values from rewarded samples, then sample where they are high."""
+"""ILQL: learn Q and V from samples with rewards, and sample tokens of high Q."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from trlx.sampling.settings import SamplingConfig
 from trlx.trainer.base import Trainer
 
 SAMPLING_DEFAULTS = {"beta": 1, "top_k": 20}
-"""What gen_kwargs need not say."""
+"""Defaults of gen_kwargs."""
 
 
 class ILQLTrainer(Trainer):
     """Implicit language Q-learning: offline reinforcement learning on dialogues with one reward each.
 
     Args:
-        logit_mask: bool [V, V], True where token column must not follow token row in what is sampled. Given in
-            ``train.trainer_kwargs``.
+        logit_mask: bool [V, V], True where the token of the column must not follow the token of the row. Sampling uses
+            it; set it in ``train.trainer_kwargs``.
     """
 
     method_class = ILQLConfig
@@ -49,7 +49,7 @@ class ILQLTrainer(Trainer):
         return replace(sampling, extra={**sampling.extra, "logit_mask": self.logit_mask})
 
     def make_experience(self, samples: list[Any], rewards: Sequence[float], seq_length: int) -> None:
-        """Tokenizes the samples (see SFT); their rewards, normalised over the samples kept, stand at the last action.
+        """Tokenizes the samples as SFT does, normalises the rewards, and puts each at its sample's last response token.
 
         Raises:
             ValueError: a reward is not a finite number.

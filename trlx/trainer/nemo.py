@@ -1,5 +1,4 @@
-"""The trainers on the Megatron backend. They are always registered, so that a config naming one gets an explanation
-where the toolkit is absent."""
+"""The trainers on the Megatron backend. They are always registered: without the toolkit they say what to install."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ def megatron_backend() -> type[Backend]:
     """The backend of the NeMo trainers.
 
     Raises:
-        ImportError: the toolkit is not installed, or in a version that does not fit.
+        ImportError: the toolkit is not installed, or its version is not supported.
     """
     require(*TOOLKIT, extra="nemo", purpose="Training with NeMo runs on Megatron-Core and")
     from trlx.backends.megatron.cpu import prepare_engine
@@ -33,8 +32,7 @@ def megatron_backend() -> type[Backend]:
 
 
 class OnMegatron:
-    """A trainer with another backend. What ``train.trainer_kwargs`` says of the layout and the model is the backend's
-    to read; what is left is the trainer's own."""
+    """A trainer on Megatron. The backend reads its options from ``train.trainer_kwargs``, the trainer gets the rest."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.backend_class = megatron_backend()

@@ -1,4 +1,4 @@
-"""What online methods share: prompts, samples in groups, scores, the collection that training goes over, its resume."""
+"""Online methods: draw prompts, sample groups of responses, score them, and train on the collection."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from trlx.trainer.base import Trainer
 logger = logging.get_logger(__name__)
 
 SAMPLES_ON_DISK = 8
-"""Rollouts of each collection that are written beside the metrics, to look at."""
+"""Rollouts of each collection that are written as text."""
 
 
 class OnlineTrainer(Trainer):
-    """Trains on samples of the policy itself, scored by reward_fn.
+    """Trains on the policy's own samples, scored by reward_fn.
 
-    Every epoch is one collection: prompts are drawn, each is answered `samples_per_prompt` times, the answers are
-    scored, and the model says what it thinks of them. A method is what it makes of that: `advantages`, and `loss`.
+    Each epoch makes one collection: it draws prompts, samples `samples_per_prompt` responses to each, scores them with
+    reward_fn, and evaluates the model on them. A method adds `advantages` and `loss`.
     """
 
     online = True
     method_class = OnlineConfig
     samples_per_prompt: int = 1
-    """How often each prompt is answered. The answers are one group: neighbours, sampled by one process at once."""
+    """Responses to each prompt. They form one group: one process samples them at once, as neighbouring rows."""
 
     def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None):
         self.stream: PromptStream | None = None
@@ -63,10 +63,10 @@ class OnlineTrainer(Trainer):
 
     @abstractmethod
     def advantages(self, batch: TokenBatch) -> TokenBatch:
-        """A whole collection with the columns that the loss reads; the same on every process.
+        """Adds the columns that `loss` reads to a collection. Every process gets the whole collection.
 
-        It has ``scores`` (clipped and scaled as the config says), ``group`` and ``old_logprobs``, and where `needs`
-        asks for them ``old_values`` and ``ref_logprobs``. What is put into `pending` is logged with the next step.
+        `batch` has ``scores`` (clipped and scaled as the config says), ``group``, ``old_logprobs``, and if `needs` asks
+        for them ``old_values`` and ``ref_logprobs``. Put numbers to log into `pending`.
         """
 
     @cached_property
@@ -87,7 +87,7 @@ class OnlineTrainer(Trainer):
         return ScoreScale(self.method.scale_reward, self.method.cliprange_reward, self.method.ref_std)
 
     def add_prompt_pipeline(self, pipeline: PromptPipeline) -> None:
-        """Sets the prompts that rollouts start from."""
+        """Sets the prompts to sample from."""
         self.stream = PromptStream(pipeline, self.config.train.seed)
         self.prompt_digest = pipeline.digest()
         self.scorer.check(pipeline[0].metadata)
@@ -116,13 +116,13 @@ class OnlineTrainer(Trainer):
         return batch
 
     def sample(self, prompts: list[Prompt]) -> list[Rollout]:
-        """Scored rollouts, `samples_per_prompt` for each prompt and in order; the same on every process.
+        """Samples and scores `samples_per_prompt` rollouts for each prompt, in order; every process gets all of them.
 
-        Each chunk of prompts is shared by the processes; while it is scored the next one is generated.
+        The processes share each chunk of prompts. reward_fn scores one chunk while the next is sampled.
 
         Raises:
             RewardError: on every process, see `Scorer.score`.
-            Interrupted: on every process, when any got a signal.
+            Interrupted: on every process, if one of them got a signal.
         """
         rollouts: list[Rollout] = []
         jobs, generating, size = [], 0.0, self._prompts_per_chunk
@@ -162,13 +162,9 @@ class OnlineTrainer(Trainer):
         super().load_state_dict(state)
         self.scale.load_state_dict(state["scale"])
         self.stream.position = state["prompts_drawn"]
-        # log-probabilities at another temperature are those of another policy
+        # at another temperature the log-probabilities belong to another policy
         same = state["temperature"] == self.logprob_temperature
         self.store = TokenBatch(**state["rollouts"]) if state["rollouts"] and same else None
-        self._go_on()
-
-    def _go_on(self) -> None:
-        """After a resume: goes on with the collection in hand, or makes a new one where there is none."""
         if self.store is None:
             self.schedule.restart_epoch()
         elif self.schedule.settle(len(self.store)):
@@ -176,11 +172,11 @@ class OnlineTrainer(Trainer):
 
     @property
     def _prompts_per_chunk(self) -> int:
-        """Prompts that all processes together answer at once."""
+        """Prompts that all processes together sample from at once."""
         return max(self.rows_at_once // self.samples_per_prompt, 1) * self.backend.data_size
 
     def _sample(self, prompts: list[Prompt], first_group: int) -> list[Rollout]:
-        """Unscored rollouts of this process's consecutive share of `prompts`."""
+        """Samples this process's consecutive share of `prompts`, without scores."""
         mine = own_rows(len(prompts), self.backend.data_rank, self.backend.data_size)
         groups = enumerate(prompts[mine], first_group + mine.start)
         asked = [(group, prompt) for group, prompt in groups for _ in range(self.samples_per_prompt)]
@@ -190,24 +186,24 @@ class OnlineTrainer(Trainer):
 
     @property
     def _scores_on_each_rank(self) -> bool:
-        """Every process calls reward_fn on its own rollouts; else the main one does on all."""
+        """Whether every process calls reward_fn on its own rollouts; otherwise the main process calls it on all."""
         return self.config.train.reward_on == "each_rank"
 
     def _submit(self, mine: list[Rollout], chunk: list[Rollout]) -> Any:
-        """Starts the scoring of a chunk where this process has a part in it; gives what waits for the scores."""
+        """Starts to score a chunk, if this process scores; returns a function that waits for the scores."""
         rollouts, asked = (mine, self.backend.leads) if self._scores_on_each_rank else (chunk, self.backend.is_main)
         if not (rollouts and asked):
             return list
         return self.scorer.submit(rollouts, self.schedule.step, self.config.train.eos_in_outputs).result
 
     def _wait(self, jobs: list) -> list[Scored]:
-        """The scores of all chunks, in the order of the gathered rollouts."""
+        """Waits for the scores of all chunks, in the order of the gathered rollouts."""
         if self._scores_on_each_rank:
             return [score for job in jobs for score in self.backend.on_each_rank(interruptible()(job))]
         return self.backend.on_main(interruptible()(lambda: [score for job in jobs for score in job()]))
 
     def _with_model_columns(self, batch: TokenBatch) -> TokenBatch:
-        """What policy and reference say about the collection; every process asks about its share of rows."""
+        """Adds the outputs of policy and reference. Each process evaluates its share of rows."""
         needs, rows = self.model_needs, own_rows(len(batch), self.backend.data_rank, self.backend.data_size)
         mine = TokenBatch(**{name: column[rows] for name, column in batch.columns().items()})
         policy = self.backend.evaluate(mine)
@@ -224,7 +220,7 @@ class OnlineTrainer(Trainer):
         return batch
 
     def _kl(self, batch: TokenBatch) -> dict[str, float]:
-        """How far the policy is from its reference, in nats per sequence and per token."""
+        """KL between policy and reference, in nats per sequence and per token."""
         mask = batch.response_mask
         kl = kl_penalty(batch.old_logprobs, batch.ref_logprobs, "k3") * mask
         per_sequence = float(kl.sum(dim=1).mean())
@@ -234,7 +230,7 @@ class OnlineTrainer(Trainer):
         return stats | finish(*pack({"policy/kl_per_token": mean_of(kl, mask)}))
 
     def _with_scaled_scores(self, batch: TokenBatch) -> TokenBatch:
-        """The scores clipped, divided and lessened as the config says."""
+        """Clips and scales the scores, and subtracts the penalty of a missing eos, as the config says."""
         scores, stats = self.scale(batch.scores)
         if self.scale.clipped_all and not self._has_warned:
             self._has_warned = True
@@ -251,14 +247,14 @@ class OnlineTrainer(Trainer):
 
 
 def _logprob_gap(rollouts: list[Rollout], batch: TokenBatch) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from those of the policy that trains, where the sampler tells."""
+    """Difference between the log-probabilities of sampler and policy, if the sampler gives them."""
     own = zip(rollouts, batch.old_logprobs, batch.response_mask, strict=True)
     gaps = [row[mask][: len(r.logprobs)] - torch.tensor(r.logprobs) for r, row, mask in own if r.logprobs]
     return finish(*pack({"rollouts/logprob_gap": spread_of(torch.cat(gaps).abs())})) if gaps else {}
 
 
 class RolloutLog:
-    """Writes rollouts down: a few as text beside the metrics, all token ids in ``train.rollout_logging_dir``."""
+    """Writes rollouts: a few as text beside the metrics, all token ids to ``train.rollout_logging_dir``."""
 
     def __init__(self, config: TRLConfig, tokenizer: Any):
         self.config = config
@@ -267,7 +263,7 @@ class RolloutLog:
             Path(config.train.rollout_logging_dir).mkdir(parents=True, exist_ok=True)
 
     def write(self, rollouts: list[Rollout], tracker: Tracker | None, step: int) -> None:
-        """To be called on the main process, once per collection."""
+        """Call it on the main process, once per collection."""
         if tracker is not None:
             tracker.log_samples("rollout", step, [self._texts(rollout) for rollout in rollouts[:SAMPLES_ON_DISK]])
         if self.config.train.rollout_logging_dir is not None:

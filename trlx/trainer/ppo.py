@@ -35,11 +35,11 @@ class PPOTrainer(OnlineTrainer):
 
     @staticmethod
     def needs(method: PPOConfig) -> ModelNeeds:
-        # no dropout: it would make the policy that is trained another than the one that sampled
+        # with dropout the policy that trains would differ from the policy that sampled
         return ModelNeeds(value_head=True, value_layers=method.num_value_layers_unfrozen, reference=True, dropout=False)
 
     def advantages(self, batch: TokenBatch) -> TokenBatch:
-        """Rewards of scores less the KL penalty, and generalized advantage estimates of these, whitened."""
+        """Subtracts the KL penalty from the scores, estimates advantages with GAE, and whitens them."""
         mask, method, coefficient = batch.response_mask, self.method, self.kl.coef
         rewards = token_rewards(
             batch.scores, batch.old_logprobs, batch.ref_logprobs, mask, coefficient, estimator=method.kl_estimator

@@ -22,10 +22,10 @@ from trlx.trainer.online import OnlineTrainer
 
 
 class RFTTrainer(OnlineTrainer):
-    """Supervised fine-tuning on the policy's own samples, the best of all so far.
+    """Supervised fine-tuning on the best of the policy's own samples.
 
-    Every ``n_improve_steps`` epochs the samples grow by ``n_generations_per_prompt`` for each prompt; every epoch
-    trains on those that reach the quantile of their prompt's scores.
+    Every ``n_improve_steps`` epochs it samples ``n_generations_per_prompt`` more responses to each prompt. Every epoch
+    trains on the samples that reach a quantile of their prompt's scores.
     """
 
     method_class = RFTConfig
@@ -46,13 +46,13 @@ class RFTTrainer(OnlineTrainer):
 
     @property
     def rows_per_epoch(self) -> None:
-        """Known only once samples are selected: train.epochs and train.total_steps both end training."""
+        """Unknown until samples are selected."""
 
     def score_scale(self) -> ScoreScale:
         return ScoreScale()
 
     def add_prompt_pipeline(self, pipeline: PromptPipeline) -> None:
-        """Sets the prompts; each is sampled from at every growth."""
+        """Sets the prompts to sample from."""
         super().add_prompt_pipeline(pipeline)
         self.pipeline = pipeline
 
@@ -69,7 +69,7 @@ class RFTTrainer(OnlineTrainer):
         return chosen
 
     def advantages(self, batch: TokenBatch) -> TokenBatch:
-        """Every sample that is selected counts the same."""
+        """Adds nothing: all selected samples count the same."""
         return batch
 
     def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
@@ -81,14 +81,12 @@ class RFTTrainer(OnlineTrainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = [Rollout(prompt, response, score) for prompt, response, score in state["history"]]
         super().load_state_dict(state)
-        # at the end of an epoch the next selection is still to be made
+        # the history gives the selection of the epoch, so the epoch goes on where it was
+        self.schedule.load_state_dict(state["schedule"])
         self.store = self._selected() if self.schedule.rows_done else None
 
-    def _go_on(self) -> None:
-        """The selection of an epoch is made anew from the history."""
-
     def _selected(self) -> RolloutStore:
-        """The samples of the present epoch: a function of history and epoch, so every process selects the same."""
+        """Selects the samples of the present epoch. Every process has the same history, so it selects the same."""
         outputs, scores = [tuple(r.response) for r in self.history], [r.score for r in self.history]
         chosen = select(self._prompts(), outputs, scores, self._percentile)
         rollouts = [self.history[i] for i in chosen]

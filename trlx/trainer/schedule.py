@@ -1,4 +1,4 @@
-"""How long a run trains, in which order it reads rows, and where it stands."""
+"""The schedule of a run: how long it trains, in which order it reads rows, and its position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Schedule:
     """
 
     train: TrainConfig
-    """Says how many epochs, steps and rows; what is assigned to it later counts from then on."""
+    """``epochs``, ``total_steps``, ``batch_size`` and ``seed``. Later assignments take effect."""
     passes_per_epoch: int
     data_size: int
     """Processes that share a global batch, ``train.batch_size`` rows each."""
@@ -37,7 +37,7 @@ class Schedule:
     """Rows of the present pass that are done, over all processes."""
 
     evaluation_due: bool = field(default=False, init=False)
-    """The run ended in the middle of an evaluation, which is to be made before the next batch."""
+    """Whether to evaluate before the next batch, because the run stopped during an evaluation."""
 
     @property
     def batch_size(self) -> int:
@@ -56,7 +56,7 @@ class Schedule:
         return self.inner_epoch == self.rows_done == 0
 
     def last_step(self, rows_per_epoch: int | None) -> int | None:
-        """The step at which training ends; None where neither ``train.total_steps`` nor the rows of an epoch tell."""
+        """The step at which training ends; None if neither steps nor rows of an epoch are known."""
         steps = self.train.total_steps
         if rows_per_epoch is None:
             return steps
@@ -75,7 +75,7 @@ class Schedule:
         return self.settle(num_rows)
 
     def settle(self, num_rows: int) -> bool:
-        """Moves over the end of a pass, and of an epoch, where it is reached. Returns whether an epoch ended."""
+        """Ends the pass, and the epoch, if all their rows are done. Returns whether the epoch ended."""
         if self.rows_done >= num_rows:
             self.rows_done, self.inner_epoch, self.passes = 0, self.inner_epoch + 1, self.passes + 1
         ended = self.inner_epoch >= self.passes_per_epoch
@@ -84,11 +84,11 @@ class Schedule:
         return ended
 
     def restart_epoch(self) -> None:
-        """Goes back to the beginning of the present epoch: its rows are not there any more."""
+        """Goes back to the beginning of the present epoch, because its rows are gone."""
         self.rows_done = self.inner_epoch = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position; how long to train is the config's to say."""
+        """The position."""
         return {name: getattr(self, name) for name in _POSITION}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,10 +101,10 @@ _POSITION = [f.name for f in fields(Schedule) if not f.init]
 
 
 def check_blocks(batch_size: int, minibatch_size: int, together: int) -> None:
-    """Makes sure that no block of `together` rows is split.
+    """Checks that batches and microbatches hold whole blocks of `together` rows.
 
     Raises:
-        ValueError: it would be.
+        ValueError: they do not.
     """
     for name, rows in (("batch_size", batch_size), ("minibatch_size", minibatch_size)):
         if rows % together:
