@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 __version__ = "1.0.0.dev0"
 
-_HOMES = {
-    "train": "trlx.api",
-    "TRLConfig": "trlx.config",
-    "load_preset": "trlx.presets",
-    "register_trainer": "trlx.registry",
-    "register_method": "trlx.registry",
-    "register_datapipeline": "trlx.registry",
-    "register_sampler": "trlx.registry",
-    "register_architecture": "trlx.registry",
-    "SequenceClassifierReward": "trlx.rewards.classifier",
-    "RemoteReward": "trlx.rewards.remote",
-    "WeightedRewards": "trlx.rewards.weighted",
+_NAMES = {
+    "trlx.api": "train",
+    "trlx.config": "TRLConfig",
+    "trlx.presets": "load_preset",
+    "trlx.registry": "register_trainer register_method register_datapipeline register_sampler register_architecture",
+    "trlx.rewards.classifier": "SequenceClassifierReward",
+    "trlx.rewards.remote": "RemoteReward",
+    "trlx.rewards.weighted": "WeightedRewards",
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = ["__version__", "logging", *_HOMES]
 
@@ -36,16 +34,13 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-class _OldPaths:
-    """Looks up names under ``trlx.`` that Python cannot find in the tables of `trlx.compat.imports`."""
-
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
-        return importlib.import_module("trlx.compat.imports").find_spec(name) if name.startswith("trlx.") else None
-
-
-sys.meta_path.append(_OldPaths)
-
-
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _find_old(name: str, *_: Any) -> Any:
+    return importlib.import_module("trlx.compat.imports").find_spec(name) if name.startswith("trlx.") else None
+
+
+# for names that Python cannot find: the import paths of CarperAI's trlx
+sys.meta_path.append(SimpleNamespace(find_spec=_find_old))

@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, get_type_hints
 
 from trlx import logging
 from trlx.method_configs import MethodConfig, get_method
 from trlx.registry import architectures
-from trlx.strict import ConfigError, Section, build, called_here, suggestion, unknown_key, with_numbers, yaml_file
+from trlx.strict import ConfigError, Section, build, called_here, suggestion, unknown_key, with_numbers
 from trlx.tracebacks import short_errors
 
 logger = logging.get_logger(__name__)
@@ -25,25 +25,19 @@ logger = logging.get_logger(__name__)
 OPTIMIZERS = ("adam", "adamw", "adam_8bit_bnb", "adamw_8bit_bnb", "sgd")
 SCHEDULERS = ("cosine_annealing", "linear", "constant")
 NEMO_OPTIMIZERS = {"fused_adam": "adamw", "distributed_fused_adam": "adamw"}
-NEMO_SCHEDULERS = {
-    "cosineannealing": "cosine_annealing",
-    "warmupannealing": "linear",
-    "warmuppolicy": "constant",
-}
-"""Names that the NeMo trainers know beside the others, and which of the others is nearest."""
+NEMO_SCHEDULERS = {"cosineannealing": "cosine_annealing", "warmupannealing": "linear", "warmuppolicy": "constant"}
+"""Names that only the NeMo trainers take, and the nearest name that the other trainers take."""
 
 
 @dataclass
-class ModelConfig(Section):
+class ModelConfig(Section, section="model"):
     """Which model, and how much of it trains."""
-
-    section: ClassVar[str] = "model"
 
     model_path: Any
     """Hub name, folder, or a ``transformers.PretrainedConfig`` for random weights."""
     model_arch_type: str = "causal"
-    """"causal" (decoder), "seq2seq" (encoder-decoder, which the model's config tells by itself), or a class of your own
-    that is registered."""
+    """"causal" (decoder), "seq2seq" (encoder-decoder; recognised from the model's config as well), or the registered
+    name of an architecture of your own."""
     num_layers_unfrozen: int = -1
     """-1 trains everything, k > 0 the top k blocks, 0 only the heads. Position embeddings are frozen with the rest."""
     peft_config: Any = None
@@ -53,8 +47,8 @@ class ModelConfig(Section):
 
     def check(self) -> None:
         is_path = isinstance(self.model_path, (str, Path))
-        known = is_path or hasattr(self.model_path, "to_dict")
-        self.require(known, "model_path", "be a path, hub name or PretrainedConfig")
+        is_model = is_path or hasattr(self.model_path, "to_dict")
+        self.require(is_model, "model_path", "be a path, hub name or PretrainedConfig")
         self.require_choice("model_arch_type", sorted({"causal", "seq2seq", *architectures.names()}))
         adapter = self.peft_config
         is_peft = adapter is None or isinstance(adapter, Mapping) or hasattr(adapter, "to_dict")
@@ -65,17 +59,15 @@ class ModelConfig(Section):
 
 
 @dataclass
-class TokenizerConfig(Section):
+class TokenizerConfig(Section, section="tokenizer"):
     """Which tokenizer."""
-
-    section: ClassVar[str] = "tokenizer"
 
     tokenizer_path: Any = None
     """Hub name, folder, or a tokenizer object; null: the model's own."""
     padding_side: str = "left"
-    """Side that ``trainer.generate`` pads returned prompts on."""
+    """Side on which ``trainer.generate`` pads the prompts that it returns."""
     truncation_side: str = "right"
-    """Side on which what is too long is cut."""
+    """Side on which texts that are too long are cut."""
     tokenizer_extra_configs: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of ``from_pretrained``."""
 
@@ -94,10 +86,8 @@ class TokenizerConfig(Section):
 
 
 @dataclass
-class OptimizerConfig(Section):
+class OptimizerConfig(Section, section="optimizer"):
     """Which optimizer."""
-
-    section: ClassVar[str] = "optimizer"
 
     name: str = "adamw"
     """One of adam, adamw, adam_8bit_bnb, adamw_8bit_bnb, sgd; for NeMo trainers adam, adamw, sgd, fused_adam or
@@ -115,14 +105,12 @@ class OptimizerConfig(Section):
 
 
 @dataclass
-class SchedulerConfig(Section):
+class SchedulerConfig(Section, section="scheduler"):
     """Which learning-rate schedule; stepped once per optimizer step."""
 
-    section: ClassVar[str] = "scheduler"
-
     name: str = "constant"
-    """One of cosine_annealing, linear, constant; for NeMo trainers also CosineAnnealing, WarmupAnnealing and more, see
-    docs/megatron-config.md."""
+    """One of cosine_annealing, linear, constant; for NeMo trainers also CosineAnnealing, WarmupAnnealing and
+    WarmupPolicy, see docs/megatron-config.md."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Its keyword arguments in torch, e.g. ``{T_max: 10000, eta_min: 1.0e-6}``."""
 
@@ -133,17 +121,15 @@ class SchedulerConfig(Section):
 
 
 @dataclass
-class TrainConfig(Section):
+class TrainConfig(Section, section="train"):
     """How long, how much at once, where to write."""
 
-    section: ClassVar[str] = "train"
-
     total_steps: int | None
-    """Optimizer steps at most; null: as many as train.epochs make."""
+    """Most optimizer steps; null: as many as train.epochs make."""
     seq_length: int
-    """Tokens of prompt and response together at most."""
+    """Most tokens of prompt and response together."""
     epochs: int
-    """Passes over the data (SFT, ILQL), collections of rollouts (PPO)."""
+    """Passes over the data (SFT, ILQL) or collections of rollouts (PPO)."""
     batch_size: int
     """Rows per optimizer step **and process**."""
     eval_interval: int
@@ -157,7 +143,7 @@ class TrainConfig(Section):
     checkpoint_interval: int | None = None
     """Steps between checkpoints; null: one at every evaluation after the first."""
     keep_checkpoints: int | None = None
-    """How many of the newest checkpoints are kept, beside ``best_checkpoint``; null: all."""
+    """How many of the newest checkpoints are kept, besides ``best_checkpoint``; null: all."""
     project_name: str = "trlx"
     run_name: str | None = None
     entity_name: str | None = None
@@ -167,18 +153,19 @@ class TrainConfig(Section):
     rollout_logging_dir: str | None = None
     """Folder that gets every rollout's token ids."""
     save_best: bool = True
-    """Keep ``best_checkpoint`` by reward/mean, else metrics/reward."""
+    """Keep the checkpoint with the highest reward/mean (or metrics/reward) as ``best_checkpoint``."""
     save_optimizer: bool = True
     """Write optimizer state into checkpoints; without it a run cannot be resumed exactly."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint, or a folder whose newest is taken; "auto": checkpoint_dir. Nothing there yet: start afresh."""
+    """A checkpoint, or a folder whose newest is used; "auto": checkpoint_dir. Where there is none, the run is new."""
     tracker: str | None = "wandb"
     """wandb, tensorboard or null; metrics.jsonl is always written."""
     logging_dir: str | None = None
-    """Folder of metrics.jsonl and samples, if not checkpoint_dir."""
+    """Folder of metrics.jsonl and samples; null: checkpoint_dir."""
     tags: list[str] | None = field(default_factory=list)
     sampler: Any = "auto"
-    """auto (the model that trains), or a registered sampler: its name, or a dict with ``engine`` and its arguments."""
+    """What draws rollouts: auto (the model that trains), the name of a registered sampler, or a dict with ``engine``
+    (that name) and the sampler's arguments."""
     seed: int = 1000
     minibatch_size: int | None = None
     """Rows per forward and backward pass; divides batch_size. Null: the whole batch."""
@@ -189,24 +176,19 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     reward_on: str = "main"
-    """main: reward_fn sees the global batch on the main process; each_rank: every process scores its own part."""
+    """main: reward_fn is called on the main process with the global batch; each_rank: every process scores its rows."""
     reward_timeout: float | None = None
-    """Seconds a call of reward_fn may take before the run stops."""
+    """Seconds after which a call of reward_fn stops the run; null: no limit."""
     eos_in_outputs: bool = False
-    """In rollouts, samples and outputs of responses that ended carry the eos text, as in CarperAI's trlx."""
+    """Texts of rollouts that ended by eos keep it, as in CarperAI's trlx."""
 
     def check(self) -> None:
-        for name in ("seq_length", "epochs", "batch_size", "eval_interval"):
-            self.require(getattr(self, name) >= 1, name, "be at least 1")
-        for name in ("checkpoint_interval", "keep_checkpoints"):
-            value = getattr(self, name)
-            self.require(value is None or value >= 1, name, "be at least 1, or null")
-        self.require(self.total_steps is None or self.total_steps >= 0, "total_steps", "be 0 or more, or null")
-        size = self.minibatch_size
-        divides = size is None or (size >= 1 and self.batch_size % size == 0)
+        counts = ("seq_length", "epochs", "batch_size", "eval_interval", "checkpoint_interval", "keep_checkpoints")
+        self.require_range(1, *counts, "minibatch_size")
+        self.require_range(0, "total_steps")
+        self.require_positive("max_grad_norm", "reward_timeout")
+        divides = self.minibatch_size is None or self.batch_size % self.minibatch_size == 0
         self.require(divides, "minibatch_size", f"divide train.batch_size ({self.batch_size})")
-        self.require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "be positive, or null")
-        self.require(self.reward_timeout is None or self.reward_timeout > 0, "reward_timeout", "be positive, or null")
         for name in ("checkpoint_dir", "logging_dir", "rollout_logging_dir", "resume_from_checkpoint"):
             setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
         self.require_choice("tracker", ["wandb", "tensorboard", "none", None])
@@ -229,7 +211,7 @@ class TRLConfig:
     train: TrainConfig
 
     def __post_init__(self):
-        self._check_names()
+        self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in SECTIONS:
@@ -240,21 +222,17 @@ class TRLConfig:
         super().__setattr__(name, value)
 
     def check(self) -> None:
-        """What is checked at construction once more, as settings may have been assigned since.
+        """Checks all values, at construction and again before training, because settings may be assigned.
 
         Raises:
-            ConfigError: values are out of range, or do not go together.
+            ConfigError: a value is out of range, or two do not go together.
         """
         for section in (getattr(self, name) for name in SECTIONS):
             if isinstance(section, Section):
                 section.check()
-        self._check_names()
-
-    def _check_names(self) -> None:
-        if self.train.trainer.lower().startswith("nemo"):
-            return
+        is_nemo = self.train.trainer.lower().startswith("nemo")
         for section, nearest in ((self.optimizer, NEMO_OPTIMIZERS), (self.scheduler, NEMO_SCHEDULERS)):
-            if section.name in nearest:
+            if section.name in nearest and not is_nemo:
                 raise ConfigError(
                     f"{section.section}.name '{section.name}' is for the NeMo trainers: write {nearest[section.name]}, "
                     f"or a NeMo trainer in train.trainer, which is {self.train.trainer!r}"
@@ -273,9 +251,9 @@ class TRLConfig:
     @classmethod
     @short_errors
     def from_dict(cls, config: Mapping[str, Any]) -> TRLConfig:
-        """A config from nested mappings; the method's class is found by ``method.name``.
+        """A config from nested mappings; ``method.name`` chooses the method's class.
 
-        A section that means nothing here is ignored with a warning, unless its name is nearly that of one that does.
+        An unknown section is ignored with a warning, unless its name resembles that of a known one.
         """
         for name in config:
             if called_here(name) or suggestion(name, SECTIONS):
@@ -290,18 +268,21 @@ class TRLConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts that share nothing with this config."""
-        return {name: copy.deepcopy(_fields_of(getattr(self, name))) for name in SECTIONS}
+        sections = {name: getattr(self, name) for name in SECTIONS}
+        return {
+            name: {field.name: copy.deepcopy(getattr(section, field.name)) for field in dataclasses.fields(section)}
+            for name, section in sections.items()
+        }
 
     @short_errors
     def evolve(self, **changes: Any) -> TRLConfig:
         """A copy with nested changes: ``config.evolve(method={"gamma": 0.9}, train={"seed": 1})``."""
-        _check_sections(changes)
-        return self.from_dict(merged(self.to_dict(), changes))
+        return self.update(self, changes)
 
     @classmethod
     @short_errors
     def update(cls, base: TRLConfig | Mapping[str, Any], hparams: Mapping[str, Any]) -> TRLConfig:
-        """A copy of `base` with changes given as dotted keys, nested mappings or both. `base` stays as it was."""
+        """A copy of `base` with changes given as dotted keys, nested mappings or both."""
         _check_sections(key.split(".")[0] for key in hparams)
         before = base.to_dict() if isinstance(base, TRLConfig) else copy.deepcopy(dict(base))
         return cls.from_dict(merged(before, nested(hparams)))
@@ -310,25 +291,18 @@ class TRLConfig:
         return json.dumps(self.to_json(), indent=4)
 
     def to_json(self) -> dict[str, Any]:
-        """`to_dict` with every object in it made plain, for files and trackers."""
+        """`to_dict` with JSON's types only, for files and trackers."""
         return json.loads(json.dumps(self.to_dict(), default=_plain))
 
 
-SECTIONS: dict[str, type] = {
-    "method": MethodConfig,
-    "model": ModelConfig,
-    "optimizer": OptimizerConfig,
-    "scheduler": SchedulerConfig,
-    "tokenizer": TokenizerConfig,
-    "train": TrainConfig,
-}
+SECTIONS: dict[str, type] = get_type_hints(TRLConfig)
 
 
 def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """YAML files merged left to right, then dotted overrides, with interpolations resolved.
 
     Raises:
-        ConfigError: a file is no YAML or has no sections, an override has no value, or an interpolation leads nowhere.
+        ConfigError: a file is not YAML or has no sections, an override has no value, or an interpolation has no target.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationResolutionError
@@ -338,26 +312,36 @@ def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         if "=" not in override:
             raise ConfigError(f"The override {override!r} has no value; write it as section.key=value")
     _check_sections(override.partition("=")[0].split(".")[0] for override in overrides)
-    whole = OmegaConf.merge(*map(yaml_file, files), OmegaConf.from_dotlist(list(overrides)))
+    whole = OmegaConf.merge(*map(_sections_of, files), OmegaConf.from_dotlist(list(overrides)))
     try:
         return OmegaConf.to_container(whole, resolve=True)
     except InterpolationResolutionError as error:
         raise ConfigError(f"{', '.join(map(str, files))}: {error}") from error
 
 
+def _sections_of(file: str | Path) -> Any:
+    from omegaconf import OmegaConf
+    from yaml import MarkedYAMLError
+
+    try:
+        found = OmegaConf.load(file)
+    except MarkedYAMLError as error:
+        raise ConfigError(f"{file}, line {error.problem_mark.line + 1}, is not YAML: {error.problem}") from None
+    if not OmegaConf.is_dict(found):
+        raise ConfigError(f"{file} must have sections with settings, e.g. train: {{seed: 1}}")
+    return found
+
+
 def register_resolvers() -> None:
-    """Teaches OmegaConf the functions that configs may call: ``${multiply:4, ${.hidden_size}}``, as in NeMo, and
-    ``${nemo_trainer:${method.name}}``, the NeMo trainer of a method."""
+    """Registers with OmegaConf the functions that configs may call: ``${multiply:4, ${.hidden_size}}``, as in NeMo, and
+    ``${nemo_trainer:${method.name}}``, the name of a method's NeMo trainer."""
     from omegaconf import OmegaConf
 
     with warnings.catch_warnings():  # 2.4 calls it register_resolver, which in 2.3 is the name of something else
         warnings.simplefilter("ignore", UserWarning)
         OmegaConf.register_new_resolver("multiply", operator.mul, replace=True)
-        OmegaConf.register_new_resolver("nemo_trainer", _nemo_trainer, replace=True)
-
-
-def _nemo_trainer(method: str) -> str:
-    return f"NeMo{method.lower().removesuffix('config').upper()}Trainer"
+        nemo_trainer = lambda method: f"NeMo{method.lower().removesuffix('config').upper()}Trainer"  # noqa: E731
+        OmegaConf.register_new_resolver("nemo_trainer", nemo_trainer, replace=True)
 
 
 def _plain(value: Any) -> Any:
@@ -365,7 +349,7 @@ def _plain(value: Any) -> Any:
         return dict(value)
     if isinstance(value, Sequence):
         return list(value)
-    if isinstance(value, (set, frozenset)):  # in a peft config; their order is another in every process
+    if isinstance(value, (set, frozenset)):  # in a peft config; sorted, because each process iterates it differently
         return sorted(value)
     return value.to_dict() if hasattr(value, "to_dict") else str(value)
 
@@ -376,12 +360,8 @@ def _check_sections(names: Iterable[str]) -> None:
             raise unknown_key("", name, SECTIONS)
 
 
-def _fields_of(section: Section) -> dict[str, Any]:
-    return {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
-
-
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with every dotted key, ``{"method.gamma": 0.9}``, as mappings in mappings; the later ones win."""
+    """`settings` with dotted keys, ``{"method.gamma": 0.9}``, as mappings in mappings; later entries win."""
     unfolded: dict[str, Any] = {}
     for key, value in settings.items():
         first, *rest = key.split(".")
@@ -392,7 +372,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `base` with `changes`; what is a mapping in both is merged in turn."""
+    """A copy of `base` with `changes`; where both have a mapping, the mappings are merged."""
     result = dict(base)
     for key, value in changes.items():
         both_nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)

@@ -1,7 +1,7 @@
-"""Messages and progress bars: one verbosity for the whole library, and by default only the main process speaks.
+"""Messages and progress bars: one verbosity for the whole library; by default only the main process logs.
 
-Environment: ``TRLX_VERBOSITY`` (debug, info, warning, error, critical or a number) is the first verbosity;
-``TRLX_NO_ADVISORY_WARNINGS`` silences `RankLogger.warning_advice`; ``RANK`` says which process this is.
+Environment: ``TRLX_VERBOSITY`` (debug, info, warning, error, critical or a number) sets the first verbosity;
+``TRLX_NO_ADVISORY_WARNINGS`` silences `RankLogger.warning_advice`; ``RANK`` is the rank of this process.
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ import os
 import sys
 from collections.abc import MutableMapping
 from contextlib import nullcontext
+from logging import CRITICAL, DEBUG, ERROR, INFO, WARNING
 from typing import Any
 
-DEBUG = logging.DEBUG
-INFO = logging.INFO
-WARNING = logging.WARNING
-ERROR = logging.ERROR
-CRITICAL = logging.CRITICAL
 LEVELS = {"debug": DEBUG, "info": INFO, "warning": WARNING, "error": ERROR, "critical": CRITICAL}
 
 _BRIEF = "[%(levelname)s] %(message)s"
@@ -27,14 +23,14 @@ _bars_shown = True
 
 
 def get_logger(name: str) -> RankLogger:
-    """The logger of a module; pass ``__name__``. Names outside ``trlx`` are put below it: one verbosity rules all."""
+    """The logger of a module; pass ``__name__``. Names outside ``trlx`` are put below it, to share its verbosity."""
     logger = logging.getLogger(name if name.split(".")[0] == "trlx" else f"trlx.{name}")
-    logger.addFilter(_is_heard)
+    logger.addFilter(_is_logged)
     return RankLogger(logger, {})
 
 
 class RankLogger(logging.LoggerAdapter):
-    """A standard logger whose calls take ``ranks=[0, 3]``: the processes that speak. Without it, the main one;
+    """A standard logger whose calls take the processes that log, ``ranks=[0, 3]``. By default the main process logs;
     ``ranks=[-1]`` means all."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
@@ -42,7 +38,7 @@ class RankLogger(logging.LoggerAdapter):
         return msg, {**kwargs, "extra": {**(kwargs.get("extra") or {}), "ranks": ranks}}
 
     def warning_advice(self, msg: Any, *args: Any, **kwargs: Any) -> None:
-        """A warning that merely advises; silent where TRLX_NO_ADVISORY_WARNINGS is set."""
+        """A warning that only advises; not logged where TRLX_NO_ADVISORY_WARNINGS is set."""
         if not os.environ.get("TRLX_NO_ADVISORY_WARNINGS"):
             self.warning(msg, *args, **kwargs)
 
@@ -53,7 +49,10 @@ def set_verbosity(level: int | str) -> None:
     Raises:
         ValueError: no level has that name.
     """
-    _root.setLevel(_as_level(level))
+    text = str(level).lower()
+    if not text.isdigit() and text not in LEVELS:
+        raise ValueError(f"Unknown verbosity {level!r}. Known: {', '.join(LEVELS)}, or a number")
+    _root.setLevel(LEVELS.get(text) or int(text))
 
 
 def get_verbosity() -> int:
@@ -99,28 +98,19 @@ def process_rank() -> int:
 
 
 class _Handler(logging.Handler):
-    """Prints to stderr, unless the application configured logging itself: then its own handlers get our records."""
+    """Prints to stderr, unless the application configured logging itself: then its handlers get our records."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if logging.getLogger().handlers:
             return
-        tqdm = sys.modules.get("tqdm")  # where it is not loaded there is no bar to print above
+        tqdm = sys.modules.get("tqdm")  # where tqdm is not loaded there is no progress bar to print above
         with tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm else nullcontext():
             print(self.format(record), file=sys.stderr, flush=True)
 
 
-def _is_heard(record: logging.LogRecord) -> bool:
+def _is_logged(record: logging.LogRecord) -> bool:
     ranks = getattr(record, "ranks", None) or [0]
     return -1 in ranks or process_rank() in ranks
-
-
-def _as_level(level: int | str) -> int:
-    text = str(level).lower()
-    if text.isdigit():
-        return int(text)
-    if text not in LEVELS:
-        raise ValueError(f"Unknown verbosity {level!r}. Known: {', '.join(LEVELS)}, or a number")
-    return LEVELS[text]
 
 
 _handler = _Handler()

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from trlx.registry import methods, register_method
 from trlx.strict import ConfigError, Section
 
 
 @dataclass
-class MethodConfig(Section):
+class MethodConfig(Section, section="method"):
     """Base of the method sections. Own methods subclass it and register with ``@trlx.register_method``."""
-
-    section: ClassVar[str] = "method"
 
     name: str = "MethodConfig"
     """Registered name of the section's class; chooses the class when a config is read from YAML."""
 
 
-def get_method(name: str) -> type[MethodConfig]:
-    """The method section registered as `name`, in any case."""
-    return methods.get(name)
+get_method = methods.get
+"""The method section registered under a name, in any case."""
 
 
 def _sampling(**changes: Any) -> Any:
@@ -34,9 +31,9 @@ class OnlineConfig(MethodConfig):
     """Base of the methods that train on their own samples."""
 
     gen_kwargs: dict[str, Any] = _sampling(max_new_tokens=40, top_k=0, top_p=1.0, do_sample=True)
-    """Generation settings; one list-valued entry is swept at evaluation."""
+    """Generation settings; evaluations run once for each value of an entry that is a list."""
     gen_experience_kwargs: dict[str, Any] | None = None
-    """Generation settings of rollouts, where they differ from evaluation's."""
+    """Generation settings of rollouts; null: those of gen_kwargs."""
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -51,28 +48,27 @@ class OnlineConfig(MethodConfig):
 
 @dataclass
 class CollectionConfig(OnlineConfig):
-    """Base of the methods that train on one collection of rollouts after the other."""
+    """Base of the methods that collect rollouts, train on them, and collect again."""
 
     num_rollouts: int = 128
     """Rollouts per collection, over all processes."""
     chunk_size: int = 128
-    """Rollouts generated at once per process; while one chunk is scored the next is generated."""
+    """Rollouts generated at once per process; the next chunk is generated while this one is scored."""
     scale_reward: str | bool | None = None
-    """What scores are divided by: "running" their running std, "ref" the std of the first collection; null, false or
-    "ignored": nothing."""
+    """"running" divides scores by their running std, "ref" by the std of the first collection; null, false or
+    "ignored" does not divide."""
     ref_mean: float | None = None
-    """Accepted for old configs; the mean is never subtracted."""
+    """Accepted for old configs; no mean is subtracted."""
     ref_std: float | None = None
-    """Std for scale_reward "ref"; null takes the first collection's."""
+    """Std for scale_reward "ref"; null: the first collection's."""
     cliprange_reward: float | None = 10.0
     """Scores are clipped to plus or minus this before scaling; 0 or null: off."""
     missing_eos_penalty: float | None = None
-    """Subtracted from the score of a response that does not end."""
+    """Subtracted from the score of a response that does not end by itself; null: off."""
 
     def check(self) -> None:
-        for name in ("num_rollouts", "chunk_size"):
-            self.require(getattr(self, name) >= 1, name, "be at least 1")
-        self.require(self.ref_std is None or self.ref_std > 0, "ref_std", "be positive")
+        self.require_range(1, "num_rollouts", "chunk_size")
+        self.require_positive("ref_std")
         self.require_choice("scale_reward", ["running", "ref", "ignored", None, False])
 
 
@@ -87,7 +83,7 @@ class PPOConfig(CollectionConfig):
     init_kl_coef: float = 0.001
     """First coefficient of the KL penalty in the reward."""
     target: float | None = None
-    """KL per sequence (nats) that the coefficient is steered to; null keeps the coefficient fixed."""
+    """KL per sequence (nats) that an adaptive coefficient aims at; null: the coefficient is fixed."""
     horizon: int = 10000
     """Rollouts over which an adaptive coefficient reacts."""
     kl_estimator: str = "k1"
@@ -103,22 +99,17 @@ class PPOConfig(CollectionConfig):
     vf_coef: float = 1.0
     """Weight of the value loss."""
     num_value_layers_unfrozen: int = 0
-    """Top blocks the value function gets as its own trainable copy; 0: a head on the policy's last hidden state."""
+    """The value function gets its own trainable copy of this many top blocks; 0: a head on the policy's last hidden
+    state."""
     dual_clip: float | None = None
     """Lower bound c > 1 of the objective where the advantage is negative (arXiv:1912.09729); null: off."""
 
     def check(self) -> None:
         super().check()
-        for name in ("ppo_epochs", "horizon"):
-            self.require(getattr(self, name) >= 1, name, "be at least 1")
-        for name in ("gamma", "lam"):
-            self.require(0 <= getattr(self, name) <= 1, name, "be between 0 and 1")
-        for name in ("cliprange", "cliprange_value"):
-            self.require(getattr(self, name) > 0, name, "be positive")
-        for name in ("init_kl_coef", "vf_coef"):
-            self.require(getattr(self, name) >= 0, name, "be 0 or more")
-        self.require(self.num_value_layers_unfrozen >= 0, "num_value_layers_unfrozen", "be 0 or more")
-        self.require(self.target is None or self.target > 0, "target", "be positive, or null for a fixed coefficient")
+        self.require_range(1, "ppo_epochs", "horizon")
+        self.require_range(0, "gamma", "lam", high=1)
+        self.require_range(0, "init_kl_coef", "vf_coef", "num_value_layers_unfrozen")
+        self.require_positive("cliprange", "cliprange_value", "target")
         self.require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", "be more than 1")
         self.require_choice("kl_estimator", ["k1", "k2", "k3"])
 
@@ -138,7 +129,7 @@ class ILQLConfig(MethodConfig):
     awac_scale: float = 1.0
     """Weight of the advantage-weighted cross-entropy."""
     alpha: float = 0.001
-    """Polyak step of the target Q heads; 1 copies them."""
+    """Step of the target Q heads towards the Q heads (Polyak averaging); 1 copies them."""
     beta: float = 0.0
     """Temperature of the advantage weight exp(beta (Q - V)) in the AWAC loss."""
     steps_for_target_q_sync: int = 5
@@ -146,12 +137,12 @@ class ILQLConfig(MethodConfig):
     two_qs: bool = True
     """Two Q heads and their minimum as target, or one."""
     gen_kwargs: dict[str, Any] = _sampling(max_new_tokens=56, top_k=20, beta=1, temperature=1.0)
-    """Generation settings; ``beta`` shifts the policy's log-probabilities by beta (Q - V). One list is swept."""
+    """Generation settings; ``beta`` adds beta (Q - V) to the policy's log-probabilities. Evaluations run once for each
+    value of an entry that is a list."""
 
     def check(self) -> None:
-        for name in ("tau", "gamma", "alpha"):
-            self.require(0 <= getattr(self, name) <= 1, name, "be between 0 and 1")
-        self.require(self.steps_for_target_q_sync >= 1, "steps_for_target_q_sync", "be at least 1")
+        self.require_range(0, "tau", "gamma", "alpha", high=1)
+        self.require_range(1, "steps_for_target_q_sync")
 
 
 @dataclass
@@ -161,28 +152,26 @@ class SFTConfig(MethodConfig):
 
     name: str = "SFTConfig"
     gen_kwargs: dict[str, Any] = _sampling(max_new_tokens=40, top_k=0, top_p=1.0, do_sample=True)
-    """Generation settings of evaluations; one list-valued entry is swept."""
+    """Generation settings; evaluations run once for each value of an entry that is a list."""
 
 
 @dataclass
 @register_method
 class RFTConfig(OnlineConfig):
-    """Rejection fine-tuning: train on one's own best samples, with a rising threshold."""
+    """Rejection fine-tuning: the policy learns from its own best samples, with a rising threshold."""
 
     name: str = "RFTConfig"
     start_percentile: float = 0.7
     """Quantile of a prompt's scores that a sample must reach in the first improvement step."""
     end_percentile: float = 0.95
-    """What that quantile rises towards; the last step stays one of n_improve_steps parts below it."""
+    """The quantile rises towards this in n_improve_steps equal steps; the last step uses the value one step below."""
     n_improve_steps: int = 4
-    """Improvement steps on one growth of samples."""
+    """Improvement steps after each sampling of the prompts."""
     n_generations_per_prompt: int = 32
-    """Samples drawn per prompt at each growth."""
+    """Samples per prompt at each sampling."""
 
     def check(self) -> None:
-        for name in ("start_percentile", "end_percentile"):
-            self.require(0 <= getattr(self, name) <= 1, name, "be between 0 and 1")
-        for name in ("n_improve_steps", "n_generations_per_prompt"):
-            self.require(getattr(self, name) >= 1, name, "be at least 1")
+        self.require_range(0, "start_percentile", "end_percentile", high=1)
+        self.require_range(1, "n_improve_steps", "n_generations_per_prompt")
         if self.end_percentile < self.start_percentile:
             raise ConfigError("method.end_percentile must not be below method.start_percentile")

@@ -1,7 +1,7 @@
-"""Imports of packages that may be absent, in the spirit of NeMo's ``safe_import``.
+"""Imports of packages that may be missing.
 
-Only the absence of the named package counts. An error raised inside an installed package, or inside one of our own
-modules, is a bug and comes through as it is: it must never read "please install ...".
+Only the absence of the named package becomes "pip install ...". An error raised inside an installed package, or inside
+one of our own modules, is a bug and is raised as it is.
 """
 
 from __future__ import annotations
@@ -17,16 +17,11 @@ logger = logging.get_logger(__name__)
 
 
 def optional_import(name: str, *, extra: str) -> Any:
-    """The module `name`, or a false `Placeholder` where it is not installed.
-
-    Args:
-        name: dotted name, e.g. ``"wandb"``.
-        extra: the extra of trlx that brings it, for the advice in the error.
-    """
+    """The module `name`, or a false `Placeholder` where it is not installed; `extra` of trlx installs it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if is_available(name):  # something that it needs is missing, not itself
+        if is_available(name):  # a module that it imports is missing
             raise
         logger.debug("%s is not installed", name, exc_info=True)
         return Placeholder(name, extra, error)
@@ -35,11 +30,8 @@ def optional_import(name: str, *, extra: str) -> Any:
 def require(*names: str, extra: str, purpose: str) -> None:
     """Makes sure that modules are installed, without importing them.
 
-    Args:
-        purpose: what needs them, as the beginning of the sentence ``"<purpose> needs ..."``.
-
     Raises:
-        ImportError: names all that are missing and how to install them.
+        ImportError: "`purpose` needs ...", with all that are missing and how to install them.
     """
     missing = [name for name in names if not is_available(name)]
     if not missing:
@@ -52,7 +44,7 @@ def require(*names: str, extra: str, purpose: str) -> None:
 
 
 def is_available(name: str) -> bool:
-    """Whether the module `name` is installed. Imports its parents at most, and lets their own errors through."""
+    """Whether the module `name` is installed. Imports its parents only; their errors are raised."""
     if name in sys.modules:
         return sys.modules[name] is not None
     parent = name.rpartition(".")[0]
@@ -70,7 +62,7 @@ class Placeholder:
         return False
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("__"):  # Python's own questions, such as __path__ or __wrapped__, are no use
+        if attribute.startswith("__"):  # Python and inspect look for __path__, __wrapped__ and the like
             raise AttributeError(attribute)
         raise ImportError(self._message, name=self._error.name) from self._error
 

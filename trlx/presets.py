@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 METHODS = ("ppo", "ilql", "sft", "rft")
 """Presets with the default configuration of a method."""
 MEGATRON = "megatron_"
-"""Presets that begin so describe a model and its layout, and go over a method's preset."""
+"""Presets that begin so describe a model and how it is divided over GPUs; they are merged over a method's preset."""
 
 
 @short_errors
@@ -26,7 +27,7 @@ def load_preset(name: str | Path, *more: str | Path, overrides: tuple[str, ...] 
     Example: ``load_preset("ppo", overrides=["method.gamma=0.99"])``.
 
     Raises:
-        ValueError: there is no such preset; the message lists those there are. Or it is only a part of a configuration.
+        ValueError: the preset is unknown (the message lists all), or is only a part of a configuration.
     """
     paths = [preset_path(part) for part in (name, *more)]
     if len(paths) == 1 and str(name).startswith(MEGATRON):
@@ -35,7 +36,7 @@ def load_preset(name: str | Path, *more: str | Path, overrides: tuple[str, ...] 
 
 
 def over_preset(settings: Mapping[str, Any], method: str) -> TRLConfig:
-    """The config that `settings`, nested or dotted, make on top of a preset, or on their own if they have all sections.
+    """A preset with `settings`, nested or dotted, merged over it; settings of all six sections need no preset.
 
     Args:
         method: name of the preset, unless ``method.name`` in `settings` chooses another.
@@ -54,11 +55,11 @@ def over_preset(settings: Mapping[str, Any], method: str) -> TRLConfig:
 
 
 def megatron_preset(name: str | Path) -> DictConfig:
-    """The settings in NeMo's shape (``trainer``, ``exp_manager``, ``model``) of a preset or file, interpolations as
-    they are written. The preset may be called by its file's name, as in ``"megatron_20b.yaml"``.
+    """The settings in NeMo's form (``trainer``, ``exp_manager``, ``model``) of a preset or file, interpolations
+    unresolved. The preset may be called by its file's name, as in ``"megatron_20b.yaml"``.
 
     Raises:
-        ValueError: there is no such preset or file.
+        ValueError: the preset or file does not exist.
     """
     from omegaconf import OmegaConf
 
@@ -66,13 +67,13 @@ def megatron_preset(name: str | Path) -> DictConfig:
     stem = str(name).removesuffix(".yaml")
     is_preset = stem in _presets() and not Path(name).is_file()
     config = OmegaConf.load(preset_path(stem if is_preset else str(name)))
-    # a preset is a part of a TRLConfig, a file of NeMo's is not
+    # a preset has these settings inside a TRLConfig, a file of NeMo's has them at the top
     inner = OmegaConf.select(config, "train.trainer_kwargs.megatron_cfg")
     return config if inner is None else OmegaConf.create(OmegaConf.to_container(inner))
 
 
 def preset_path(name: str | Path) -> Path:
-    """The YAML file of a preset; a path to an existing file stands for itself."""
+    """The YAML file of a preset; a path to an existing file is returned as it is."""
     if not isinstance(name, (str, Path)):
         raise ConfigError(f'A preset has a name, e.g. load_preset("ppo").evolve(train={{"seed": 1}}), got {name!r}')
     name = str(name)
@@ -81,32 +82,17 @@ def preset_path(name: str | Path) -> Path:
         return file
     if file.suffix in (".yaml", ".yml") or file.name != name:
         folder = file.absolute().parent
-        raise ValueError(
-            f"There is no file {file.name} in {folder}" + ("" if folder.is_dir() else ", which is no folder")
-        )
+        hint = "" if folder.is_dir() else ", and that folder does not exist"
+        raise ValueError(f"There is no file {file.name} in {folder}{hint}")
     if name not in presets:
         raise ValueError(f"Unknown preset {name!r}.{suggestion(name, presets)} Known: {', '.join(sorted(presets))}")
     return presets[name]
 
 
-def default_ppo_config() -> TRLConfig:
-    """The default configuration of PPO."""
-    return load_preset("ppo")
-
-
-def default_ilql_config() -> TRLConfig:
-    """The default configuration of ILQL."""
-    return load_preset("ilql")
-
-
-def default_sft_config() -> TRLConfig:
-    """The default configuration of supervised fine-tuning."""
-    return load_preset("sft")
-
-
-def default_rft_config() -> TRLConfig:
-    """The default configuration of rejection fine-tuning."""
-    return load_preset("rft")
+# under the names that they have in CarperAI's trlx
+default_ppo_config, default_ilql_config, default_sft_config, default_rft_config = (
+    partial(load_preset, name) for name in METHODS
+)
 
 
 def _presets() -> dict[str, Path]:
@@ -114,6 +100,5 @@ def _presets() -> dict[str, Path]:
 
 
 def _folder() -> Path:
-    here = Path(__file__).parent
-    # a wheel carries the presets inside the package; a checkout has them beside it
-    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    inside, beside = (parent / "configs" for parent in Path(__file__).parents[:2])
+    return inside if inside.is_dir() else beside  # a wheel has the presets inside the package, a checkout beside it

@@ -1,11 +1,11 @@
-"""Name -> class tables for trainers, methods, pipelines, samplers and architectures."""
+"""Tables of classes by name: trainers, methods, pipelines, samplers and architectures."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 from trlx.compat.hooks import check_hooks
+from trlx.strict import suggestion
 
 
 class Registry:
@@ -16,14 +16,14 @@ class Registry:
 
     def __init__(self, kind: str):
         self.kind = kind
-        self._classes: dict[str, type] = {}
-        self._names: dict[str, str] = {}
+        self._classes: dict[str, tuple[str, type]] = {}
+        """By name in lower case, the name as it was written and the class."""
 
     def register(self, target: type | str | None = None) -> type | Callable[[type], type]:
         """Adds a class under its own name, or under the name given.
 
         Raises:
-            TypeError: the class has a method that was called in CarperAI's trlx and is not here, see `check_hooks`.
+            TypeError: the class has a method that CarperAI's trlx called and this library does not, see `check_hooks`.
         """
         if isinstance(target, type):
             return self._add(target.__name__, target)
@@ -35,25 +35,19 @@ class Registry:
         Raises:
             ValueError: the name is unknown; the message lists the known ones.
         """
-        if not isinstance(name, str) or name.lower() not in self._classes:
-            raise ValueError(
-                f"Unknown {self.kind} {name!r}.{self._nearest(str(name))} Known: {', '.join(self.names())}"
-            )
-        return self._classes[name.lower()]
+        if str(name).lower() not in self._classes:
+            names = self.names()
+            raise ValueError(f"Unknown {self.kind} {name!r}.{suggestion(name, names)} Known: {', '.join(names)}")
+        return self._classes[str(name).lower()][1]
 
     def names(self) -> list[str]:
         """The registered names as they were written, sorted."""
-        return sorted(self._names.values())
+        return sorted(name for name, _ in self._classes.values())
 
     def _add(self, name: str, cls: type) -> type:
         check_hooks(self.kind, cls)
-        self._classes[name.lower()] = cls
-        self._names[name.lower()] = name
+        self._classes[name.lower()] = name, cls
         return cls
-
-    def _nearest(self, name: str) -> str:
-        close = difflib.get_close_matches(name.lower(), self._classes, n=1)
-        return f" Did you mean {self._names[close[0]]!r}?" if close else ""
 
 
 trainers = Registry("trainer")

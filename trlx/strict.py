@@ -6,12 +6,14 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import numbers
 import os
 import types
 import typing
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Union
 
 from trlx.compat.settings import HERE
@@ -29,15 +31,18 @@ class _Sealing(ABCMeta):
 
 
 class Section(metaclass=_Sealing):
-    """Base of the config dataclasses: checks a field's type whenever it is set, and at construction what `check` says.
+    """Base of the config dataclasses: checks a field's type whenever it is set, and its value in `check`.
 
-    Once it is built it takes no other attributes than its fields and names that begin with an underscore.
+    After construction only its fields, and names that begin with an underscore, can be set.
     """
 
     __slots__ = ("_sealed",)  # not in __dict__, which is the settings
 
     section = "config"
-    """The section's name in dotted keys."""
+    """The section's name in dotted keys: ``class TrainConfig(Section, section="train")``."""
+
+    def __init_subclass__(cls, section: str | None = None):
+        cls.section = section or cls.section
 
     def __post_init__(self):
         self.check()
@@ -56,15 +61,28 @@ class Section(metaclass=_Sealing):
     def require(self, condition: bool, name: str, rule: str) -> None:
         """Raises unless `condition`; `rule` completes the sentence "<key> must ..."."""
         if not condition:
+            rule += ", or null" if type(None) in typing.get_args(_hints(type(self)).get(name)) else ""
             raise ConfigError(f"{self.section}.{name} must {rule}, got {getattr(self, name)!r}")
+
+    def require_range(self, low: float, *names: str, high: float = math.inf) -> None:
+        """Raises where a value lies outside [low, high]; a field that may be null passes as null."""
+        rule = f"be at least {low}" if high == math.inf else f"be between {low} and {high}"
+        for name in names:
+            value = getattr(self, name)
+            self.require(value is None or low <= value <= high, name, rule)
+
+    def require_positive(self, *names: str) -> None:
+        """Raises where a value is not above 0; a field that may be null passes as null."""
+        for name in names:
+            value = getattr(self, name)
+            self.require(value is None or value > 0, name, "be positive")
 
     def require_choice(self, name: str, choices: Iterable[Any]) -> None:
         """Raises unless the value is one of `choices`; suggests the nearest one."""
         choices = list(choices)
         value = getattr(self, name)
         if value not in choices:
-            known = ", ".join(str(choice) for choice in choices)
-            near = suggestion(value, choices)
+            near, known = suggestion(value, choices), ", ".join(map(str, choices))
             raise ConfigError(f"{self.section}.{name}: unknown value {value!r}.{near} Known: {known}")
 
 
@@ -80,14 +98,16 @@ def build(cls: type, values: Mapping[str, Any], where: str):
     for key in values:
         if key not in fields:
             raise unknown_key(where, key, fields)
-    missing = [name for name, field in fields.items() if name not in values and _has_no_default(field)]
+    none = dataclasses.MISSING
+    required = [name for name, field in fields.items() if field.default is none and field.default_factory is none]
+    missing = [name for name in required if name not in values]
     if missing:
         raise ConfigError(f"Missing: {', '.join(f'{where}.{name}' for name in missing)}")
     return cls(**values)
 
 
 def unknown_key(where: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a name that the section `where` has not; "" stands for the whole configuration."""
+    """The error for a name that the section `where` does not have; "" stands for the whole configuration."""
     kind, key = ("key", f"{where}.{name}") if where else ("section", name)
     here = called_here(key)
     if here is not None:
@@ -96,21 +116,17 @@ def unknown_key(where: str, name: str, known: Iterable[str]) -> ConfigError:
 
 
 def check_keywords(
-    function: Callable[..., Any],
-    given: Iterable[str],
-    where: str,
-    ours: Iterable[str] = (),
-    besides: Iterable[str] = (),
+    function: Callable, given: Iterable[str], where: str, ours: Iterable[str] = (), besides: Iterable[str] = ()
 ) -> None:
     """Makes sure that `function` takes the keywords `given`.
 
     Args:
         where: dotted key of the names, for the message.
-        ours: what the library passes, so that a config cannot.
-        besides: what something else takes.
+        ours: parameters that the library passes, so a config cannot.
+        besides: further names that are allowed.
 
     Raises:
-        ConfigError: it does not take one; the message names the nearest.
+        ConfigError: a keyword is unknown; the message names the nearest.
     """
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -122,7 +138,7 @@ def check_keywords(
 
 
 def called_here(key: str) -> str | None:
-    """What to write for a key of another library, or for one that stands in the wrong section; None: nobody knows."""
+    """What to write for a key of another library, or for a key in the wrong section; None where it is not known."""
     name = key.rpartition(".")[2]
     sections = [cls.section for cls in Section.__subclasses__() if name in _hints(cls)]
     here = HERE.get(name) or (f"{sections[0]}.{name}" if len(sections) == 1 else None)
@@ -131,23 +147,20 @@ def called_here(key: str) -> str | None:
 
 def suggestion(word: Any, known: Iterable[Any]) -> str:
     """ " Did you mean 'x'?" for the nearest of `known`, or nothing."""
-    close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    names = {str(name).lower(): name for name in known}
+    close = difflib.get_close_matches(str(word).lower(), names, n=1)
+    return f" Did you mean '{names[close[0]]}'?" if close else ""
 
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    """The type of every field."""
+    """The annotated type of every field."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _has_no_default(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
 def _typed(value: Any, hint: Any, key: str) -> Any:
-    """`value`, as the hinted type: an int becomes a float where a float is asked for, a tuple a list, a path a text."""
+    """`value` as the hinted type: an int becomes a float, a tuple a list, a path a str, where the hint asks for it."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     if any(option is Any for option in options):
         return value
@@ -167,38 +180,17 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     raise ConfigError(f"{key} must be {expected}, got {value!r} ({type(value).__name__})")
 
 
-def yaml_file(file: str | os.PathLike) -> Any:
-    """The sections of a YAML file, interpolations as they are written.
-
-    Raises:
-        ConfigError: it is no YAML, or has no sections.
-    """
-    from omegaconf import OmegaConf
-    from yaml import MarkedYAMLError
-
-    try:
-        found = OmegaConf.load(file)
-    except MarkedYAMLError as error:
-        raise ConfigError(f"{file}, line {error.problem_mark.line + 1}, is not YAML: {error.problem}") from None
-    if not OmegaConf.is_dict(found):
-        raise ConfigError(f"{file} must have sections with settings, e.g. train: {{seed: 1}}")
-    return found
-
-
 def with_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with texts that are numbers as such: YAML takes ``1e-4`` for a text."""
-    return {name: _read(value) if isinstance(value, str) else value for name, value in settings.items()}
-
-
-def _read(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    """`settings` with the texts that are numbers as numbers: YAML reads ``1e-4`` as a text."""
+    settings = dict(settings)
+    for name, value in settings.items():
+        with suppress(ValueError):
+            settings[name] = float(value) if isinstance(value, str) else value
+    return settings
 
 
 def _number(value: Any, kinds: list[type]) -> int | float | None:
-    # bool is an int to Python, but `epochs: true` is a slip of the pen; numpy's numbers are numbers
+    # a bool is an int in Python, but `epochs: true` is a mistake; numpy's numbers are numbers
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     is_whole = isinstance(value, numbers.Integral) or (float not in kinds and float(value).is_integer())

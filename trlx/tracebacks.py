@@ -1,4 +1,4 @@
-"""Tracebacks of errors that are meant for the user: the user's own frames, and none of this package."""
+"""Tracebacks of errors that are meant for the user: the user's frames, without those of this package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from traceback import walk_tb
 from types import TracebackType
 from typing import TypeVar
 
@@ -17,8 +18,8 @@ F = TypeVar("F", bound=Callable)
 
 
 def short_errors(fn: F) -> F:
-    """A function that users call: errors that it raises on purpose come without frames of this package, unless
-    TRLX_TRACEBACKS is "full" or the verbosity "debug"."""
+    """Decorates a function that users call: errors raised on purpose come without frames of this package, unless
+    TRLX_TRACEBACKS is "full" or the verbosity is "debug"."""
 
     @functools.wraps(fn)
     def called(*args, **kwargs):
@@ -33,19 +34,18 @@ def short_errors(fn: F) -> F:
 
 
 def shorten(error: BaseException) -> None:
-    """Takes the frames of this package and of Python's library out of the traceback of an error that a ``raise`` in
-    this package made. Of its causes the frames of the user's function and all below stay. Other errors stay whole."""
-    if not (getattr(error, "_is_short", False) or _is_on_purpose(error.__traceback__)):
+    """Removes this package's and Python's frames from the traceback of an error that a ``raise`` of this package made.
+
+    Its causes keep the frames of the user's function and all below. Other errors stay as they are.
+    """
+    if not (getattr(error, "_is_short", False) or _is_on_purpose(error)):
         return
-    error._is_short = True  # where one such function calls another, the frames between them go, too
+    error._is_short = True  # short_errors of a caller then removes the frames in between
     error.__traceback__ = _without_ours(error.__traceback__)
-    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    while cause is not None:
-        frames = cause.__traceback__
-        while frames is not None and _is_inside(frames):
-            frames = frames.tb_next
-        cause.__traceback__ = frames
-        cause = cause.__cause__ or cause.__context__
+    cause = error
+    while cause := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
+        while cause.__traceback__ is not None and _is_inside(cause.__traceback__):
+            cause.__traceback__ = cause.__traceback__.tb_next
 
 
 _HERE = str(Path(__file__).parent) + os.sep
@@ -53,19 +53,16 @@ _LIBRARY, _PACKAGES = (sysconfig.get_path(name) + os.sep for name in ("stdlib", 
 
 
 def _is_inside(frame: TracebackType) -> bool:
-    """Whether it is of this package or of Python's library."""
+    """Whether the frame belongs to this package or to Python's library."""
     file = frame.tb_frame.f_code.co_filename
     return file.startswith(_HERE) or (file.startswith(_LIBRARY) and not file.startswith(_PACKAGES))
 
 
-def _is_on_purpose(frames: TracebackType | None) -> bool:
+def _is_on_purpose(error: BaseException) -> bool:
     """Whether the innermost frame is a ``raise`` of this package."""
-    if frames is None:
-        return False
-    while frames.tb_next is not None:
-        frames = frames.tb_next
-    file = frames.tb_frame.f_code.co_filename
-    return file.startswith(_HERE) and linecache.getline(file, frames.tb_lineno).lstrip().startswith("raise ")
+    *_, (frame, line) = walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
+    return file.startswith(_HERE) and linecache.getline(file, line).lstrip().startswith("raise ")
 
 
 def _without_ours(frames: TracebackType | None) -> TracebackType | None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from trlx import logging
 from trlx.config import TRLConfig
-from trlx.optional import is_available, optional_import
+from trlx.optional import is_available
 
 logger = logging.get_logger(__name__)
 
@@ -22,24 +25,24 @@ ABANDONED = "metrics.abandoned.jsonl"
 SAMPLES = "samples"
 CONFIG = "config.json"
 RUN_FILES = (METRICS, ABANDONED, SAMPLES, CONFIG, "tensorboard")
-"""What is written for one run under a name that does not say which."""
+"""What every run writes under the same name."""
 EARLIER = "earlier"
-"""What the folders are called that such files of an older run move to, with a number."""
+"""Files of an older run move to a folder of this name and a number."""
 
 
-class Tracker:
-    """Writes metrics and samples of one run; does nothing on other processes than the main one.
+class Tracker(AbstractContextManager):
+    """Writes metrics and samples of one run; does nothing except on the main process.
 
-    Under `folder`: ``metrics.jsonl`` (one line a call, NaN and infinities as null), ``samples/<kind>_<step>.jsonl`` and
-    ``config.json``.
+    Under `folder`: ``metrics.jsonl`` (one line per call of `log`, NaN and infinities as null),
+    ``samples/<kind>_<step>.jsonl`` and ``config.json``.
 
     Args:
         kind: "wandb", "tensorboard", or "none" or None for files only.
-        run_name, group, entity, tags: as in Weights & Biases.
         config: the run's settings, plain nested values; never changed.
-        state: what `state` returned when the checkpoint was written that the run goes on from. Metrics written after
-            that move to ``metrics.abandoned.jsonl``, so that ``metrics.jsonl`` reads like a run without a stop.
-            Without one the run is new, and what an older one left in `folder` is set aside.
+        state: what `state` returned when the checkpoint was written that the run resumes. Metrics written after that
+            move to ``metrics.abandoned.jsonl``, so ``metrics.jsonl`` reads like a run that never stopped. Without a
+            state the run is new, and what an older run left in `folder` is set aside.
+        run: arguments of ``wandb.init``: project, name, group, entity, tags.
 
     Raises:
         ValueError: the kind is unknown.
@@ -50,14 +53,10 @@ class Tracker:
         kind: str | None,
         folder: str | Path,
         *,
-        project: str = "trlx",
-        run_name: str | None = None,
-        group: str | None = None,
-        entity: str | None = None,
-        tags: list[str] | None = None,
         config: Mapping[str, Any] | None = None,
         is_main: bool = True,
         state: Mapping[str, Any] | None = None,
+        **run: Any,
     ):
         kind = kind or "none"
         if kind not in _REMOTES:
@@ -66,12 +65,16 @@ class Tracker:
         self.last_state: dict[str, Any] = {}
         """`state` as it was when the tracker was closed."""
         if is_main:
-            folder = Path(folder)
-            self._sinks.append(_Files(folder, state))
-            (folder / CONFIG).write_text(json.dumps(_plain(config or {}), indent=1), encoding="utf-8")
-            run = {"project": project, "name": run_name, "group": group, "entity": entity, "tags": list(tags or [])}
-            remote = _REMOTES[kind](folder, run, _plain(config or {}), state or {})
-            self._sinks += [remote] if remote else []
+            self._open(kind, Path(folder), _plain(config or {}), state or {}, run)
+
+    def _open(self, kind: str, folder: Path, config: dict[str, Any], state: Mapping[str, Any], run: dict[str, Any]):
+        self._sinks.append(_Files(folder, config, state))
+        if kind == "none" or (kind == "wandb" and os.environ.get("debug")):  # noqa: SIM112  the original's name for it
+            return
+        if is_available(kind):
+            self._sinks.append(_REMOTES[kind](folder, config, state, run))
+        else:
+            logger.warning('%s is not installed (pip install "trlx[%s]"): metrics go to %s only', kind, kind, folder)
 
     @classmethod
     def of(cls, config: TRLConfig, processes: int, is_main: bool, state: Mapping[str, Any] | None) -> Tracker:
@@ -80,14 +83,14 @@ class Tracker:
         return cls(
             train.tracker,
             train.logging_dir or train.checkpoint_dir,
-            project=train.project_name,
-            run_name=train.run_name or default_run_name(plain["model"]["model_path"], processes),
-            group=train.group_name,
-            entity=train.entity_name,
-            tags=train.tags,
             config=plain,
             is_main=is_main,
             state=state,
+            project=train.project_name,
+            name=train.run_name or default_run_name(plain["model"]["model_path"], processes),
+            group=train.group_name,
+            entity=train.entity_name,
+            tags=train.tags,
         )
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -95,18 +98,14 @@ class Tracker:
         for sink in self._sinks:
             sink.log(metrics, step)
 
-    def log_table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
-        """Shows a table in trackers that have them; files have `log_samples`."""
-        for sink in self._sinks:
-            sink.log_table(name, columns, _plain(rows), step)
-
     def log_samples(self, kind: str, step: int, rows: list[Mapping[str, Any]]) -> None:
-        """Writes samples, one JSON object a line, into ``samples/<kind>_<step>.jsonl``; kind is "eval" or "rollout"."""
+        """Writes samples, one JSON object per line, into ``samples/<kind>_<step>.jsonl``. `kind` is "rollout" or
+        "eval"; Weights & Biases gets a table of the latter."""
         for sink in self._sinks:
             sink.log_samples(kind, step, rows)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the next Tracker to go on from here; empty but on the main process."""
+        """What a checkpoint must hold so that the next Tracker continues from here; {} on other processes."""
         return {key: value for sink in self._sinks for key, value in sink.state().items()}
 
     def close(self) -> None:
@@ -114,9 +113,6 @@ class Tracker:
         self.last_state = self.state() or self.last_state
         while self._sinks:
             self._sinks.pop().close()
-
-    def __enter__(self) -> Tracker:
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
@@ -137,14 +133,12 @@ def default_run_name(model_path: Any, num_processes: int) -> str:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
-    """Moves what is there of `names` in `folder` to ``earlier.<first free number>`` in it; None if nothing is."""
+    """Moves those of `names` that exist in `folder` to a new ``folder/earlier.<number>``; None if none exists."""
     found = [folder / name for name in names if (folder / name).exists()]
     if not found:
         return None
-    number = 1
-    while (folder / f"{EARLIER}.{number}").exists():
-        number += 1
-    aside = folder / f"{EARLIER}.{number}"
+    numbered = (folder / f"{EARLIER}.{number}" for number in itertools.count(1))
+    aside = next(path for path in numbered if not path.exists())
     aside.mkdir()
     for path in found:
         path.rename(aside / path.name)
@@ -153,8 +147,6 @@ def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
 
 class _Sink:
     def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
-
-    def log_table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None: ...
 
     def log_samples(self, kind: str, step: int, rows: list[Mapping[str, Any]]) -> None: ...
 
@@ -165,17 +157,17 @@ class _Sink:
 
 
 class _Files(_Sink):
-    def __init__(self, folder: Path, state: Mapping[str, Any] | None):
-        self.metrics, self.samples = folder / METRICS, folder / SAMPLES
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, config: dict[str, Any], state: Mapping[str, Any]):
+        self.metrics, self.samples, self.step = folder / METRICS, folder / SAMPLES, state.get("step", -1)
+        self.samples.parent.mkdir(parents=True, exist_ok=True)
         if not state or not _cut_back(folder, state["metrics_bytes"]):
             set_aside(folder, RUN_FILES)
         self.metrics.touch()
         self.samples.mkdir(exist_ok=True)
-        self.step = state["step"] if state else -1
+        (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        # opened for each line, so that a killed run has left everything but the one it was writing
+        # opened for each line, so a killed run loses at most the line that it was writing
         with open(self.metrics, "ab") as file:
             file.write(_line({"step": step, **metrics}).encode())
         self.step = step
@@ -188,7 +180,7 @@ class _Files(_Sink):
 
 
 def _cut_back(folder: Path, size: int) -> bool:
-    """Moves what metrics.jsonl holds beyond `size` bytes; False if the file is not the one that had that size."""
+    """Moves what metrics.jsonl holds beyond `size` bytes; False if no line ends there, so the file is another run's."""
     path = folder / METRICS
     written = path.read_bytes() if path.exists() else b""
     if len(written) < size or written[:size].rpartition(b"\n")[2]:
@@ -201,16 +193,27 @@ def _cut_back(folder: Path, size: int) -> bool:
 
 
 class _Wandb(_Sink):
-    def __init__(self, wandb: Any, **options: Any):
-        self.wandb = wandb
-        self.run = wandb.init(**options)
+    def __init__(self, folder: Path, config: dict[str, Any], state: Mapping[str, Any], run: dict[str, Any]):
+        import wandb
+
+        mode = None  # WANDB_MODE decides
+        if os.environ.get("WANDB_MODE") in (None, "", "online") and not wandb.login(prompt=False, verify=False):
+            mode = "offline"  # wandb would ask on the terminal
+            logger.info("Not logged in to Weights & Biases: run `wandb sync` to upload the offline run in %s", folder)
+        tags, commit = list(run.pop("tags", [])), _git("rev-parse", "--short", "HEAD")
+        if commit:
+            tags.append(f"{_git('branch', '--show-current')}/{commit}"[-64:])  # W&B refuses longer tags
+        run |= {"tags": tags, "dir": str(folder), "config": config, "mode": mode}
+        run_id = state.get("wandb_id")
+        self.table, self.run = wandb.Table, wandb.init(**run, id=run_id, resume="allow" if run_id else None)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         self.run.log(dict(metrics), step=step)
 
-    def log_table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
-        table = self.wandb.Table(columns=columns, rows=rows, allow_mixed_types=True)
-        self.run.log({name: table}, step=step)
+    def log_samples(self, kind: str, step: int, rows: list[Mapping[str, Any]]) -> None:
+        if kind == "eval":
+            columns, values = list(rows[0]), _plain([list(row.values()) for row in rows])
+            self.run.log({"samples": self.table(columns=columns, rows=values, allow_mixed_types=True)}, step=step)
 
     def state(self) -> dict[str, Any]:
         return {"wandb_id": self.run.id}
@@ -219,36 +222,14 @@ class _Wandb(_Sink):
         self.run.finish()
 
 
-def _open_wandb(folder: Path, run: dict[str, Any], config: dict[str, Any], state: Mapping[str, Any]) -> _Sink | None:
-    if os.environ.get("debug"):  # noqa: SIM112  the original's name for it
-        return None
-    wandb = optional_import("wandb", extra="wandb")
-    if not wandb:
-        logger.warning('wandb is not installed (pip install "trlx[wandb]"): metrics go to %s only', folder)
-        return None
-    run_id = state.get("wandb_id")
-    commit = _git("rev-parse", "--short", "HEAD")
-    if commit:  # W&B refuses tags of more than 64 letters
-        run["tags"].append(f"{_git('branch', '--show-current')}/{commit}"[-64:])
-    mode = _wandb_mode(wandb, folder)
-    return _Wandb(
-        wandb, **run, dir=str(folder), config=config, id=run_id, resume="allow" if run_id else None, mode=mode
-    )
-
-
-def _wandb_mode(wandb: Any, folder: Path) -> str | None:
-    """Where nobody has logged in, "offline" rather than a question on the terminal; None leaves it to WANDB_MODE."""
-    if (os.environ.get("WANDB_MODE") or "online") != "online" or wandb.login(prompt=False, verify=False):
-        return None
-    logger.info("No credentials for Weights & Biases: writing an offline run to %s (`wandb sync` uploads it)", folder)
-    return "offline"
-
-
 class _TensorBoard(_Sink):
-    def __init__(self, writer: Any, config: dict[str, Any]):
-        self.writer = writer
-        # as text: TensorBoard's own hyper-parameters refuse lists and None
-        writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in _flat(config).items()))
+    def __init__(self, folder: Path, config: dict[str, Any], state: Mapping[str, Any], run: dict[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what an interrupted run logged after the checkpoint
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=state["step"] + 1 if state else None)
+        # as text, because TensorBoard's add_hparams refuses lists and None; four spaces make a code block
+        self.writer.add_text("config", textwrap.indent(json.dumps(config, indent=1), "    "))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         for name, value in metrics.items():
@@ -259,18 +240,7 @@ class _TensorBoard(_Sink):
         self.writer.close()
 
 
-def _open_tensorboard(folder: Path, _: Any, config: dict[str, Any], state: Mapping[str, Any]) -> _Sink | None:
-    if not is_available("tensorboard"):
-        logger.warning('tensorboard is not installed (pip install "trlx[tensorboard]"): metrics go to %s only', folder)
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    # hides what an interrupted run logged after the checkpoint
-    purge_step = state["step"] + 1 if state else None
-    return _TensorBoard(SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step), config)
-
-
-_REMOTES = {"none": lambda *_: None, "wandb": _open_wandb, "tensorboard": _open_tensorboard}
+_REMOTES = {"none": None, "wandb": _Wandb, "tensorboard": _TensorBoard}
 
 
 def _plain(value: Any) -> Any:
@@ -289,15 +259,8 @@ def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(_plain(values), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _git(*arguments: str) -> str:
-    """What git answers about the current folder, or nothing where it has no answer."""
+    """What git prints about the current folder; "" where git fails or is not installed."""
     try:
         answer = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.SubprocessError):

@@ -62,7 +62,7 @@ def test_an_unknown_preset_lists_the_known_ones():
         ({"train": {"seed": "one"}}, "train.seed must be int, got 'one'"),
         ({"train": {"epochs": True}}, "train.epochs must be int, got True"),
         ({"train": {"batch_size": 0}}, "train.batch_size must be at least 1, got 0"),
-        ({"train": {"minibatch_size": 3}}, r"train.minibatch_size must divide train.batch_size \(4\), got 3"),
+        ({"train": {"minibatch_size": 3}}, r"train.minibatch_size must divide train.batch_size \(4\), or null, got 3"),
         ({"method": {"gamma": 1.5}}, "method.gamma must be between 0 and 1"),
         ({"method": {"scale_reward": "runing"}}, "method.scale_reward: unknown value 'runing'. Did you mean 'running'"),
         ({"optimizer": {"name": "adanw"}}, "optimizer.name: unknown value 'adanw'. Did you mean 'adamw'"),
@@ -72,6 +72,9 @@ def test_an_unknown_preset_lists_the_known_ones():
         ({"optimizer": {"kwargs": {"lr": -1e-4}}}, "optimizer.kwargs.lr must be a number of at least 0, got -0.0001"),
         ({"optimizer": {"kwargs": {"lr": "nan"}}}, "optimizer.kwargs.lr must be a number of at least 0, got nan"),
         ({"train": {"tracker": "tensorbord"}}, "Did you mean 'tensorboard'"),
+        ({"train": {"total_steps": -1}}, "train.total_steps must be at least 0, or null, got -1"),
+        ({"train": {"max_grad_norm": 0}}, "train.max_grad_norm must be positive, or null, got 0.0"),
+        ({"method": {"lam": float("nan")}}, "method.lam must be between 0 and 1, got nan"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_to_write_instead(changes, words):
@@ -189,7 +192,7 @@ def test_attributes_are_as_strict_as_everything_else():
 def test_what_depends_on_two_assignments_is_checked_when_all_are_made():
     config = minimal()
     config.train.minibatch_size = 3
-    with pytest.raises(ConfigError, match=r"train.minibatch_size must divide train.batch_size \(4\), got 3"):
+    with pytest.raises(ConfigError, match=r"train.minibatch_size must divide train.batch_size \(4\), or null, got 3"):
         config.check()
     config.train.batch_size = 6
     config.check()
@@ -272,7 +275,7 @@ def test_no_limit_of_steps_and_no_tags_may_be_written_as_null():
 
 
 def test_a_negative_kl_coefficient_is_refused():
-    with pytest.raises(ConfigError, match="method.init_kl_coef must be 0 or more, got -0.1"):
+    with pytest.raises(ConfigError, match="method.init_kl_coef must be at least 0, got -0.1"):
         minimal(method={"init_kl_coef": -0.1})
 
 

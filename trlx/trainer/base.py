@@ -343,7 +343,6 @@ class Trainer(OldNames, ABC):
             self.tracker.log(result.metrics, step)
             samples = [dict(zip(result.columns, row, strict=True)) for row in result.rows]
             self.tracker.log_samples("eval", step, samples)
-            self.tracker.log_table("samples", result.columns, result.rows, step)
             self.display.evaluation(step, result.metrics, result.columns, result.rows)
             self._keep_best(result.objective)
         return result.metrics
