@@ -1,7 +1,7 @@
-"""Checkpoints: what a run needs to go on as if it had never stopped, written so that a kill cannot spoil it.
+"""Checkpoints: all that a run needs to continue as if it had never stopped.
 
-A folder appears under its final name only when everything in it is written. Tensors are safetensors, the rest JSON; no
-pickle is read.
+A folder gets its final name only when everything in it is written, so a kill cannot spoil it. Tensors are safetensors,
+the rest is JSON; nothing is a pickle.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,14 +25,16 @@ from torch import Tensor
 
 STATE_FILE = "trainer_state.json"
 TENSORS_FILE = "trainer_state.safetensors"
+RANDOM_FILE = "random_state_{}.safetensors"
+"""By process."""
 
 
 @contextmanager
 def replacing(target: Path, is_main: bool, barrier: Callable[[], None]) -> Iterator[Path]:
-    """A temporary folder that takes the place of `target` when the block ends well. Called on every process.
+    """A temporary folder that replaces `target` when the block ends without an error. Called on every process.
 
-    Everything in it is on the disk before it gets its name, and `target` is deleted only after that: a kill or a power
-    cut at any instant leaves one of the two whole, see `existing`.
+    All its files are flushed to disk before it gets its name, and only then the old `target` is deleted. So a kill or a
+    power cut at any time leaves one of the two complete, see `find`.
     """
     temporary, old = _beside(target, "writing"), _beside(target, "replaced")
     if is_main:
@@ -42,8 +43,8 @@ def replacing(target: Path, is_main: bool, barrier: Callable[[], None]) -> Itera
     barrier()
     yield temporary
     barrier()
-    # by every process, as only the machine that wrote a file can flush it
-    _flush(temporary)
+    # on every process, because only the machine that wrote a file can flush it
+    _flush(*temporary.rglob("*"), temporary)
     barrier()
     if is_main:
         if is_checkpoint(target):
@@ -52,16 +53,16 @@ def replacing(target: Path, is_main: bool, barrier: Callable[[], None]) -> Itera
         elif target.exists():
             target.rmdir()
         temporary.rename(target)
-        _flush_one(target.parent)
+        _flush(target.parent)
         remove(old)
     barrier()
 
 
 def check_replaceable(target: Path) -> None:
-    """Makes sure that nothing but a checkpoint is lost when `target` is replaced.
+    """Checks that `target` holds one checkpoint or nothing, since saving replaces it.
 
     Raises:
-        ValueError: there is something else.
+        ValueError: it holds something else.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
@@ -73,19 +74,19 @@ def check_replaceable(target: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder that something is saved into, if it is not there.
+    """Creates a folder to save into, if it is not there.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be made a folder to save into ({error.strerror}): name another") from None
+        raise ValueError(f"{folder} cannot be created ({error.strerror}): name another folder to save into") from None
 
 
 def remove(folder: Path) -> None:
-    """Deletes a folder, if it is there; a kill on the way leaves nothing under its name."""
+    """Deletes a folder, if it is there. It loses its name first, so a kill leaves no half of it under that name."""
     if folder.exists():
         doomed = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".removed", dir=folder.parent)
         folder.rename(doomed)
@@ -93,7 +94,7 @@ def remove(folder: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Clears what killed runs left half done under `folder`; a checkpoint whose successor never came is put back."""
+    """Deletes what killed runs left half done in `folder`. A checkpoint without its replacement gets its name back."""
     for path in list(folder.glob(".*checkpoint*.*")):
         target = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
         if path.name.endswith(".replaced") and is_checkpoint(path) and not target.exists():
@@ -103,7 +104,7 @@ def tidy(folder: Path) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a whole checkpoint."""
+    """Whether a folder is a complete checkpoint."""
     return (folder / STATE_FILE).is_file()
 
 
@@ -120,14 +121,14 @@ def existing(folder: str | Path) -> Path:
 
 
 def find(folder: str | Path) -> Path | None:
-    """The checkpoint at `folder`; the one it was about to replace if a kill came between two renames; or None."""
+    """The checkpoint at `folder`, or the one that it was replacing when a kill came between two renames, or None."""
     return next(filter(is_checkpoint, (Path(folder), _beside(Path(folder), "replaced"))), None)
 
 
 def checkpoints(checkpoint_dir: str | Path) -> list[Path]:
-    """The checkpoints ``checkpoint_<step>`` under `checkpoint_dir`, in the order of their steps."""
+    """The checkpoints ``checkpoint_<step>`` in `checkpoint_dir`, sorted by step."""
     steps = {}
-    # what was about to be replaced begins with a dot, comes first, and gives way to what replaced it
+    # a replaced checkpoint begins with a dot, so it is sorted first, and its replacement overwrites it here
     for path in sorted(Path(checkpoint_dir).glob("*checkpoint_*")):
         match = re.fullmatch(r"checkpoint_(\d+)|\.checkpoint_(\d+)\.replaced", path.name)
         if match and is_checkpoint(path):
@@ -136,13 +137,12 @@ def checkpoints(checkpoint_dir: str | Path) -> list[Path]:
 
 
 def newest(checkpoint_dir: str | Path) -> Path | None:
-    """The checkpoint with the highest step under `checkpoint_dir`, or None."""
+    """The checkpoint with the highest step in `checkpoint_dir`, or None."""
     return next(reversed(checkpoints(checkpoint_dir)), None)
 
 
 def write_state(folder: Path, state: dict[str, Any], run: dict[str, Any]) -> None:
-    """Writes a trainer's ``state_dict()``, nested dicts of plain values and tensors, and what identifies the run: its
-    config, model, data and number of processes."""
+    """Writes a trainer's ``state_dict()`` (nested dicts of JSON values and tensors) and the run's `identity`."""
     tensors: dict[str, Tensor] = {}
     plain = _without_tensors(state, tensors, "")
     if tensors:
@@ -151,7 +151,7 @@ def write_state(folder: Path, state: dict[str, Any], run: dict[str, Any]) -> Non
 
 
 def read_state(folder: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `write_state` wrote, on request without tensors."""
+    """The state and the identity that `write_state` wrote; without `tensors`, the state lacks its tensors."""
     saved = json.loads((folder / STATE_FILE).read_text())
     file = folder / TENSORS_FILE
     for name, tensor in (load_file(file) if tensors and file.is_file() else {}).items():
@@ -175,12 +175,12 @@ def _without_tensors(state: dict[str, Any], found: dict[str, Tensor], prefix: st
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
+    """The number of optimizer steps before a checkpoint."""
     return read_state(folder, tensors=False)[0]["schedule"]["step"]
 
 
 def write_optimizer(path: Path, state_dict: dict[str, Any]) -> None:
-    """An optimizer's ``state_dict()``: tensors by name, numbers and groups as JSON in the file's metadata."""
+    """Writes an optimizer's ``state_dict()``: tensors by name, numbers and groups as JSON in the file's metadata."""
     tensors, numbers = {}, {}
     for index, entries in state_dict["state"].items():
         for name, value in entries.items():
@@ -204,61 +204,58 @@ def read_optimizer(path: Path) -> dict[str, Any]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds python, numpy and torch on every device."""
+    """Seeds python, numpy, and torch on all devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-@dataclass
-class RandomState:
-    """The states of every random number generator a run draws from, on one process."""
+class RandomState(NamedTuple):
+    """The states of all random number generators of one process."""
 
-    python: list[Any]
-    numpy: list[Any]
+    python: tuple
+    numpy: tuple
     torch: Tensor
     cuda: Tensor | None
 
     @classmethod
     def capture(cls) -> RandomState:
-        """The states now."""
-        version, internal, gauss = random.getstate()
-        name, keys, *rest = np.random.get_state()
+        """The present states."""
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        return cls([version, list(internal), gauss], [name, keys.tolist(), *rest], torch.get_rng_state(), cuda)
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
     def restore(self) -> None:
-        """Makes every generator go on from these states."""
-        version, internal, gauss = self.python
-        random.setstate((version, tuple(internal), gauss))
-        name, keys, *rest = self.numpy
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        """Sets every generator to its state."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
         if self.cuda is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.cuda)
 
     def write(self, folder: Path, process: str) -> None:
-        """Writes one process's states into a checkpoint."""
+        """Writes the states of one process into a checkpoint."""
         tensors = {"torch": self.torch} | ({} if self.cuda is None else {"cuda": self.cuda})
-        others = {"python": json.dumps(self.python), "numpy": json.dumps(self.numpy)}
-        save_file(tensors, _random_file(folder, process), metadata=others)
+        others = {"python": json.dumps(self.python), "numpy": json.dumps(self.numpy, default=np.ndarray.tolist)}
+        save_file(tensors, folder / RANDOM_FILE.format(process), metadata=others)
 
     @classmethod
     def read(cls, folder: Path, process: str) -> RandomState | None:
-        """One process's states, or None where the checkpoint has none for it."""
-        if not _random_file(folder, process).is_file():
+        """The states of one process, or None if the checkpoint has none for it."""
+        path = folder / RANDOM_FILE.format(process)
+        if not path.is_file():
             return None
-        with safe_open(_random_file(folder, process), framework="pt") as file:
-            others = file.metadata()
+        with safe_open(path, framework="pt") as file:
+            version, internal, gauss = json.loads(file.metadata()["python"])
+            numpy = tuple(json.loads(file.metadata()["numpy"]))
             cuda = file.get_tensor("cuda") if "cuda" in file.keys() else None
-            return cls(json.loads(others["python"]), json.loads(others["numpy"]), file.get_tensor("torch"), cuda)
+            return cls((version, tuple(internal), gauss), numpy, file.get_tensor("torch"), cuda)
 
 
 @contextmanager
 def own_randomness(*seeds: int) -> Iterator[None]:
-    """Inside the block random numbers come from `seeds`; after it every generator goes on where it was."""
+    """Inside the block random numbers depend on `seeds` alone; after it every generator continues where it was."""
     outside = RandomState.capture()
-    # one number far from those of neighbouring seeds
+    # a hash, so that neighbouring seeds give unrelated numbers
     seed_everything(random.Random(repr(seeds)).getrandbits(31))
     try:
         yield
@@ -270,22 +267,14 @@ def _beside(target: Path, kind: str) -> Path:
     return target.parent / f".{target.name}.{kind}"
 
 
-def _flush(folder: Path) -> None:
-    """Has the disk write a folder with all that is in it."""
-    for path in [*folder.rglob("*"), folder]:
-        _flush_one(path)
-
-
-def _flush_one(path: Path) -> None:
-    """Has the disk write a file, or which files a folder has."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # some network file systems cannot flush a folder
-        with suppress(OSError) if path.is_dir() else nullcontext():
+def _flush(*paths: Path) -> None:
+    """Makes the disk write files, and the file lists of folders."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _random_file(folder: Path, process: str) -> Path:
-    return folder / f"random_state_{process}.safetensors"
+        except OSError:
+            if not path.is_dir():  # some network file systems cannot flush a folder
+                raise
+        finally:
+            os.close(descriptor)

@@ -16,6 +16,7 @@ import torch
 import trlx
 from tests.fake_backend import FakeBackend
 from tests.runs import DATA, PROMPTS, length, metrics, run, share_of_a, tiny_config, weights
+from tests.unit.test_checkpoint import write
 from trlx import checkpoint
 from trlx.backends import distress
 from trlx.backends.accelerate import AccelerateBackend
@@ -252,6 +253,15 @@ def test_a_checkpoint_of_the_weights_that_no_step_could_change_is_not_recommende
     problem = f"Step 30 is not saved: its weights are of no use, nor are those of {last}, which are the same."
     told = f"The last checkpoint is {good}, of step 4; to go on from there: train.resume_from_checkpoint={good}"
     assert stopped.value.__notes__ == [f"{problem} {told}"]
+
+
+def test_the_checkpoint_before_is_found_by_its_step_also_where_names_have_other_numbers_of_digits(tmp_path):
+    for name, step in (("checkpoint_8", 8), ("checkpoint_9", 9), ("checkpoint_010", 10)):
+        write(tmp_path / name, step)
+    trainer = SimpleNamespace(schedule=SimpleNamespace(step=12), skipped=SimpleNamespace(in_a_row=2))
+    trainer.saved = tmp_path / "checkpoint_010", 10
+    failures._passed_over(trainer)
+    assert trainer.saved == (tmp_path / "checkpoint_9", 9)
 
 
 def test_where_saving_fails_both_errors_are_shown(tmp_path, monkeypatch):

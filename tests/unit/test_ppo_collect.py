@@ -272,7 +272,7 @@ def test_the_first_kl_is_0_up_to_rounding_in_the_precision_used(
     trainer = trainer_of(tmp_path)
     caplog.clear()
     if outcome == "stops":
-        with pytest.raises(RuntimeError, match="nats per token instead of 0: this model has two answers to one input"):
+        with pytest.raises(RuntimeError, match="nats per token instead of 0: this model gives two outputs for one"):
             trainer.collect()
         return
     trainer.collect()

@@ -176,7 +176,7 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     trainer.save_pretrained("~/model")
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "run", "logs", "saved", "model"}
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file cannot be made a folder to save into .File exists.: name another"):
+    with pytest.raises(ValueError, match="file cannot be created .File exists.: name another folder"):
         trainer.save_pretrained("file")
 
 

@@ -1,4 +1,4 @@
-"""What becomes of settings, data and processes that are others than when the checkpoint was written."""
+"""What happens when a run resumes with other settings, data or processes than its checkpoint was written with."""
 
 from __future__ import annotations
 
@@ -14,51 +14,48 @@ EXACT = {
         train.run_name train.entity_name train.group_name train.tags train.rollout_logging_dir train.save_best
         train.save_optimizer train.reward_timeout train.gradient_checkpointing model.model_path""".split()
 }
-"""What changes no number. That a model is another one is seen in its weights, that a learning rate hangs on the number
-of steps in its schedule."""
+"""Settings that change no number. (`identity` has the model's weights and the learning-rate schedule.)"""
 
 ADAPTED = {
-    "data": "offline the present pass starts anew on the new data; online the rollouts in hand stay, and prompts are "
-    "drawn from the new ones",
-    "data_processes": "the present pass goes on at its next row, in batches of all processes' rows; random numbers are "
-    "drawn otherwise",
-    "model": "what trained is the checkpoint's; what does not train, and the reference policy, are this model's",
+    "data": "offline the present pass restarts on the new data; online the present rollouts stay, and the next prompts "
+    "are the new ones",
+    "data_processes": "the present pass goes on at its next row, in batches of all processes' rows; random numbers "
+    "differ",
+    "model": "the trained weights are the checkpoint's; the frozen ones, and the reference policy, are this model's",
     "schedule": "the learning rate goes on at the run's step of the new schedule",
-    "config.method": "in use from here on; rollouts in hand keep the advantages that they have",
-    "config.method.chunk_size": "the next collection is drawn so, and differs where its random numbers do",
-    "config.method.gen_kwargs": "in use from here on; PPO drops rollouts in hand of another temperature",
-    "config.method.gen_experience_kwargs": "in use from here on; PPO drops rollouts in hand of another temperature",
-    "config.method.init_kl_coef": "a fixed coefficient has the new value from here on, an adaptive one goes on from "
-    "where it was",
-    "config.method.num_rollouts": "the next collection has so many",
-    "config.method.ppo_epochs": "rollouts in hand are passed over that many times; those that were so already are done",
-    "config.method.ref_std": "in use from the next collection on; null keeps the one that was in use",
+    "config.method": "in use from here on; the present rollouts keep their advantages",
+    "config.method.chunk_size": "in use from the next collection on, whose random numbers may differ",
+    "config.method.gen_kwargs": "in use from here on; PPO drops present rollouts of another temperature",
+    "config.method.gen_experience_kwargs": "in use from here on; PPO drops present rollouts of another temperature",
+    "config.method.init_kl_coef": "a fixed coefficient takes the new value, an adaptive one keeps its present value",
+    "config.method.num_rollouts": "in use from the next collection on",
+    "config.method.ppo_epochs": "the present rollouts get that many passes in all",
+    "config.method.ref_std": "in use from the next collection on; null keeps the present value",
     "config.optimizer": "in use from here on",
     "config.scheduler": "the learning rate goes on at the run's step of the new schedule",
     "config.train.batch_size": "the present pass goes on at its next row, in batches of the new size",
     "config.train.max_grad_norm": "in use from here on",
-    "config.train.minibatch_size": "numbers are the same up to rounding, and masks of dropout are others",
-    "config.train.mixed_precision": "weights stay as they are, what is computed of them is rounded otherwise",
-    "config.train.seed": "rows and prompts come in another order; of the present pass some may come twice, some not at "
-    "all",
+    "config.train.minibatch_size": "numbers are the same up to rounding; dropout masks differ",
+    "config.train.mixed_precision": "weights stay as they are, results are rounded differently",
+    "config.train.seed": "rows and prompts come in another order; in the present pass some may come twice, some never",
 }
-"""What is done about a change, by the name of the setting or by the beginning of it."""
+"""What is done about a change, by the setting's name or the section it is in."""
 
 REFUSED = {
     "backend": "train.trainer is of another backend, which cannot read it",
-    "config.method.name": "the method is another one, which has no use for it",
+    "config.method.name": "it belongs to another method",
 }
-"""What a checkpoint cannot do, and why."""
+"""Changes with which a checkpoint cannot be resumed, and why."""
 
 AVERAGES = {
     **dict.fromkeys(("adam", "adamw", "fused_adam", "distributed_fused_adam"), "adam"),
     **dict.fromkeys(("adam_8bit_bnb", "adamw_8bit_bnb"), "8bit"),
 }
-"""Optimizers that understand each other's running averages."""
+"""Optimizers with one value here can read each other's running averages."""
 
 
 def identity(config: TRLConfig, backend: Backend, data: str) -> dict[str, Any]:
-    """What must be the same for a resumed run to give the same numbers; `data` is a hash of the data."""
+    """What must stay the same so that a resumed run gives the same numbers; `data` is a hash of the data."""
     return {
         "backend": type(backend).__name__,
         "config": config.to_json(),
@@ -70,13 +67,13 @@ def identity(config: TRLConfig, backend: Backend, data: str) -> dict[str, Any]:
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line for each thing that makes numbers differ from those of a run that was never stopped: what, and how.
+    """One line for each change that makes numbers differ from those of a run that never stopped.
 
     Args:
-        saved, now: what identifies a run, see `identity`.
+        saved, now: the `identity` in the checkpoint, and the one of this run.
 
     Raises:
-        ValueError: the checkpoint cannot be resumed so.
+        ValueError: the checkpoint cannot be resumed with such a change.
     """
     before, after = _flat(saved), _flat(now)
     found = []
@@ -98,7 +95,7 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def keeps_averages(saved: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether the optimizer can go on from the running averages of the one that a checkpoint is of."""
+    """Whether the optimizer can continue with the checkpoint's running averages."""
     kinds = [
         (AVERAGES.get(optimizer["name"], optimizer["name"]), bool(optimizer["kwargs"].get("amsgrad")))
         for optimizer in (saved["config"]["optimizer"], now["config"]["optimizer"])
@@ -107,7 +104,7 @@ def keeps_averages(saved: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def _what_is_done(key: str) -> str:
-    """The text for the longest beginning of `key` that has one."""
+    """The text of the setting `key`, or of the innermost section around it that has one."""
     parts = key.split(".")
     names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((ADAPTED[name] for name in names if name in ADAPTED), "numbers will not be the interrupted run's")

@@ -1,19 +1,22 @@
-"""What a run shows on its main process: a bar that moves, or lines now and then in a log file; tables of samples; what
-runs where, at the start; what came of it, at the end."""
+"""What a run prints on its main process: an introduction, a progress bar (in a log file: lines), tables of samples, and
+its results."""
 
 from __future__ import annotations
 
 import sys
 import time
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from trlx import logging
-from trlx.run import Run
+
+if TYPE_CHECKING:
+    from trlx.trainer.base import Trainer
 
 logger = logging.get_logger(__name__)
 
@@ -23,13 +26,13 @@ SHOWN = {
     "loss": ("losses/loss", "loss"),
     "evaluated": ("reward/mean",),
 }
-"""What stands beside the bar, and the statistics it comes from; it stays until there is a new one."""
+"""The numbers beside the bar, and the metrics they come from. The bar keeps showing the last value of each."""
 SECONDS_BETWEEN_LINES = 30.0
-"""How often a run that writes to no terminal says where it is."""
+"""How often a run without a terminal prints its progress."""
 
 
-class Display:
-    """What one process shows of its run; nothing on other processes than the main one."""
+class Display(AbstractContextManager):
+    """What one process prints of its run. Only the main process prints; the end of the block closes the bar."""
 
     def __init__(self, is_main: bool):
         self.is_main = is_main
@@ -38,19 +41,19 @@ class Display:
         self._began = self._last = time.monotonic()
         self._tokens = 0
 
-    def begin(self, trainer: Run) -> None:
-        """Says what runs where; called on every process. From here on there is a bar."""
+    def begin(self, trainer: Trainer) -> None:
+        """Prints what runs where, and opens the bar. Called on every process."""
         introduction = _introduction(trainer)
         self._began = self._last = time.monotonic()
         if self.is_main:
             logger.info(introduction)
         if self.is_main and logging.is_progress_bar_enabled():
-            # a notebook is no terminal, but shows a bar as one does
+            # a notebook shows a bar as a terminal does
             kind = _Bar if sys.stderr.isatty() or "ipykernel" in sys.modules else _Lines
             self._progress = kind(trainer.schedule.step, trainer.total_steps)
 
     def tokens_per_second(self, tokens: int) -> float:
-        """Takes the tokens of one step; returns them by the seconds since the step before ended."""
+        """The `tokens` of one step, divided by the seconds since the last call."""
         before, self._last = self._last, time.monotonic()
         self._tokens += tokens
         return tokens / max(self._last - before, 1e-9)
@@ -61,32 +64,27 @@ class Display:
         self._progress.step(self._beside())
 
     def working(self, text: str) -> None:
-        """Says what is done between two steps, and how far it is: "sampling 32/128"."""
+        """Shows what is done between two steps, for example "sampling 32/128"."""
         self._progress.working(text)
 
     def evaluation(self, step: int, metrics: dict[str, float], columns: list[str], rows: list[list[Any]]) -> None:
         """Prints the means of an evaluation and its first samples."""
         self._take(metrics)
         self._progress.show(self._beside())
+        means = [f"{name} {value:.4g}" for name, value in metrics.items() if not name.startswith("time/")]
+        title = f"Evaluation at step {step}"
         if self.is_main:
-            print_samples(_title(step, metrics), columns, rows)
+            print_samples(f"{title}: {', '.join(means)}" if means else title, columns, rows)
 
-    def end(self, trainer: Run) -> None:
-        """Says what came of a run that is at its end."""
-        self.close()
+    def end(self, trainer: Trainer) -> None:
+        """Closes the bar and prints the results of a finished run."""
+        self.__exit__()
         if self.is_main:
             logger.info(_conclusion(trainer, time.monotonic() - self._began))
 
-    def close(self) -> None:
-        """Ends the bar; tables are printed still."""
+    def __exit__(self, *_: Any) -> None:
         self._progress.close()
         self._progress = _Nothing()
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
     def _beside(self) -> str:
         shown = [f"{name} {self._shown[name]:.3g}" for name in SHOWN if name in self._shown]
@@ -98,19 +96,17 @@ class Display:
 
 
 class _Nothing:
-    """Progress that nobody asked for."""
-
-    def step(self, shown: str) -> None: ...
-
-    def show(self, shown: str) -> None: ...
+    """Shows no progress."""
 
     def working(self, text: str) -> None: ...
+
+    step = show = working
 
     def close(self) -> None: ...
 
 
 class _Bar(_Nothing):
-    """A bar at the bottom of a terminal; without a `total` a count."""
+    """A bar at the bottom of a terminal; without a `total`, a counter."""
 
     def __init__(self, step: int, total: int | None):
         shape = "{desc}{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # all in 100 columns
@@ -132,7 +128,7 @@ class _Bar(_Nothing):
 
 
 class _Lines(_Nothing):
-    """A line now and then, for files: the first step, the last one, and some between."""
+    """Lines for a log file: for the first step, for the last one, and every 30 seconds."""
 
     def __init__(self, step: int, total: int | None):
         self.steps, self.total, self.resumed_at = step, total, step
@@ -141,7 +137,11 @@ class _Lines(_Nothing):
 
     def step(self, shown: str) -> None:
         self.steps += 1
-        self.waiting = f"{_place(self.steps, self.total)}: {shown}{self._left()}"
+        left = ""
+        if self.total is not None:
+            seconds = (time.monotonic() - self.began) / (self.steps - self.resumed_at)
+            left = f", {_duration(seconds * (self.total - self.steps))} left"
+        self.waiting = f"{_place(self.steps, self.total)}: {shown}{left}"
         if self.steps == self.resumed_at + 1 or self._is_due():
             self._say(self.waiting)
 
@@ -153,12 +153,6 @@ class _Lines(_Nothing):
         if self.waiting is not None:
             self._say(self.waiting)
 
-    def _left(self) -> str:
-        if self.total is None:
-            return ""
-        seconds = (time.monotonic() - self.began) / (self.steps - self.resumed_at)
-        return f", {_duration(seconds * (self.total - self.steps))} left"
-
     def _is_due(self) -> bool:
         return time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES
 
@@ -168,9 +162,9 @@ class _Lines(_Nothing):
 
 
 def print_samples(title: str, columns: list[str], rows: list[list[Any]], max_rows: int = 3) -> None:
-    """Prints the first rows as a table, long cells shortened: folded to fit a terminal, one line a row in a file.
+    """Prints the first `max_rows` rows as a table, above the bar, on the main process only.
 
-    On the main process only, above the bar where there is one.
+    A terminal gets folded cells of at most 240 characters, a file one line per row and at most 100 characters per cell.
     """
     if not logging.is_main_process():
         return
@@ -184,16 +178,11 @@ def print_samples(title: str, columns: list[str], rows: list[list[Any]], max_row
         console = Console(width=10_000)  # nothing is folded
     table = Table(*columns, show_lines=not is_file)
     for row in rows[:max_rows]:
-        # as Text, since square brackets in a string would be read as markup
+        # rich would read square brackets in a plain string as markup
         table.add_row(*(Text(_cell(value, is_file), overflow="fold") for value in row))
     with tqdm.external_write_mode():
         console.print(Text(title, style="bold"))
         console.print(table)
-
-
-def _title(step: int, metrics: dict[str, float]) -> str:
-    means = [f"{name} {value:.4g}" for name, value in metrics.items() if not name.startswith("time/")]
-    return f"Evaluation at step {step}: {', '.join(means)}" if means else f"Evaluation at step {step}"
 
 
 def _cell(value: Any, is_file: bool) -> str:
@@ -202,8 +191,8 @@ def _cell(value: Any, is_file: bool) -> str:
     return text if len(text) <= width else f"{text[:width]}…"
 
 
-def _introduction(trainer: Run) -> str:
-    """Called on every process, since parameters are counted together."""
+def _introduction(trainer: Trainer) -> str:
+    """Called on every process, because all count their parameters together."""
     backend, config = trainer.backend, trainer.config
     trained, frozen = backend.parameter_counts()
     model = config.model.model_path
@@ -220,12 +209,12 @@ def _introduction(trainer: Run) -> str:
     )
 
 
-def _conclusion(trainer: Run, seconds: float) -> str:
+def _conclusion(trainer: Trainer, seconds: float) -> str:
     folder = Path(trainer.config.train.checkpoint_dir)
     lines = {}
     if trainer.best_reward is not None:
         of = "" if trainer.best_step is None else f" at step {trainer.best_step}"
-        best = folder / "best_checkpoint" / "hf_model"  # not there where the run goes on from another folder
+        best = folder / "best_checkpoint" / "hf_model"  # absent if the run resumed from another folder
         where = f": {best}" if trainer.config.train.save_best and best.is_dir() else ""
         lines["best"] = f"reward {trainer.best_reward:.4g}{of}{where}"
     if trainer.saved is not None:

@@ -1,33 +1,35 @@
-"""When a run ends early: what is saved, what its last lines say, and whose frames the traceback shows."""
+"""When a run ends early: what it saves, what its last lines say, and which frames the traceback shows."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from trlx import checkpoint, logging
 from trlx.backends.distress import Interrupted, is_shared, report, shared, watching
-from trlx.run import Run
 from trlx.tracebacks import short_errors
+
+if TYPE_CHECKING:
+    from trlx.trainer.base import Trainer
 
 logger = logging.get_logger(__name__)
 
 EXIT_REQUEUE = 75
-"""Exit code after a save on request (EX_TEMPFAIL of sysexits.h): start again to go on."""
+"""Exit code after a signal made the run save and stop (EX_TEMPFAIL of sysexits.h): start it again to go on."""
 
 F = TypeVar("F", bound=Callable)
 
 
 @contextmanager
-def rescuing(trainer: Run) -> Iterator[None]:
-    """Saves what was trained when the block ends early, where that is possible, and says how to go on.
+def rescuing(trainer: Trainer) -> Iterator[None]:
+    """If the block ends early, saves a checkpoint where that is possible, and says how to go on.
 
     Raises:
         SystemExit: with code 75, after SIGTERM or SIGUSR1.
         KeyboardInterrupt: after Ctrl-C.
-        BaseException: any other error of the block as it is, with a note.
+        BaseException: any other error of the block, with a note.
     """
     first_step = trainer.schedule.step
     try:
@@ -40,15 +42,15 @@ def rescuing(trainer: Run) -> Iterator[None]:
         raise shared(SystemExit(EXIT_REQUEUE)) from None
     except BaseException as error:
         told = _save(trainer, error, first_step)
-        if isinstance(error, SystemExit):  # Python ends without a word of it
+        if isinstance(error, SystemExit):  # Python prints nothing about it
             logger.warning(f"sys.exit({error.code!r}) was called at step {trainer.schedule.step}. {told}")
         report(_noted(error, told))
         raise
 
 
 def for_users(fn: F) -> F:
-    """A function that users call: its errors reach all processes of the job, and those that are meant for the user come
-    without frames of this package, see `trlx.tracebacks`."""
+    """Decorates a function that users call: all processes of the job hear of its errors, and errors about what the user
+    wrote show no frames of this package, see `trlx.tracebacks`."""
 
     @short_errors
     @functools.wraps(fn)
@@ -59,8 +61,8 @@ def for_users(fn: F) -> F:
     return called
 
 
-def _save(trainer: Run, error: BaseException, first_step: int) -> str:
-    """Writes a checkpoint where there is something to save and all processes can. Says what there is to go on from."""
+def _save(trainer: Trainer, error: BaseException, first_step: int) -> str:
+    """Saves a checkpoint if there are new steps and all processes can save. Returns a sentence on how to go on."""
     step = trainer.schedule.step
     if step == first_step or (trainer.saved is not None and trainer.saved[1] == step):
         return _how_to_go_on(trainer)
@@ -75,24 +77,24 @@ def _save(trainer: Run, error: BaseException, first_step: int) -> str:
     else:
         try:
             trainer.save()
-        except Exception as failure:  # on one process, while the others wait for it
+        except Exception as failure:  # this process tells the others, which wait for it
             report(_noted(failure, f"Step {step} is not saved. {_how_to_go_on(trainer)}"))
             raise
         return _how_to_go_on(trainer)
     return f"Step {step} is not saved: {why}. {_how_to_go_on(trainer)}"
 
 
-def _passed_over(trainer: Run) -> str:
-    """Takes back the last checkpoint if since then no step has changed the weights, which are those of no use."""
+def _passed_over(trainer: Trainer) -> str:
+    """If no step since the last checkpoint changed the weights, sets ``trainer.saved`` to the checkpoint before it."""
     if trainer.saved is None or trainer.saved[1] < trainer.schedule.step - trainer.skipped.in_a_row:
         return ""
-    folder = trainer.saved[0]
-    older = [path for path in checkpoint.checkpoints(folder.parent) if path.name < folder.name]
-    trainer.saved = (older[-1], checkpoint.step_of(older[-1])) if older else None
+    folder, last = trainer.saved
+    steps = [(path, checkpoint.step_of(path)) for path in checkpoint.checkpoints(folder.parent)]
+    trainer.saved = next(((path, step) for path, step in reversed(steps) if step < last), None)
     return f", nor are those of {folder}, which are the same"
 
 
-def _how_to_go_on(trainer: Run) -> str:
+def _how_to_go_on(trainer: Trainer) -> str:
     if trainer.saved is None:
         return "There is no checkpoint yet"
     folder, step = trainer.saved

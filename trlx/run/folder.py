@@ -1,6 +1,6 @@
-"""The folder that a run writes into: what it goes on from, what it moves out of the way, what it deletes.
+"""The folder that a run writes into: which checkpoint it resumes, what it moves away, what it deletes.
 
-While a run writes into a folder no other one can, and what an earlier run left there is never written over.
+Only one run at a time can write into a folder, and it never overwrites the files of an earlier run.
 """
 
 from __future__ import annotations
@@ -10,38 +10,41 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from trlx import checkpoint, logging
 from trlx.config import TrainConfig
-from trlx.run import Run
 from trlx.tracking import RUN_FILES, set_aside
+
+if TYPE_CHECKING:
+    from trlx.trainer.base import Trainer
 
 logger = logging.get_logger(__name__)
 
 LOCK_FILE = ".lock"
 BEST = "best_checkpoint"
-MANY_STEPS = 999_999
-"""Taken for the last step where nobody knows it."""
 
 _held: set[IO] = set()
+"""Lock files that this process has open."""
+# A lock lives as long as any process has its file open. A child that outlives the run must not keep the lock.
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 @contextmanager
-def opened(trainer: Run) -> Iterator[bool]:
-    """Locks ``train.checkpoint_dir`` while the block runs, and puts `trainer` where it is to go on from.
+def opened(trainer: Trainer) -> Iterator[bool]:
+    """Locks ``train.checkpoint_dir`` while the block runs, and loads the checkpoint to resume from into `trainer`.
 
-    What else an earlier run has left there moves to ``earlier.<number>`` in it. Called on every process.
+    Files of another run in that folder move to its subfolder ``earlier.<number>``. Called on every process.
 
     Yields:
-        Whether the run goes on, from a checkpoint or from where an earlier call of ``learn`` ended.
+        Whether the run continues: from a checkpoint, or from an earlier call of ``learn``.
 
     Raises:
         RuntimeError: another process writes into the folder.
-        ValueError: a folder cannot be written into, ``train.resume_from_checkpoint`` holds no checkpoint, or the model
-            that the run starts from lies among what would be moved.
+        ValueError: a folder is not writable, ``train.resume_from_checkpoint`` holds no checkpoint, or the run's first
+            model is among the files that would move.
     """
     folder = Path(trainer.config.train.checkpoint_dir)
     with ExitStack() as stack:
@@ -62,31 +65,30 @@ def opened(trainer: Run) -> Iterator[bool]:
 
 
 def place(train: TrainConfig, step: int, last_step: int | None) -> Path:
-    """The folder of a step's checkpoint; as many digits as the last step has put folders in order."""
-    last = last_step or MANY_STEPS if train.total_steps is None else train.total_steps
+    """The folder of a step's checkpoint. All steps have as many digits as the last one, so names sort by step."""
+    last = train.total_steps if train.total_steps is not None else last_step or 999_999
     return Path(train.checkpoint_dir) / f"checkpoint_{step:0{len(str(last))}d}"
 
 
 def rotate(written: Path, train: TrainConfig, is_main: bool = True) -> None:
-    """Deletes the oldest checkpoints, as ``train.keep_checkpoints`` says, now that the one at `written` is whole.
+    """Deletes all but the newest ``train.keep_checkpoints`` checkpoints, after the one at `written` is complete.
 
-    The one that ``train.resume_from_checkpoint`` names stays, so that the run can be started again as it was.
+    Keeps the one that ``train.resume_from_checkpoint`` names, so that the same command can start the run again.
     """
     keep, spared = train.keep_checkpoints, {written.resolve(), Path(train.resume_from_checkpoint or written).resolve()}
     for path in checkpoint.checkpoints(written.parent)[:-keep] if keep and is_main else []:
-        if path.resolve() in spared:
-            continue
         try:
-            checkpoint.remove(path)
+            if path.resolve() not in spared:
+                checkpoint.remove(path)
         except OSError as error:
             logger.warning(f"{path}, which train.keep_checkpoints does not keep, could not be deleted: {error}")
 
 
 def check_folders(train: TrainConfig) -> None:
-    """Makes sure that a run can write into its folders, and that no other one does.
+    """Checks that a run can write into its folders and that no other run does.
 
     Raises:
-        ValueError: one of them is a file, or not writable.
+        ValueError: a folder is a file, or not writable.
         RuntimeError: another process writes into ``train.checkpoint_dir``.
     """
     for name in ("checkpoint_dir", "logging_dir", "rollout_logging_dir"):
@@ -97,12 +99,12 @@ def check_folders(train: TrainConfig) -> None:
             raise ValueError(f"train.{name} is {folder}, but {there} {problem}: name another folder")
     folder = Path(train.checkpoint_dir)
     if (folder / LOCK_FILE).exists():
-        with locked(folder, fcntl.LOCK_SH):  # which all processes of a job may have at once
+        with locked(folder, fcntl.LOCK_SH):  # all processes of one job check at once, so the lock is a shared one
             pass
 
 
 def _claim(train: TrainConfig, stack: ExitStack) -> Path | None:
-    """Locks the folder until `stack` is closed, clears what kills left in it, and finds what to go on from."""
+    """Locks the folder until `stack` closes, deletes what killed runs left half done, finds what to resume."""
     check_folders(train)
     folder = Path(train.checkpoint_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,10 +115,10 @@ def _claim(train: TrainConfig, stack: ExitStack) -> Path | None:
 
 @contextmanager
 def locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """While the block runs no other process enters it for the same folder. The system ends it when this one dies.
+    """Holds the folder's lock while the block runs. The system releases it if this process dies.
 
     Raises:
-        RuntimeError: another process is in it.
+        RuntimeError: another process holds it.
     """
     with open(folder / LOCK_FILE, "a+") as file:
         try:
@@ -128,7 +130,7 @@ def locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
                 f"train.checkpoint_dir to another folder (if its machine is lost, delete {folder / LOCK_FILE})"
             ) from None
         except OSError as error:
-            logger.warning(f"{folder} cannot be locked ({error}): see to it that no other run writes into it")
+            logger.warning(f"{folder} cannot be locked ({error}): make sure that no other run writes into it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -137,15 +139,13 @@ def locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
             yield
         finally:
             _held.discard(file)
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def to_resume(wanted: str | None, folder: Path) -> Path | None:
-    """The checkpoint that ``train.resume_from_checkpoint`` asks a run in `folder` to go on from; None: start afresh.
+    """The checkpoint that ``train.resume_from_checkpoint`` names for a run in `folder`; None: start afresh.
 
     Raises:
-        ValueError: it names something else than a checkpoint or a folder of checkpoints.
+        ValueError: it names something that is neither a checkpoint nor a folder of checkpoints.
     """
     if wanted is None:
         return None
@@ -165,15 +165,15 @@ def to_resume(wanted: str | None, folder: Path) -> Path | None:
     return None
 
 
-def _make_room(folder: Path, trainer: Run) -> float | None:
-    """Moves away what another run left in the folder, or this one after the step from which it goes on.
+def _make_room(folder: Path, trainer: Trainer) -> float | None:
+    """Moves away the files of another run, or this run's checkpoints of later steps than the one it resumes.
 
     Returns the reward of the best checkpoint that stays.
     """
     own = trainer.run_folder == folder.resolve()
-    others = _later(folder, trainer.schedule.step) if own else _of_a_run(folder)
-    _check_model(trainer, folder, others)
-    aside = set_aside(folder, others)
+    names = _later(folder, trainer.schedule.step) if own else _of_a_run(folder)
+    _check_model(trainer, folder, names)
+    aside = set_aside(folder, names)
     if aside is not None:
         whose = f"Checkpoints of later steps than {trainer.schedule.step}" if own else "What an earlier run left"
         found = checkpoint.newest(aside) or checkpoint.find(aside / BEST)
@@ -184,27 +184,23 @@ def _make_room(folder: Path, trainer: Run) -> float | None:
 
 
 def _later(folder: Path, step: int) -> list[str]:
-    """The checkpoints of later steps; with them the best one if it is of a later step as well."""
-    later = [path for path in checkpoint.checkpoints(folder) if _step(path) > step]
+    """The checkpoints of later steps, and the best one if it is of a later step as well."""
+    later = [path for path in checkpoint.checkpoints(folder) if checkpoint.step_of(path) > step]
     best = checkpoint.find(folder / BEST)
-    # without them it was written after the newest checkpoint, which is where this run goes on: it is its own best
-    if later and best and _step(best) > step:
+    # without later checkpoints, this very run wrote it after the checkpoint that it resumes
+    if later and best and checkpoint.step_of(best) > step:
         later.append(best)
     return [path.name for path in later]
 
 
-def _step(path: Path) -> int:
-    return checkpoint.step_of(path)
-
-
 def _of_a_run(folder: Path) -> list[str]:
-    """Everything there that a run would write under the same name."""
+    """All names in `folder` that a run would write."""
     names = [path.name for path in folder.iterdir() if re.fullmatch(r"checkpoint_\d+", path.name)]
     return [*names, BEST, *RUN_FILES]
 
 
-def _check_model(trainer: Run, folder: Path, names: list[str]) -> None:
-    """Raises if the model that the run started from, and would start from again when resumed, is about to move."""
+def _check_model(trainer: Trainer, folder: Path, names: list[str]) -> None:
+    """Raises ValueError if the model that the run started from would move: a resumed run loads it again."""
     source = trainer.backend.source(trainer.config.model, trainer.config.train)
     if not isinstance(source, (str, Path)) or not Path(source).exists():
         return
@@ -215,12 +211,3 @@ def _check_model(trainer: Run, folder: Path, names: list[str]) -> None:
             f"The model that this run starts from, {source}, lies in train.checkpoint_dir among what an earlier run "
             f"left there: set train.checkpoint_dir to another folder than {folder}"
         )
-
-
-def _let_go() -> None:
-    # a lock belongs to every process that has the file open: one that outlives the run must not hold it
-    for file in _held:
-        file.close()
-
-
-os.register_at_fork(after_in_child=_let_go)

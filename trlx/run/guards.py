@@ -1,4 +1,4 @@
-"""What may end a run early: a signal, gradients that stay broken, a policy that is not its reference at the start."""
+"""What may end a run early: a signal, gradients that are not finite, a policy that differs from its reference."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from trlx.sampling.settings import DIVERGED
 logger = logging.get_logger(__name__)
 
 FIRST_RATIO_TOLERANCE = 1e-3
-"""How far the first ratio may be from 1 without a word; float32 stays within 1e-5."""
+"""How far the first ratio may be from 1 without a warning; float32 stays within 1e-5."""
 REAL_DIFFERENCE = 1e-3
-"""Nats per token that are no rounding in float32."""
+"""Nats per token; rounding errors in float32 are smaller."""
 MOST_SKIPPED_IN_A_ROW = 25
 """Steps with non-finite gradients after which a run gives up; fp16 needs a few to find its loss scale."""
 
 
 class Interrupts:
-    """While the block runs, SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) only set ``received``, on every process of the job;
-    afterwards the old handlers are back. A second Ctrl-C raises KeyboardInterrupt at once.
+    """While the block runs, SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) only set ``received``, on every process of the job.
+    A second Ctrl-C raises KeyboardInterrupt at once.
 
     SLURM sends SIGTERM or SIGUSR1 before it takes a machine away.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     present: Interrupts | None = None
-    """That of the run in progress."""
+    """The instance of the run in progress."""
 
     def __init__(self):
         self.received: str | None = None
         self.at_once = False
-        """Whether a signal raises `Interrupted` where it finds the main thread."""
+        """Whether a signal raises `Interrupted` in the main thread."""
         self._elsewhere: str | None = None
         self._presses = 0
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Interrupts:
-        # Python lets only the main thread handle signals; in any other the run simply cannot be asked to save
+        # Python handles signals in the main thread only; a run in another thread ignores them
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                # a shell ignores Ctrl-C for what it starts in the background; that stays so
+                # a shell makes its background jobs ignore Ctrl-C; keep that
                 if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._receive)
             distress.listen(self.SIGNALS, self._receive_elsewhere)
@@ -61,7 +61,7 @@ class Interrupts:
     def __exit__(self, *exc_info) -> None:
         Interrupts.present = None
         distress.stop_listening()
-        time.sleep(0)  # a signal that `_receive_elsewhere` sent last arrives here, while it is still handled
+        time.sleep(0)  # a last signal of `_receive_elsewhere` arrives here, while its handler is still set
         for number, handler in self._previous.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
@@ -71,27 +71,24 @@ class Interrupts:
             raise KeyboardInterrupt
         self.received = self.received or self._elsewhere or signal.Signals(number).name
         if number == signal.SIGINT and logging.is_main_process():
-            with suppress(RuntimeError):  # the signal came in the middle of another print
+            with suppress(RuntimeError):  # the signal interrupted another print
                 print("\nCtrl-C: saving as soon as possible; once more stops at once", file=sys.stderr, flush=True)
         if self.at_once:
             raise Interrupted(self.received)
 
     def _receive_elsewhere(self, number: int) -> None:
-        """Called in another thread when any process got a signal: lets the main thread know of it."""
+        """Called in another thread when any process got a signal. Passes it to the main thread."""
         if self.received is None and self._elsewhere is None:
             self._elsewhere = signal.Signals(number).name
-            # a real signal, because only that ends what the main thread may be waiting in
+            # only a real signal interrupts a system call in which the main thread waits
             signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """In this block a signal raises `Interrupted` at once, also one that came before. For waits without a known end, in
-    functions of `on_main` and `on_each_rank`: on other processes they raise it, too."""
-    interrupts = Interrupts.present
-    if interrupts is None:
-        yield
-        return
+    """In this block a signal, even an earlier one, raises `Interrupted` at once. For long waits inside `on_main` and
+    `on_each_rank`, which then raise it on every process."""
+    interrupts = Interrupts.present or Interrupts()  # without a run, one that receives nothing
     interrupts.at_once = True
     try:
         if interrupts.received is not None:
@@ -102,10 +99,10 @@ def interruptible() -> Iterator[None]:
 
 
 def leave_if_asked(backend: Backend) -> None:
-    """To be called on every process where the run can be resumed from, or go back to where it can.
+    """Ends the run if a signal asked for it. Call it on every process, where a checkpoint can be saved.
 
     Raises:
-        Interrupted: on every process, when any got a signal.
+        Interrupted: on every process, if any got a signal.
     """
     if Interrupts.present is None:
         return
@@ -117,17 +114,17 @@ def leave_if_asked(backend: Backend) -> None:
 
 
 class SkippedSteps:
-    """Counts the steps that changed nothing because gradients were not finite, and ends a run that makes no others."""
+    """Counts the steps that changed nothing because gradients were not finite."""
 
     def __init__(self):
         self.total = 0
         self.in_a_row = 0
 
     def count(self, metrics: dict[str, float], step: int) -> None:
-        """Takes one step's ``skipped_steps`` (0 or 1) and puts the run's total in its place.
+        """Counts one step by its ``skipped_steps`` (0 or 1), which it replaces by the run's total.
 
         Raises:
-            FloatingPointError: too many steps in a row were skipped.
+            FloatingPointError: `MOST_SKIPPED_IN_A_ROW` steps in a row were skipped.
         """
         skipped = bool(metrics["skipped_steps"])
         self.total += skipped
@@ -144,19 +141,19 @@ class SkippedSteps:
 
 
 def check_first_kl(per_token: float, precision: torch.dtype) -> None:
-    """Before any update policy and reference are one, so their KL is 0, up to rounding: most often exactly.
+    """Before the first update policy and reference are equal, so their KL is 0 up to rounding.
 
-    Kernels whose sums depend on the shape of a batch give a token two log-probabilities. Where these are d apart, k3 is
-    d² / 2. Rounding explains a d of 16 eps of the precision, as far apart as logits of 16 to 32 are, and of 128 eps of
-    float32, in which thousands of terms are added up. What is above that is warned of; what is 4 times above, and above
-    `REAL_DIFFERENCE`, ends the run.
+    The sums in some kernels depend on the shape of the batch, so two passes give a token two log-probabilities. If
+    these differ by d, k3 is d² / 2. Rounding explains d = 16 eps of `precision` (logits are about 16 to 32), and
+    d = 128 eps of float32 (sums have thousands of terms). A larger KL gets a warning. A KL more than 4 times as large,
+    and above `REAL_DIFFERENCE`, ends the run.
 
     Args:
         per_token: mean KL over response tokens (k3; nats).
-        precision: that log-probabilities are computed in.
+        precision: the dtype in which log-probabilities are computed.
 
     Raises:
-        RuntimeError: policy and reference are two.
+        RuntimeError: policy and reference differ.
     """
     rounding = max(16 * torch.finfo(precision).eps, 128 * torch.finfo(torch.float32).eps) ** 2 / 2
     if per_token <= rounding:
@@ -169,23 +166,26 @@ def check_first_kl(per_token: float, precision: torch.dtype) -> None:
         )
         return
     raise RuntimeError(
-        f"{found} instead of 0: this model has two answers to one input (random routing, or a buffer that changes in "
-        "forward), so PPO would train on noise"
+        f"{found} instead of 0: this model gives two outputs for one input (random routing, or a buffer that changes "
+        "in forward), so PPO would train on noise"
     )
 
 
 def check_first_ratio(deviation: float) -> None:
-    """On the first minibatch the probability ratio is 1; warns where it is up to `deviation` away and that is more than
-    rounding."""
+    """Warns if the probability ratio of the first minibatch, which should be 1, is further away than rounding explains.
+
+    Args:
+        deviation: the largest |ratio - 1|.
+    """
     if deviation > FIRST_RATIO_TOLERANCE:
         logger.warning(
-            f"On the first minibatch the probability ratio is up to {deviation:.3g} away from 1: the policy that is "
-            "trained is not quite the one that sampled (low precision, or a module that is another in training)"
+            f"On the first minibatch the probability ratio is up to {deviation:.3g} away from 1: training computes "
+            "other log-probabilities than sampling did (low precision, or a module that differs in train mode)"
         )
 
 
 def check_weights(backend: Backend, batch: TokenBatch) -> None:
-    """Keeps a model that has diverged from taking the place of a checkpoint that can be used. Called on every process.
+    """Refuses to save a model that has diverged. Called on every process.
 
     Raises:
         FloatingPointError: log-probabilities of `batch` are not finite.
