@@ -225,7 +225,7 @@ def told_of_merging(folder):
     os.environ.update(launched(3))
     model = {**NO_DROPOUT, "peft_config": {"peft_type": "LORA", "r": 4}}
     trainer = run("SFT", folder, model=model, train={"total_steps": 1})
-    with pytest.raises(ValueError, match="cannot be merged while weights are in parts"):
+    with pytest.raises(ValueError, match="cannot be merged while weights are sharded"):
         trainer.save_pretrained(folder / "merged", merge=True)
 
 

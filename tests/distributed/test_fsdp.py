@@ -1,4 +1,4 @@
-"""FSDP2: weights in parts on two processes give what one process gives, and the same files."""
+"""FSDP2: sharded weights on two processes give what one process gives, and the same files."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,7 @@ def launched(name):
 
 
 def sharded(fn, *args, launch="fsdp2", **changes):
-    """A run whose weights are in parts between any two steps."""
+    """A run whose weights are sharded between any two steps."""
     os.environ.update(launched(launch))
     trainer = fn(*args, **changes)
     weights = list(trainer.backend.policy.parameters())
@@ -41,7 +41,7 @@ def sharded(fn, *args, launch="fsdp2", **changes):
 
 
 def both(folder, fn, *args, method=None, train=None, launch="fsdp2", **changes):
-    """The same run on one process and, with weights in parts, on two."""
+    """The same run on one process and, with sharded weights, on two."""
     changes = {"optimizer": CALM, **changes}
     method, train = method or {}, train or {}
     of_all = {"chunk_size": 8} if args[-1] == "PPO" else {}
@@ -195,7 +195,7 @@ def told_of_merging(folder):
     os.environ.update(launched("fsdp2"))
     model = {**NO_DROPOUT, "peft_config": {"peft_type": "LORA", "r": 4}}
     trainer = run("SFT", folder, model=model, train={"total_steps": 1})
-    with pytest.raises(ValueError, match="cannot be merged while weights are in parts"):
+    with pytest.raises(ValueError, match="cannot be merged while weights are sharded"):
         trainer.save_pretrained(folder / "merged", merge=True)
 
 

@@ -93,7 +93,7 @@ class AccelerateBackend(Backend):
         self.initial_digest = digest(self.policy)
         self.row_format = self.policy.architecture.row_format(tokenizer)
         prepared = self.sharding.prepare(self.policy, partial(make_optimizer, optimizer))
-        with self.sharding.parts():
+        with self.sharding.sharded():
             self.reference = _make_reference(self.policy, self.sharding.exchange) if needs.reference else None
         with self.sharding.unsharded():
             self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
@@ -213,7 +213,7 @@ class AccelerateBackend(Backend):
             raise ValueError(f"{folder} holds other trained weights than this config asks for, e.g. {', '.join(odd)}")
         for name, weight in trained.items():
             with torch.no_grad(), self.sharding.writing([weight]):
-                weight.copy_(self.sharding.part(saved[name], weight))
+                weight.copy_(self.sharding.shard(saved[name], weight))
         if optimizer and (folder / OPTIMIZER_FILE).is_file():
             self.sharding.load_optimizer_state(read_optimizer(folder / OPTIMIZER_FILE))
         else:
@@ -230,7 +230,7 @@ class AccelerateBackend(Backend):
     def export_merged(self, folder: Path) -> None:
         if not self.sharding.can_merge:
             raise ValueError(
-                "An adapter cannot be merged while weights are in parts (FSDP, DeepSpeed): save it without "
+                "An adapter cannot be merged while weights are sharded (FSDP, DeepSpeed): save it without "
                 "merge=True, and merge what is saved in one process"
             )
         self._export(folder, merge=True)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 (arXiv:1910.02054): optimizer state and gradients in parts, or weights as well."""
+"""DeepSpeed's ZeRO-2 and ZeRO-3 (arXiv:1910.02054): sharded optimizer state and gradients; in ZeRO-3 also weights."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ from trlx.models.policy import Policy
 from trlx.optional import require
 
 ASKED = "ACCELERATE_USE_DEEPSPEED"
-"""How ``accelerate launch`` tells its processes that they were launched for DeepSpeed."""
-
+"""``accelerate launch`` sets this variable to launch processes for DeepSpeed."""
 ELEMENTWISE = ("torch.optim.", "apex.optimizers.")
-"""Where the optimizers are from that may be given any piece of a vector of weights."""
+"""Modules whose optimizers update each number of a weight by itself, so they can update a shard."""
 SHARED = "step"
-"""What an optimizer counts for all weights alike."""
+"""The entry of an optimizer's state that is the same for all weights."""
 
 
 def wants_deepspeed() -> bool:
     """Whether the processes were launched for DeepSpeed.
 
     Raises:
-        ImportError: they were, and it is not installed.
+        ImportError: DeepSpeed is not installed, but they were.
     """
     wanted = parse_flag_from_env(ASKED)
     if wanted:
@@ -45,10 +44,10 @@ def wants_deepspeed() -> bool:
 
 @contextmanager
 def unseen_by_accelerate() -> Iterator[None]:
-    """Inside the block Accelerate finds no word of DeepSpeed, and prepares for plain data-parallel processes.
+    """Inside the block Accelerate does not see that DeepSpeed is wanted, and prepares plain data-parallel processes.
 
-    Its own way with DeepSpeed makes an optimizer step of every microbatch, rounds all weights to bfloat16, the heads
-    included, and does not exist on CPUs.
+    Accelerate's own DeepSpeed support makes an optimizer step for every microbatch, rounds all weights and heads to
+    bfloat16, and does not run on CPUs.
     """
     asked = os.environ.pop(ASKED, None)
     try:
@@ -59,10 +58,10 @@ def unseen_by_accelerate() -> Iterator[None]:
 
 
 def zero_for(accelerator: Accelerator, max_grad_norm: float) -> Zero2:
-    """The stage of ZeRO that accelerate is configured for.
+    """The stage of ZeRO in accelerate's configuration.
 
     Raises:
-        ValueError: accelerate is configured for what is not supported.
+        ValueError: the configuration is not supported.
     """
     plugin = DeepSpeedPlugin()
     refused = {
@@ -83,10 +82,10 @@ def zero_for(accelerator: Accelerator, max_grad_norm: float) -> Zero2:
 
 
 class Zero2(Replicated):
-    """Every process has all weights, and a part of the gradients and of the optimizer state (ZeRO-2).
+    """Every process holds all weights, and shards of the gradients and the optimizer state (ZeRO-2).
 
-    The engine clips and applies gradients, and skips a step whose gradients are not finite. Under mixed precision it
-    is torch that rounds, operation by operation, as under DDP: all that DeepSpeed knows is float32.
+    DeepSpeed's engine clips and applies gradients, and skips a step whose gradients are not finite. With bf16,
+    torch.autocast rounds as under DDP; the engine itself runs in float32.
     """
 
     stage = 2
@@ -95,7 +94,7 @@ class Zero2(Replicated):
     def prepare(self, policy: Policy, make_optimizer: MakeOptimizer) -> Optimizer:
         _check_dtypes(policy)
         self.policy, self.parameters = policy.to(self.accelerator.device), trainable(policy)
-        # autocast keeps what it has rounded for the next use, which would be all weights, and whole
+        # autocast caches the weights it rounds; under ZeRO-3 that would keep all of them gathered
         autocast = self.accelerator.autocast(AutocastKwargs(cache_enabled=self.stage == 2))
         policy.forward = autocast(policy.forward)
         optimizer = make_optimizer(self.parameters)
@@ -107,7 +106,7 @@ class Zero2(Replicated):
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=_Tuples(policy), optimizer=optimizer, config=self._config()
         )
-        self.wrapped = _Scores(self.engine)
+        self.wrapped = _Outputs(self.engine)
         return optimizer
 
     @contextmanager
@@ -130,17 +129,20 @@ class Zero2(Replicated):
         weights = list(weights)
         yield
         for weight in weights:
-            if weight.requires_grad:  # the optimizer updates a copy of its own
+            if weight.requires_grad:  # the optimizer has a float32 copy of it
                 safe_set_full_fp32_param(weight, weight.detach())
 
     @contextmanager
     def on_main(self) -> Iterator[None]:
-        # what writes an adapter also calls it, which must not ask for other processes
+        # saving an adapter also runs it, on this process alone
         with self.unsharded(), whole_on_main(self.policy, self._copy_on_main):
             yield
 
-    def for_file(self, tensor: Tensor) -> Tensor:
-        return self._copy_on_main(tensor)
+    def _copy_on_main(self, tensor: Tensor) -> Tensor:
+        # a copy, because a weight is a slice of one long vector of all of them
+        return tensor.detach().cpu().clone() if self.accelerator.is_main_process else tensor.new_empty(0)
+
+    for_file = _copy_on_main
 
     def optimizer_state(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -149,9 +151,9 @@ class Zero2(Replicated):
         kept = inner.state.get(self._flat()[0], {})
         state = {}
         for index, weight in enumerate(self.parameters):
-            # in the order of the dict, which is the same on every process
-            whole = {n: v if n == SHARED else safe_get_full_optimizer_state(weight, n) for n, v in kept.items()}
-            state[index] = {name: self._copy_on_main(value) for name, value in whole.items()}
+            # a collective per name, so in the dict's order, which is the same on every process
+            full = {n: v if n == SHARED else safe_get_full_optimizer_state(weight, n) for n, v in kept.items()}
+            state[index] = {name: self._copy_on_main(value) for name, value in full.items()}
         indices = list(range(len(self.parameters)))
         return {"state": state, "param_groups": [{**group, "params": indices} for group in inner.param_groups]}
 
@@ -164,12 +166,8 @@ class Zero2(Replicated):
             for name in entries.keys() - {SHARED}:
                 self._set_state(self.parameters[index], name, entries[name])
 
-    def _copy_on_main(self, tensor: Tensor) -> Tensor:
-        # a copy, as a weight is a piece of one long vector of all of them
-        return tensor.detach().cpu().clone() if self.accelerator.is_main_process else tensor.new_empty(0)
-
     def _make_room(self, entries: dict[str, Any], on_device: bool) -> None:
-        """Gives the optimizer, which has not stepped yet, a state with the names of `entries`."""
+        """Gives the new optimizer an empty state with the names of `entries`."""
         for flat in self._flat():
             room = {name: torch.zeros_like(flat) for name in entries.keys() - {SHARED}}
             if SHARED in entries:
@@ -183,12 +181,12 @@ class Zero2(Replicated):
         safe_set_full_optimizer_state(weight, value, name)
 
     def _flat(self) -> list[Tensor]:
-        """What the optimizer has in the place of the weights: this process's parts of them, end to end."""
+        """What the optimizer updates: this process's shards of the weights, concatenated."""
         return self.optimizer.single_partition_of_fp32_groups
 
     def _config(self) -> dict[str, Any]:
         return {
-            # numbers that it must be told, and that change nothing: trlx itself divides losses and says when to step
+            # required, but without effect: trlx divides losses and decides when to step
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": 0.0 if math.isinf(self.max_grad_norm) else self.max_grad_norm,
@@ -200,7 +198,7 @@ class Zero2(Replicated):
 
 
 class Zero3(Zero2):
-    """As ZeRO-2, and of each weight every process has a part (ZeRO-3): a module's are gathered when it runs."""
+    """As ZeRO-2, but every process holds a shard of each weight, and a module's weights are gathered when it runs."""
 
     stage = 3
 
@@ -220,11 +218,11 @@ class Zero3(Zero2):
         with GatheredParameters(weights, modifier_rank=0):
             yield
         for weight in weights:
-            if weight.requires_grad:  # the optimizer updates a copy of its own
+            if weight.requires_grad:  # the optimizer has a float32 copy of it
                 safe_set_local_fp32_param(weight, weight.ds_tensor)
 
     @contextmanager
-    def parts(self) -> Iterator[None]:
+    def sharded(self) -> Iterator[None]:
         weights = [(weight, weight.data) for weight in self.policy.parameters()]
         for weight, _ in weights:
             weight.data = weight.ds_tensor.data
@@ -235,15 +233,15 @@ class Zero3(Zero2):
     def for_file(self, tensor: Tensor) -> Tensor:
         from deepspeed.runtime.zero import GatheredParameters
 
-        with GatheredParameters([tensor]):  # which leaves alone what is not in parts
+        with GatheredParameters([tensor]):  # does nothing to a tensor that is not sharded
             return self._copy_on_main(tensor)
 
     @staticmethod
     def exchange(weight: Tensor, other: Tensor) -> None:
-        # DeepSpeed reads from memory that it knows, so values change hands and not pointers
-        part = weight.ds_tensor.data
-        kept = part.clone()
-        part.copy_(other)
+        # DeepSpeed keeps pointers into this memory, so swap values and not pointers
+        shard = weight.ds_tensor.data
+        kept = shard.clone()
+        shard.copy_(other)
         other.copy_(kept)
 
     def _set_state(self, weight: Parameter, name: str, value: Tensor) -> None:
@@ -251,15 +249,15 @@ class Zero3(Zero2):
 
         size, rank = weight.ds_tensor.numel(), self.accelerator.process_index
         mine = value.flatten()[size * rank : size * (rank + 1)]
-        part = torch.zeros_like(weight.ds_tensor)
-        part[: len(mine)] = mine
-        safe_set_local_optimizer_state(weight, part, name)
+        shard = torch.zeros_like(weight.ds_tensor)
+        shard[: len(mine)] = mine
+        safe_set_local_optimizer_state(weight, shard, name)
 
     def _flat(self) -> list[Tensor]:
         return self.optimizer.fp32_partitioned_groups_flat
 
     def _config(self) -> dict[str, Any]:
-        # small weights are in parts as well, so that between two steps every weight is, and may be exchanged
+        # shard small weights too: `exchange` needs every weight sharded between two steps
         zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
         return {**super()._config(), "zero_optimization": zero}
 
@@ -268,20 +266,20 @@ STAGES = {2: Zero2, 3: Zero3}
 
 
 class _Tuples(nn.Module):
-    """The policy, whose scores come as a tuple: DeepSpeed does not look for tensors elsewhere."""
+    """The policy with its outputs as a tuple, because DeepSpeed finds tensors only there."""
 
     def __init__(self, policy: Policy):
         super().__init__()
         self.policy = policy
 
     def forward(self, *columns: Tensor | None) -> tuple[Tensor | None, ...]:
-        # not called as a module, which would have DeepSpeed look at what it returns
-        scores = self.policy.forward(*columns)
-        return tuple(getattr(scores, field.name) for field in fields(scores))
+        # forward(), because DeepSpeed's hooks on a call would look at the TokenOutputs
+        outputs = self.policy.forward(*columns)
+        return tuple(getattr(outputs, field.name) for field in fields(outputs))
 
 
-class _Scores:
-    """An engine around `_Tuples`, to be called as the policy is."""
+class _Outputs:
+    """An engine around `_Tuples` that is called like the policy."""
 
     def __init__(self, engine: nn.Module):
         self.engine = engine
@@ -294,7 +292,7 @@ class _Scores:
 def _check_dtypes(policy: Policy) -> None:
     others = {weight.dtype for weight in policy.parameters()} - {torch.float32}
     if others:
-        names = ", ".join(sorted(str(dtype) for dtype in others))
+        names = ", ".join(sorted(map(str, others)))
         raise ValueError(
             f"Under DeepSpeed all weights must be float32, but there are {names}: leave dtype and quantization out of "
             "model.model_extra_configs, and set train.mixed_precision to bf16 instead"

@@ -1,4 +1,4 @@
-"""Where weights are: on every process all of them, or a part of each (FSDP2)."""
+"""Where the weights are: all on every process, or sharded (FSDP2). A shard is what one process holds of a weight."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ MakeOptimizer = Callable[[list[Parameter]], Optimizer]
 
 
 class Replicated:
-    """Every process has all weights: it is alone, or one of many (DDP)."""
+    """Every process holds all weights: a single process, or DDP."""
 
     wrapped: nn.Module
-    """What training calls in place of the policy."""
+    """Training calls it instead of the policy."""
 
     can_merge = True
-    """Whether an adapter can be folded into a copy of the model."""
+    """Whether an adapter can be merged into the model."""
     exchange: Exchange = staticmethod(exchange_pointers)
-    """How a weight and another value of it change places."""
+    """Swaps a weight and another value of it."""
 
     def __init__(self, accelerator: Accelerator, max_grad_norm: float):
         self.accelerator = accelerator
         self.max_grad_norm = max_grad_norm
 
     def prepare(self, policy: Policy, make_optimizer: MakeOptimizer) -> Optimizer:
-        """Puts `policy` on its device, and makes and returns the optimizer of the weights that train.
+        """Moves `policy` to the device and returns the optimizer of its trainable weights.
 
         Raises:
-            ValueError: the policy's weights cannot be shared out.
+            ValueError: the policy's weights cannot be sharded.
         """
         self.wrapped, self.parameters = self.accelerator.prepare(policy), trainable(policy)
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters))
         return self.optimizer.optimizer
 
     def accumulating(self) -> AbstractContextManager:
-        """Inside the block gradients are added up and not yet shared."""
+        """Inside the block processes add up their own gradients and do not exchange them."""
         return self.accelerator.no_sync(self.wrapped)
 
     def backward(self, loss: Tensor) -> None:
@@ -60,9 +60,9 @@ class Replicated:
         self.accelerator.backward(loss)
 
     def update(self) -> float:
-        """Clips, applies and clears the gradients and gives their norm; where that is not finite nothing is applied."""
-        norm = float(self.full(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)))
-        # under fp16 the optimizer skips by itself and must be called for the loss scale to come down
+        """Clips, applies and clears the gradients; returns their norm. If that is not finite, applies nothing."""
+        norm = float(_full(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)))
+        # under fp16 the optimizer itself skips the step, and must be called to lower the loss scale
         if math.isfinite(norm) or self.accelerator.scaler is not None:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -70,55 +70,51 @@ class Replicated:
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Inside the block the policy and all in it can be called, by each process as often as it likes."""
+        """Inside the block each process can call the policy and its modules without the other processes."""
         yield
 
     @contextmanager
-    def parts(self) -> Iterator[None]:
-        """Inside the block every weight of the policy is the part of it that this process keeps."""
+    def sharded(self) -> Iterator[None]:
+        """Inside the block every weight of the policy is this process's shard."""
         yield
 
     @contextmanager
     def writing(self, weights: Iterable[Tensor]) -> Iterator[None]:
-        """Inside the block `weights` may be given other values, the same by every process."""
+        """Inside the block every process may assign the same new values to `weights`."""
         yield
 
     @contextmanager
     def on_main(self) -> Iterator[None]:
-        """Inside the block the main process has all weights in the policy, to write and not to compute with."""
+        """Inside the block the main process's policy holds all weights, to save them and not to compute."""
         yield
 
-    def full(self, tensor: Tensor) -> Tensor:
-        """The whole of a tensor, on every process; called on every process."""
-        return tensor
-
     def for_file(self, tensor: Tensor) -> Tensor:
-        """The whole of a tensor, on the main process alone; called on every process."""
+        """The full tensor on the main process, anything elsewhere. Called on every process."""
         return tensor.detach()
 
-    def part(self, full: Tensor, weight: Tensor) -> Tensor:
-        """What this process keeps of `full`: a value, or optimizer state, of `weight`."""
+    def shard(self, full: Tensor, weight: Tensor) -> Tensor:
+        """This process's shard of `full`, a value or optimizer state of `weight`."""
         return full
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The whole state of the optimizer, on the main process alone; called on every process."""
+        """The optimizer's full ``state_dict()`` on the main process. Called on every process."""
         return _with_tensors(self.optimizer.state_dict(), lambda _, value: self.for_file(value))
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Restores what `optimizer_state` gave, of one or of many processes."""
-        parts = _with_tensors(state, lambda index, value: self.part(value, self.parameters[index]))
+        """Restores what `optimizer_state` returned, for any number of processes."""
+        shards = _with_tensors(state, lambda index, value: self.shard(value, self.parameters[index]))
         groups = zip(state["param_groups"], self.optimizer.param_groups, strict=True)
-        self.optimizer.load_state_dict({**parts, "param_groups": [with_own_settings(*pair) for pair in groups]})
+        self.optimizer.load_state_dict({**shards, "param_groups": [with_own_settings(*pair) for pair in groups]})
 
 
 class Sharded(Replicated):
-    """Every process has a part of each weight, its gradient and its optimizer state (FSDP2).
+    """Every process holds a shard of each weight, its gradient and its optimizer state (FSDP2).
 
-    A block of the transformer is gathered when it runs; what is beside the blocks, heads included, when the policy
-    does. Under mixed precision blocks are gathered in the lower one, and everything is stored and summed in float32.
+    FSDP gathers a block of the transformer when the block runs, and all other weights, heads included, when the policy
+    runs. With bf16, blocks are gathered in bfloat16; weights are stored and gradients summed in float32.
 
     Raises:
-        ValueError: accelerate is configured for what is not supported.
+        ValueError: accelerate's configuration is not supported.
     """
 
     can_merge = False
@@ -151,7 +147,7 @@ class Sharded(Replicated):
         for block in self.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshards, mp_policy=precision)
         self.wrapped = fully_shard(policy, mesh=mesh)
-        # torch warns of what in-place operations on these scores would do; there are none
+        # torch warns of in-place operations on these outputs; there are none
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP\w*Policy\) returned a view", UserWarning)
         policy.forward = self.accelerator.autocast()(policy.forward)
         self._run_once()
@@ -167,11 +163,11 @@ class Sharded(Replicated):
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        # gathered once, not once for each token; and a process that is done sooner keeps nobody waiting
+        # gather once, not for each token; and a process may sample fewer tokens than the others
         for block in self.blocks:
             block.set_reshard_after_forward(False)
-        for unit in self._units():
-            unit.unshard()
+        for module in self._fsdp_modules():
+            module.unshard()
         try:
             yield
         finally:
@@ -184,14 +180,11 @@ class Sharded(Replicated):
         with whole_on_main(self.wrapped, self.for_file):
             yield
 
-    def full(self, tensor: Tensor) -> Tensor:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
     def for_file(self, tensor: Tensor) -> Tensor:
-        full = self.full(tensor.detach())
+        full = _full(tensor.detach())
         return full.cpu() if self.accelerator.is_main_process else full.new_empty(0)
 
-    def part(self, full: Tensor, weight: Tensor) -> Tensor:
+    def shard(self, full: Tensor, weight: Tensor) -> Tensor:
         if not isinstance(weight, DTensor) or full.shape != weight.shape:
             return full
         # every process has read the same file, so nothing needs to be sent
@@ -200,25 +193,25 @@ class Sharded(Replicated):
 
     @staticmethod
     def exchange(weight: Tensor, other: Tensor) -> None:
-        # FSDP reads from memory that it knows, so values change hands and not pointers
+        # FSDP keeps pointers into this memory, so swap values and not pointers
         mine, others = weight.data.to_local(), other.data.to_local()
         kept = mine.clone()
         mine.copy_(others)
         others.copy_(kept)
 
     def _run_once(self) -> None:
-        # whatever runs first becomes the root of all that is sharded
+        # the first module that runs becomes FSDP's root
         with probing(self.wrapped.model) as tokens:
             nothing = torch.zeros_like(tokens, dtype=torch.bool)
             self.wrapped(tokens, ~nothing, nothing, tokens, ~nothing)
         self._reshard()
 
-    def _units(self) -> list[FSDPModule]:
-        return [module for module in self.wrapped.modules() if isinstance(module, FSDPModule)]
-
     def _reshard(self) -> None:
-        for unit in self._units():
-            unit.reshard()
+        for module in self._fsdp_modules():
+            module.reshard()
+
+    def _fsdp_modules(self) -> list[FSDPModule]:
+        return [module for module in self.wrapped.modules() if isinstance(module, FSDPModule)]
 
 
 def trainable(policy: Policy) -> list[Parameter]:
@@ -228,23 +221,25 @@ def trainable(policy: Policy) -> list[Parameter]:
 
 @contextmanager
 def whole_on_main(policy: nn.Module, for_file: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the block copies that `for_file` makes stand in the place of the policy's weights."""
-    sharded = [(module, *named) for module in policy.modules() for named in _own_parameters(module)]
-    whole: dict[Parameter, Parameter] = {}
-    for _, _, weight in sharded:
-        if weight not in whole:  # tied weights stay tied
-            whole[weight] = Parameter(for_file(weight), weight.requires_grad)
+    """Inside the block the policy's weights are replaced by what `for_file` makes of them."""
+    places = [
+        (module, name, weight)
+        for module in policy.modules()
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    # one copy of each, so that tied weights stay tied
+    whole = {weight: Parameter(for_file(weight), weight.requires_grad) for weight in policy.parameters()}
     try:
-        for module, name, weight in sharded:
+        for module, name, weight in places:
             setattr(module, name, whole[weight])
         yield
     finally:
-        for module, name, weight in sharded:
+        for module, name, weight in places:
             setattr(module, name, weight)
 
 
 def _with_tensors(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
-    """An optimizer's state, each tensor of it changed by a function of its parameter's index and itself."""
+    """An optimizer's ``state_dict()``, each tensor replaced by ``change(index of its parameter, tensor)``."""
     changed = {
         index: {name: change(index, value) if isinstance(value, Tensor) else value for name, value in entries.items()}
         for index, entries in state["state"].items()
@@ -253,25 +248,26 @@ def _with_tensors(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]
 
 
 def with_own_settings(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A saved group of parameters with the settings of this optimizer, and what only the saved one has: apex counts its
-    steps there."""
+    """A saved parameter group with this optimizer's settings. Entries that only the saved one has stay: apex counts
+    its steps there."""
     return {**saved, **{name: value for name, value in own.items() if name != "params"}}
 
 
 def _check_dtypes(policy: Policy) -> None:
     found = {weight.dtype for weight in trainable(policy)}
     if len(found) > 1:
-        names = ", ".join(sorted(str(dtype) for dtype in found))
+        names = ", ".join(sorted(map(str, found)))
         raise ValueError(
             f"Under FSDP all weights that train must have one dtype, but there are {names}: leave dtype out of "
             "model.model_extra_configs, and set train.mixed_precision to bf16 instead"
         )
 
 
+def _full(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered if it is sharded. Called on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _in_bfloat16(block: nn.Module, args: tuple) -> tuple:
-    # only the hidden states: in bfloat16 a mask's most negative float32 would become minus infinity
+    # only the hidden states: in bfloat16 a mask's smallest float32 would become minus infinity
     return args[0].bfloat16(), *args[1:]
-
-
-def _own_parameters(module: nn.Module) -> list[tuple[str, Parameter]]:
-    return list(module.named_parameters(recurse=False, remove_duplicate=False))
