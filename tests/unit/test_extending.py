@@ -70,13 +70,15 @@ def test_a_pair_is_never_split(printed):
         one % 2 == 0 and other == one + 1 for batch in rows for one, other in zip(batch[::2], batch[1::2], strict=True)
     )
     assert sum(rows, []) != list(range(14))
+    with pytest.raises(ValueError, match="There are 13 rows, but rows stay together by 2"):
+        trainer.schedule.rows(13)
     # two processes share 14 rows as 8 and 6, of which two more rows fill up the second
     first, second = (shard(trainer.samples, list(range(14)), rank, 2, together=2) for rank in (0, 1))
     assert (len(first), len(second)) == (8, 8)
     assert [int(Unit.PAIR.count(batch)) for batch in (first, second)] == [4, 3]
 
 
-def test_samples_of_a_prompt_are_compared_with_each_other(printed):
+def test_samples_of_a_prompt_are_compared_with_each_other(printed, monkeypatch):
     import trlx
 
     rloo, scores = importlib.import_module("rloo"), {}
@@ -95,6 +97,9 @@ def test_samples_of_a_prompt_are_compared_with_each_other(printed):
     settings["method"] = {**method, "gen_kwargs": {"max_new_tokens": 6, "temperature": 0.5}}
     config = TRLConfig.from_dict(settings)
     trainer = trlx.train(reward_fn=reward_fn, prompts=PROMPTS, eval_prompts=["a"], config=config)
+    with monkeypatch.context() as forgotten, pytest.raises(TypeError, match="advantages must return a TokenBatch"):
+        forgotten.setattr(type(trainer), "advantages", lambda self, batch: None)
+        trainer.collect()
     batch = trainer.store
     assert batch.group.tolist() == [0, 0, 0, 1, 1, 1] and batch.old_values is None and batch.ref_logprobs is None
     prompts = [ids[~mask][:1].tolist() for ids, mask in zip(batch.tokens, batch.response_mask, strict=True)]

@@ -64,6 +64,22 @@ def test_rollouts_know_the_weights_that_drew_them(tmp_path):
     assert [rollout.version for rollout in seen] == [4] * 4
 
 
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        ([Sample([4])], "CopyingSampler.generate returned 1 samples for 2 prompts"),
+        ([Sample([4]), Sample([])], r"returned the ids \[\] as sample 1: return at least one id"),
+        ([Sample([4]), Sample([5, 38])], r"returned the ids \[5, 38\] as sample 1: .* from 0 to 37"),
+        ([Sample([4], [-1.0, -2.0]), Sample([4])], "returned 2 logprobs for the 1 ids of sample 0"),
+    ],
+)
+def test_what_a_sampler_returns_is_checked(tmp_path, monkeypatch, samples, words):
+    monkeypatch.setattr(CopyingSampler, "generate", lambda self, prompts, sampling: samples)
+    config = tiny_config(tmp_path, "SFT", train={"sampler": "copying", "total_steps": 0})
+    with pytest.raises(ValueError, match=words):
+        trlx.train(samples=["ab"], eval_prompts=["a", "b"], config=config)
+
+
 def test_an_adapter_has_no_weights_to_copy(tmp_path):
     trainer = run("SFT", tmp_path, model={"peft_config": {"peft_type": "LORA", "r": 2}}, train={"total_steps": 0})
     with pytest.raises(ValueError, match="cannot follow an adapter"):

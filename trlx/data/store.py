@@ -54,7 +54,12 @@ def pass_order(num_rows: int, seed: int, number: int, together: int = 1) -> tupl
 
     Args:
         together: blocks of this many consecutive rows stay together and in order.
+
+    Raises:
+        ValueError: the rows are not a multiple of `together`.
     """
+    if num_rows % together:
+        raise ValueError(f"There are {num_rows} rows, but rows stay together by {together}: give a multiple of {together}")
     blocks = permutation(num_rows // together, seed, "rows", number)
     return blocks if together == 1 else tuple(block * together + row for block in blocks for row in range(together))
 

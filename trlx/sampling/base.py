@@ -48,6 +48,25 @@ class Sampler(ABC):
         """Ends what the sampler started. It is called when the trainer is deleted, and at the end of the program."""
 
 
+def checked(sampler: Sampler, samples: list[Sample], count: int, vocab_size: int) -> list[Sample]:
+    """The samples that `sampler` drew for `count` prompts.
+
+    Raises:
+        ValueError: the number of samples, a token id or the number of log-probabilities is wrong.
+    """
+    returned = f"{type(sampler).__name__}.generate returned"
+    if len(samples) != count:
+        raise ValueError(f"{returned} {len(samples)} samples for {count} prompts: return one for each")
+    for index, (ids, logprobs) in enumerate((sample.ids, sample.logprobs) for sample in samples):
+        if not ids or not all(0 <= token < vocab_size for token in ids):
+            wanted = f"return at least one id, each from 0 to {vocab_size - 1}"
+            raise ValueError(f"{returned} the ids {ids[:8]} as sample {index}: {wanted}")
+        if logprobs is not None and len(logprobs) != len(ids):
+            wanted = "return one for each, or None"
+            raise ValueError(f"{returned} {len(logprobs)} logprobs for the {len(ids)} ids of sample {index}: {wanted}")
+    return samples
+
+
 def sampler_for(settings: Any, backend: Any, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     """The sampler that ``train.sampler`` asks for.
 

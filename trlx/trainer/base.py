@@ -33,7 +33,7 @@ from trlx.run.changes import changes, identity, keeps_averages
 from trlx.run.display import Display
 from trlx.run.failures import rescuing
 from trlx.run.guards import Interrupts, SkippedSteps, check_weights, leave_if_asked
-from trlx.sampling.base import sampler_for
+from trlx.sampling.base import checked, sampler_for
 from trlx.sampling.settings import GEN_KWARGS, SamplingConfig, one_setting, sweep_variants
 from trlx.sampling.stopping import Stopper
 from trlx.sampling.texts import Respond
@@ -328,7 +328,7 @@ class Trainer(OldNames, ABC):
         """Samples from the present policy, see `Sampler.generate`. Call it on every process."""
         self.backend.check_prompts(prompts, sampling.max_new_tokens)
         self.sampler.sync(self.schedule.step, self.backend.weights_by_name)
-        return self.sampler.generate(prompts, sampling)
+        return checked(self.sampler, self.sampler.generate(prompts, sampling), len(prompts), self.backend.vocab_size)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates, logs the result, and keeps the best checkpoint. Random number generators stay as they were."""

@@ -112,6 +112,8 @@ class OnlineTrainer(Trainer):
         batch = self._with_model_columns(batch)
         self.pending |= _logprob_gap(rollouts, batch)
         batch = self.advantages(self._with_scaled_scores(batch))
+        if not isinstance(batch, TokenBatch):
+            raise TypeError(f"{type(self).__name__}.advantages must return a TokenBatch, got {type(batch).__name__}")
         self.pending["time/rollout_time"] = time.perf_counter() - began
         return batch
 
