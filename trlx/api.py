@@ -10,7 +10,7 @@ from typing import Any
 import trlx.trainer.accelerate
 import trlx.trainer.nemo  # noqa: F401  registers its trainers, as the line above does
 from trlx import logging
-from trlx.config import TRLConfig, read_yaml
+from trlx.config import TrainConfig, TRLConfig, read_yaml
 from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list
 from trlx.presets import load_preset, over_preset
@@ -41,19 +41,20 @@ def train(
     """Fine-tunes a language model: online with a reward function, or offline on samples.
 
     Args:
-        model_path: hub name, folder or ``transformers.PretrainedConfig``; used instead of ``config.model.model_path``.
-        reward_fn: gets those keywords that it names: samples, prompts and outputs (texts without eos), prompt_ids,
-            output_ids, ended, messages, the prompts' further keys (lists of one entry per sample), tokenizer and step.
-            Returns a number for each sample, or a list of numbers, one per response token, or a dict of these by name.
-            May be ``async def``, a list or dict of functions, or ``trlx.WeightedRewards``. See docs/rewards.md.
+        model_path: hub name, folder or ``transformers.PretrainedConfig``; replaces ``config.model.model_path``.
+        reward_fn: is called with those keywords that it names: samples, prompts and outputs (texts without eos),
+            prompt_ids, output_ids, ended, messages, the prompts' further keys (each a list of one entry per sample),
+            tokenizer and step. Returns one entry per sample: a number, a list of one number per response token, or a
+            dict of these by name. May be ``async def``, a list or dict of functions, or ``trlx.WeightedRewards``. See
+            docs/rewards.md.
         dataset: deprecated; ``(samples, rewards)``.
         samples: texts, dialogues (lists of alternating prompts and outputs), chats (lists of messages), or a data set.
         rewards: one number per sample (ILQL); without them samples are imitated (SFT).
         prompts: texts, chats, or dicts with "prompt" and further keys, which reach reward_fn as keyword lists.
         eval_prompts: the same for evaluations; by default the first of `prompts`.
-        metric_fn: called as reward_fn is, at evaluations; returns a dict of lists of one number per sample, or numbers.
-        config: a TRLConfig or a preset's name. Without one, the default of PPO (with reward_fn), ILQL (with rewards) or
-            SFT (otherwise), and a dict of settings or a YAML file goes on top of that (see `over_preset`).
+        metric_fn: called like reward_fn, at evaluations; returns a dict of numbers or of lists, one number per sample.
+        config: a TRLConfig, a preset's name, or a dict or YAML file of settings that are merged over the preset of PPO
+            (with reward_fn), ILQL (with rewards) or SFT (otherwise), see `over_preset`. None: that preset.
         stop_sequences: texts that end a response and are cut off it.
 
     Returns:
@@ -68,20 +69,10 @@ def train(
         warnings.warn("train(dataset=...) is now train(samples=..., rewards=...)", DeprecationWarning, stacklevel=3)
         samples, rewards = dataset
     config = _config(config, model_path, reward_fn, rewards)
-    trainer_class = _trainer_class(config.train.trainer)
-    online = trainer_class.online
-    _check_arguments(trainer_class, online, reward_fn, samples, rewards)
-    if online:
-        _check_prompts(prompts, config.train.batch_size)
-    check_keywords(trainer_class, config.train.trainer_kwargs, "train.trainer_kwargs", ours=OURS)
+    trainer_class = _trainer_class(config.train, reward_fn, prompts, samples, rewards)
     check_folders(config.train)
-    trainer = trainer_class(
-        config=config,
-        reward_fn=reward_fn,
-        metric_fn=metric_fn,
-        stop_sequences=stop_sequences or [],
-        **config.train.trainer_kwargs,
-    )
+    functions = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences or []}
+    trainer = trainer_class(config=config, **functions, **config.train.trainer_kwargs)
     _feed(trainer, prompts, eval_prompts, samples, rewards)
     trainer.learn()
     return trainer
@@ -94,27 +85,12 @@ def _refuse(others: Iterable[str]) -> None:
         raise TypeError(f"train() has no argument {name!r}.{advice}")
 
 
-def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards) -> None:
-    """Gives a trainer what it learns from and what it is evaluated on."""
-    if trainer.online:
-        prompts = as_list(prompts, "prompts")
-        trainer.add_prompt_pipeline(_pipeline(prompts, trainer))
-    else:
-        trainer.make_experience(
-            *([samples] if rewards is None else [samples, rewards]), trainer.config.train.seq_length
-        )
-        prompts = _empty_prompts(trainer)
-    eval_prompts = eval_prompts if eval_prompts is not None else prompts[: _global_batch(trainer)]
-    trainer.add_eval_pipeline(_pipeline(eval_prompts, trainer))
-
-
 def _config(config: Any, model_path, reward_fn, rewards) -> TRLConfig:
     if config is None:
-        logger.warning("No config: taking the default one of the method that the arguments ask for")
+        logger.warning("No config: using the preset of the method that the arguments ask for")
         config = {}
     if isinstance(config, (str, Path)):
-        is_file = Path(config).is_file()
-        config = read_yaml(config) if is_file else load_preset(str(config))
+        config = read_yaml(config) if Path(config).is_file() else load_preset(str(config))
     if isinstance(config, Mapping):
         offline = "sft" if rewards is None else "ilql"
         config = over_preset(config, offline if reward_fn is None else "ppo")
@@ -123,42 +99,56 @@ def _config(config: Any, model_path, reward_fn, rewards) -> TRLConfig:
     return config if model_path is None else config.evolve(model={"model_path": model_path})
 
 
-def _trainer_class(name: str) -> type[Trainer]:
-    found = trainers.get(name)
+def _trainer_class(config: TrainConfig, reward_fn, prompts, samples, rewards) -> type[Trainer]:
+    """The class that ``train.trainer`` names, which the arguments must suit."""
+    found = trainers.get(config.trainer)
     if not issubclass(found, Trainer):
         raise TypeError(f"{found.__name__} must subclass trlx.trainer.base.Trainer, see docs/extending.md")
+    if reward_fn is None and samples is None:
+        raise ValueError("train() needs reward_fn (to learn online) or samples (to learn offline)")
+    if found.online:
+        _check_online(found.__name__, reward_fn, prompts, samples, rewards, config.batch_size)
+    else:
+        _check_offline(found, samples, rewards)
+    check_keywords(found, config.trainer_kwargs, "train.trainer_kwargs", ours=OURS)
     return found
 
 
-def _check_arguments(trainer_class: type[Trainer], online: bool, reward_fn, samples, rewards) -> None:
-    trainer = trainer_class.__name__
-    if reward_fn is None and samples is None:
-        raise ValueError("train() needs reward_fn (to learn online) or samples (to learn offline)")
-    if online and reward_fn is None:
+def _check_online(trainer: str, reward_fn, prompts, samples, rewards, batch_size: int) -> None:
+    if reward_fn is None:
         raise ValueError(f"{trainer} learns online: pass reward_fn, or set train.trainer to an offline trainer")
-    if online and (samples is not None or rewards is not None):
+    if samples is not None or rewards is not None:
         raise ValueError(f"{trainer} learns from what it samples itself: leave out samples and rewards")
-    if not online and samples is None:
-        raise ValueError(f"{trainer} learns from samples: pass samples, or set train.trainer to an online trainer")
-    if rewards is not None and samples is not None and len(samples) != len(rewards):
-        raise ValueError(f"train() got {len(samples)} samples but {len(rewards)} rewards; pass one reward per sample")
-    if not online:
-        _check_rewards(trainer_class, rewards)
-
-
-def _check_prompts(prompts: Any, batch_size: int) -> None:
     if prompts is None:
         raise ValueError(
-            "train() got no prompts: pass prompts=[...]. In CarperAI's trlx every response then began a text; to have "
+            "train() got no prompts: pass prompts=[...]. CarperAI's trlx then began every response from bos; to do "
             f"that, write prompts=[tokenizer.bos_token or tokenizer.eos_token] * {batch_size}"
         )
 
 
-def _check_rewards(trainer_class: type[Trainer], rewards) -> None:
+def _check_offline(trainer_class: type[Trainer], samples, rewards) -> None:
+    trainer = trainer_class.__name__
+    if samples is None:
+        raise ValueError(f"{trainer} learns from samples: pass samples, or set train.trainer to an online trainer")
+    if rewards is not None and len(samples) != len(rewards):
+        raise ValueError(f"train() got {len(samples)} samples but {len(rewards)} rewards; pass one reward per sample")
     if trainer_class.rewarded and rewards is None:
-        raise ValueError(f"{trainer_class.__name__} learns from rewards: pass rewards, one number per sample")
+        raise ValueError(f"{trainer} learns from rewards: pass rewards, one number per sample")
     if not trainer_class.rewarded and rewards is not None:
-        raise ValueError(f"{trainer_class.__name__} has no use for rewards: leave them out, or use an ILQL trainer")
+        raise ValueError(f"{trainer} does not use rewards: leave them out, or use an ILQL trainer")
+
+
+def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards) -> None:
+    """Gives a trainer what it learns from and what it is evaluated on."""
+    global_batch = trainer.config.train.batch_size * trainer.backend.data_size
+    if trainer.online:
+        prompts = as_list(prompts, "prompts")
+        trainer.add_prompt_pipeline(_pipeline(prompts, trainer))
+    else:
+        data = [samples] if rewards is None else [samples, rewards]
+        trainer.make_experience(*data, trainer.config.train.seq_length)
+        prompts = [trainer.tokenizer.bos_token or trainer.tokenizer.eos_token] * global_batch
+    trainer.add_eval_pipeline(_pipeline(prompts[:global_batch] if eval_prompts is None else eval_prompts, trainer))
 
 
 def _pipeline(prompts: list[Any], trainer: Trainer) -> PromptPipeline:
@@ -168,22 +158,13 @@ def _pipeline(prompts: list[Any], trainer: Trainer) -> PromptPipeline:
     room = config.train.seq_length - new_tokens
     if room < 1:
         raise ValueError(
-            f"train.seq_length ({config.train.seq_length}) leaves no room for a prompt beside "
-            f"the method's max_new_tokens ({new_tokens}): raise the one or lower the other"
+            f"train.seq_length ({config.train.seq_length}) leaves no room for a prompt: it must be more than "
+            f"max_new_tokens in the method's gen_kwargs ({new_tokens})"
         )
     pipeline_class, special_tokens = pipelines.get(config.train.pipeline), trainer.backend.row_format.special_tokens
     made = pipeline_class(as_list(prompts, "prompts"), room, trainer.tokenizer, add_special_tokens=special_tokens)
     if not isinstance(made[0], Prompt):
         kind = type(made[0]).__name__
-        raise TypeError(f"{pipeline_class.__name__}[0] must be a trlx.data.prompts.Prompt and is a {kind}")
+        raise TypeError(f"{pipeline_class.__name__}[0] must be a trlx.data.prompts.Prompt, got a {kind}")
     trainer.backend.check_prompts([made[i].ids for i in range(len(made))], new_tokens)
     return made
-
-
-def _empty_prompts(trainer: Trainer) -> list[str]:
-    start = trainer.tokenizer.bos_token or trainer.tokenizer.eos_token
-    return [start] * _global_batch(trainer)
-
-
-def _global_batch(trainer: Trainer) -> int:
-    return trainer.config.train.batch_size * trainer.backend.data_size

@@ -1,8 +1,8 @@
-"""The data that flows through the library: every tensor's shape, dtype and meaning, stated once.
+"""The data that flows through the library: shape, dtype and meaning of every tensor.
 
 One alignment rule holds everywhere. Rows are whole sequences, right-padded, and **entry ``[b, t]`` of every
 per-token tensor is about ``tokens[b, t]``**: ``logprobs[b, t]`` is the log-probability of token t given the tokens
-before it, ``values[b, t]`` the value of the state just before token t was chosen. Entry 0 is 0.
+before it, ``values[b, t]`` is the value of the state just before token t was chosen. Entry 0 is 0.
 
 Shapes: B rows, T tokens, H heads. A mask is True where a token counts.
 """
@@ -25,14 +25,14 @@ class Sample:
     ids: list[int]
     """Token ids as drawn: up to and including the first eos, no padding, stop sequences not yet cut off."""
     logprobs: list[float] | None = None
-    """Of each id, under the distribution that it was drawn from; None where the sampler does not know."""
+    """Log-probability of each id in the distribution that it was drawn from; None where the sampler does not know."""
     version: int = 0
-    """Of the weights that drew it: the optimizer steps that made them."""
+    """The optimizer step after which the weights had the values that drew it."""
 
 
 @dataclass(slots=True)
 class Rollout:
-    """One sequence before padding: what was asked, what was answered, and how good it was.
+    """One sequence before padding: prompt, response and score.
 
     Example: ``Rollout(prompt=[7, 8], response=[3, 4], score=5.0)``.
     """
@@ -43,20 +43,19 @@ class Rollout:
     score: float | list[float] = 0.0
     """One number for the whole response, or one per response token (missing ones at the end count 0)."""
     parts: dict[str, float] = field(default_factory=dict)
-    """By name, what the score is the sum of, before weights; empty where reward_fn names nothing."""
+    """The named parts that the score is the weighted sum of, before weights; empty if reward_fn names none."""
     trained: list[bool] | None = None
-    """Which response tokens were chosen by the model, one per response token; None means all of them.
-    In a dialogue the later user turns stand inside ``response`` with False here."""
+    """For each response token, whether the model chose it; None: all. False for later user turns of a dialogue."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Whatever the caller's prompt dict carried beside ``"prompt"``."""
+    """The keys of the caller's prompt dict other than ``"prompt"``."""
     messages: list[Any] | None = None
-    """The chat that the prompt was written as; None where it was none."""
+    """The chat that the prompt was written as; None if it was not a chat."""
     ended: bool = False
-    """Whether sampling ended by eos or a stop sequence, rather than for want of tokens."""
+    """Whether sampling ended by eos or a stop sequence, not at max_new_tokens."""
     group: int = 0
-    """Rollouts of one prompt that are compared with each other have one number."""
+    """Rollouts that are compared with each other have the same number."""
     logprobs: list[float] | None = None
-    """What the sampler says of the response tokens that it drew: an eos that replaces a stop sequence has none."""
+    """The sampler's log-probabilities of the tokens it drew: an eos that replaces a stop sequence has none."""
     version: int = 0
     """See `Sample`."""
 
@@ -91,7 +90,7 @@ class TokenBatch:
     """bool [B, S]. Encoder-decoder models only."""
 
     group: Tensor | None = None
-    """int64 [B]. Rollouts of one prompt that are compared with each other have one number."""
+    """int64 [B]. Rollouts that are compared with each other have the same number."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -102,22 +101,22 @@ class TokenBatch:
         return {name: tensor for name, tensor in named if tensor is not None}
 
     def rows(self, index) -> TokenBatch:
-        """The rows at `index` (slice, list of int, int64 or bool tensor), without columns that pad all of them."""
+        """The rows at `index` (slice, list of int, int64 or bool tensor), trimmed."""
         return TokenBatch(**{name: tensor[index] for name, tensor in self.columns().items()}).trim()
 
     def num_tokens(self, index: list[int]) -> int:
-        """How many tokens the prompts and responses of some rows have."""
+        """How many prompt and response tokens the rows at `index` have."""
         decoder = int(self.attention_mask[index].sum())
-        # with an encoder the decoder's rows begin with a token that is neither of prompt nor of response
+        # with an encoder, each decoder row begins with a start token, which belongs to neither prompt nor response
         return decoder if self.encoder_mask is None else decoder - len(index) + int(self.encoder_mask[index].sum())
 
     def trim(self) -> TokenBatch:
         """Drops trailing columns in which no row has a token."""
-        decoder_width = _used_width(self.attention_mask)
-        encoder_width = 0 if self.encoder_mask is None else _used_width(self.encoder_mask)
-        width = {name: encoder_width if name.startswith("encoder_") else decoder_width for name in self.columns()}
-        columns = self.columns().items()
-        return TokenBatch(**{name: x if x.ndim == 1 else x[:, : width[name]] for name, x in columns})
+        decoder, encoder = (None if x is None else _used_width(x) for x in (self.attention_mask, self.encoder_mask))
+        trimmed = {}
+        for name, x in self.columns().items():
+            trimmed[name] = x if x.ndim == 1 else x[:, : encoder if name.startswith("encoder_") else decoder]
+        return TokenBatch(**trimmed)
 
     def split(self, size: int) -> Iterator[TokenBatch]:
         """Consecutive pieces of at most `size` rows, each trimmed to its own width."""
@@ -135,7 +134,7 @@ class TokenBatch:
 
 @dataclass(slots=True)
 class TokenOutputs:
-    """What a model says about each response token of a batch. Never logits: every loss is a function of these.
+    """What a model says about each response token of a batch. Never logits: losses need only these.
 
     Entries outside ``response_mask`` are 0 and carry no gradient.
     """

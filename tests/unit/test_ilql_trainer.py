@@ -200,5 +200,5 @@ def test_beta_outside_ilql_is_refused(tmp_path, method):
 
 
 def test_rewards_for_sft_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="AccelerateSFTTrainer has no use for rewards"):
+    with pytest.raises(ValueError, match="AccelerateSFTTrainer does not use rewards"):
         trlx.train(config=tiny_config(tmp_path, "SFT"), samples=DIALOGUES, rewards=REWARDS)
