@@ -77,7 +77,7 @@ def test_wrong_data_is_refused(tmp_path, method, arguments, words):
         ({"train": {"trainer": "AccelerateTrainer"}}, "Unknown trainer 'AccelerateTrainer'. Did you mean"),
         ({"train": {"pipeline": "Promptpipelin"}}, "Unknown pipeline"),
         ({"train": {"seq_length": 6}}, "leaves no room for a prompt"),
-        ({"method": {"gen_experience_kwargs": {"max_new_tokens": 16}}}, r"no room for a prompt .*\(16\)"),
+        ({"method": {"gen_experience_kwargs": {"max_new_tokens": 16}}}, r"no room for a prompt: .*gen_kwargs \(16\)"),
         (
             {"optimizer": {"kwargs": {"learning_rate": 1.0}}},
             "Unknown key 'optimizer.kwargs.learning_rate': write optimizer.kwargs.lr instead",
