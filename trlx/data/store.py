@@ -59,7 +59,7 @@ def pass_order(num_rows: int, seed: int, number: int, together: int = 1) -> tupl
         ValueError: the rows are not a multiple of `together`.
     """
     if num_rows % together:
-        raise ValueError(f"There are {num_rows} rows, but rows stay together by {together}: give a multiple of {together}")
+        raise ValueError(f"There are {num_rows} rows, but {together} stay together: give a multiple of {together}")
     blocks = permutation(num_rows // together, seed, "rows", number)
     return blocks if together == 1 else tuple(block * together + row for block in blocks for row in range(together))
 
