@@ -70,7 +70,7 @@ def test_a_pair_is_never_split(printed):
         one % 2 == 0 and other == one + 1 for batch in rows for one, other in zip(batch[::2], batch[1::2], strict=True)
     )
     assert sum(rows, []) != list(range(14))
-    with pytest.raises(ValueError, match="There are 13 rows, but rows stay together by 2"):
+    with pytest.raises(ValueError, match="There are 13 rows, but 2 stay together"):
         trainer.schedule.rows(13)
     # two processes share 14 rows as 8 and 6, of which two more rows fill up the second
     first, second = (shard(trainer.samples, list(range(14)), rank, 2, together=2) for rank in (0, 1))
