@@ -7,7 +7,7 @@ import torch
 
 from tests.builders import char_tokenizer
 from trlx.batch import Rollout
-from trlx.rewards.calling import OFFERED, Arguments, RewardError, UserFunction, decode
+from trlx.rewards.calling import OFFERED, Arguments, RewardError, UserFunction
 from trlx.rewards.scoring import Metric, Scorer
 
 CHAT = [{"role": "user", "content": "ab"}]
@@ -29,10 +29,13 @@ def everything(**kwargs):
 
 
 def test_neither_samples_nor_outputs_carry_eos_unless_asked_to_where_the_response_ended(tokenizer):
-    assert decode(ROLLOUTS, tokenizer) == (["abc", "acdc"], ["ab", "a"], ["c", "cdc"])
-    with_eos = (["abc</s>", "acdc"], ["ab", "a"], ["c</s>", "cdc"])
-    assert decode(ROLLOUTS, tokenizer, eos_in_outputs=True) == with_eos
-    assert decode(ROLLOUTS, tokenizer, separator="<sep>")[0] == ["ab<sep>c", "a<sep>cdc"]
+    def texts(**how):
+        offered = Arguments.of(ROLLOUTS, tokenizer, **how).offered
+        return {name: offered[name] for name in TEXTS}
+
+    assert texts() == TEXTS
+    assert texts(eos_in_outputs=True) == {**TEXTS, "samples": ["abc</s>", "acdc"], "outputs": ["c</s>", "cdc"]}
+    assert texts(separator="<sep>") == {**TEXTS, "samples": ["ab<sep>c", "a<sep>cdc"]}
 
 
 def test_a_function_that_takes_anything_gets_what_it_always_got():

@@ -1,4 +1,4 @@
-"""How the user's functions are called: what they are offered, and that each gets only the keywords it accepts."""
+"""Calls the user's functions, each with only the keywords that it accepts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from trlx.data.prompts import RESERVED
 from trlx.strict import suggestion
 
 OFFERED = (*RESERVED, "prompt_ids", "output_ids", "ended", "step", "messages")
-"""What a function may ask for beside the keys of prompts; a key that has one of these names goes first."""
+"""What a function may ask for beside the keys of the prompts. A key with one of these names comes instead of it."""
 
 
 class RewardError(RuntimeError):
-    """reward_fn or metric_fn failed, took too long, or returned something else than one entry per sample."""
+    """reward_fn or metric_fn failed, took too long, or returned something wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Arguments:
     offered: dict[str, Any]
     """By the names of `OFFERED`."""
     metadata: dict[str, list[Any]]
-    """The further keys of the prompts, one entry per sample."""
+    """The other keys of the prompts, one entry per sample."""
 
     @classmethod
     def of(
@@ -41,52 +41,40 @@ class Arguments:
         separator: str = "",
         eos_in_outputs: bool = False,
     ) -> Arguments:
-        """Texts and the rest; token ids are copies. See `decode` for `separator` and `eos_in_outputs`."""
-        samples, prompts, outputs = decode(rollouts, tokenizer, separator, eos_in_outputs)
+        """Texts without special tokens, copies of token ids, and the rest. A sample is prompt, `separator`, output.
+
+        With `eos_in_outputs` the eos text follows each output whose response ended, as in CarperAI's rollouts.
+        """
+        prompts = tokenizer.batch_decode([rollout.prompt for rollout in rollouts], skip_special_tokens=True)
+        outputs = tokenizer.batch_decode([rollout.response for rollout in rollouts], skip_special_tokens=True)
+        ended = [rollout.ended for rollout in rollouts]
+        if eos_in_outputs:
+            outputs = [text + tokenizer.eos_token * ends for text, ends in zip(outputs, ended, strict=True)]
         offered = {
-            "samples": samples,
+            "samples": [prompt + separator + output for prompt, output in zip(prompts, outputs, strict=True)],
             "prompts": prompts,
             "outputs": outputs,
             "tokenizer": tokenizer,
             "prompt_ids": [list(rollout.prompt) for rollout in rollouts],
             "output_ids": [list(rollout.response) for rollout in rollouts],
-            "ended": [rollout.ended for rollout in rollouts],
+            "ended": ended,
             "step": step,
             "messages": [rollout.messages for rollout in rollouts],
         }
         return cls(offered, {key: [r.metadata[key] for r in rollouts] for key in rollouts[0].metadata})
 
 
-def decode(
-    rollouts: Sequence[Rollout],
-    tokenizer: PreTrainedTokenizerBase,
-    separator: str = "",
-    eos_in_outputs: bool = False,
-) -> tuple[list[str], list[str], list[str]]:
-    """(samples, prompts, outputs): texts without special tokens. A sample is prompt, `separator`, output.
-
-    With `eos_in_outputs` the eos text follows an output whose response ended by itself, as in the original's rollouts.
-    """
-    prompts = tokenizer.batch_decode([rollout.prompt for rollout in rollouts], skip_special_tokens=True)
-    outputs = tokenizer.batch_decode([rollout.response for rollout in rollouts], skip_special_tokens=True)
-    if eos_in_outputs:
-        pairs = zip(outputs, rollouts, strict=True)
-        outputs = [output + tokenizer.eos_token if rollout.ended else output for output, rollout in pairs]
-    samples = [prompt + separator + output for prompt, output in zip(prompts, outputs, strict=True)]
-    return samples, prompts, outputs
-
-
 class UserFunction:
-    """reward_fn or metric_fn, called with the keywords that it accepts.
+    """reward_fn or metric_fn, called with the arguments that its signature names.
 
-    It gets what its signature names, of all that there is; its ``**kwargs`` get `unasked` and metadata. So does a
-    function whose signature Python cannot tell (some builtins).
+    If it has ``**kwargs``, these get `unasked` and all metadata. A function whose signature Python cannot read (some
+    builtins) is called as if it had only ``**kwargs``.
 
     Args:
         name: what errors call it, e.g. ``"reward_fn"``.
 
     Raises:
-        TypeError: `fn` cannot be called.
+        TypeError: `fn` is not callable.
     """
 
     def __init__(self, name: str, fn: Callable[..., Any], unasked: Sequence[str]):
@@ -98,11 +86,7 @@ class UserFunction:
         self.named, self.required, self.takes_any = _signature(fn)
 
     def check(self, metadata: Iterable[str]) -> None:
-        """Whether there is all that the function requires, where prompts have these keys.
-
-        Raises:
-            ValueError: something is not there; the message names it, and what is.
-        """
+        """Raises a ValueError if the function requires an argument that neither trlx nor `metadata` provides."""
         provided = [*OFFERED, *metadata]
         for name in self.required:
             if name not in provided:
@@ -113,23 +97,19 @@ class UserFunction:
                 )
 
     def __call__(self, arguments: Arguments) -> Any:
-        """What the function returns.
-
-        Raises:
-            RewardError: it raised, which is the cause.
-        """
+        """What the function returns; a RewardError with the cause if it raises."""
         everything = {**arguments.offered, **arguments.metadata}
         asked = {*self.named, *self.unasked, *arguments.metadata} if self.takes_any else self.named
-        with self._blamed(arguments):
+        with self._reported(arguments):
             return self.fn(**{name: value for name, value in everything.items() if name in asked})
 
     async def finish(self, returned: Any, arguments: Arguments) -> Any:
-        """What the function returns in the end, if it is ``async``."""
-        with self._blamed(arguments):
+        """What the function returned, awaited if it is ``async``; raises as `__call__`."""
+        with self._reported(arguments):
             return await returned if inspect.isawaitable(returned) else returned
 
     @contextmanager
-    def _blamed(self, arguments: Arguments) -> Iterator[None]:
+    def _reported(self, arguments: Arguments) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -138,12 +118,8 @@ class UserFunction:
 
 
 def call_all(functions: Sequence[UserFunction], arguments: Arguments, runner: asyncio.Runner) -> list[Any]:
-    """What the functions return, called one after the other; those that are ``async`` then run at the same time.
-
-    Raises:
-        RewardError: one of them raised.
-    """
-    # outside the loop, for a plain function may start one of its own
+    """What the functions return. Plain ones run one after the other, then all ``async`` ones run at the same time."""
+    # not inside the loop, because a plain function may start a loop of its own
     returned = [function(arguments) for function in functions]
     if not any(map(inspect.isawaitable, returned)):
         return returned
@@ -162,30 +138,25 @@ def call_all(functions: Sequence[UserFunction], arguments: Arguments, runner: as
 
 
 def short(sample: str, width: int = 300) -> str:
-    """A sample as errors show it."""
+    """A sample as errors show it, without its middle if it is long."""
     text = repr(sample)
     return text if len(text) <= width else f"{text[: width // 2]} ... {text[-width // 2 :]}"
 
 
 def _signature(fn: Callable[..., Any]) -> tuple[set[str], list[str], bool]:
-    """(the arguments it names, those of them without a default, whether it takes any other).
-
-    A wrapper that passes on what it gets (``functools.wraps``, ``torch.no_grad``) takes what the wrapped function does.
-    """
+    """(the arguments that it names, those of them without a default, whether it takes any other)."""
     try:
-        own, wrapped = inspect.signature(fn, follow_wrapped=False), inspect.signature(fn)
+        own, takes_any = _keywords(inspect.signature(fn, follow_wrapped=False))
+        # a wrapper with **kwargs (functools.wraps, torch.no_grad) passes them on to the function inside
+        inner, takes_any = _keywords(inspect.signature(fn)) if takes_any else ({}, False)
     except (TypeError, ValueError):
         return set(), [], True
-    named, takes_any = _keywords(own)
-    required = [name for name, parameter in named.items() if parameter.default is parameter.empty]
-    if takes_any:
-        inner, takes_any = _keywords(wrapped)
-        named = {**inner, **named}
-    return set(named), required, takes_any
+    return {*inner, *own}, [name for name, has_default in own.items() if not has_default], takes_any
 
 
-def _keywords(signature: inspect.Signature) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The parameters that a keyword can fill, and whether there is ``**kwargs``."""
-    parameters = signature.parameters
-    by_name = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return by_name, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+def _keywords(signature: inspect.Signature) -> tuple[dict[str, bool], bool]:
+    """(by name, whether an argument that a keyword can fill has a default; whether there is ``**kwargs``)."""
+    parameters = signature.parameters.values()
+    by_keyword = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    has_default = {parameter.name: parameter.default is not parameter.empty for parameter in by_keyword}
+    return has_default, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
