@@ -283,10 +283,10 @@ def test_what_the_server_refuses_is_not_asked_again(server, status):
     ("answer", "words"),
     [
         ({"rewards": [1.0]}, "answered 1 rewards for 5 samples"),
-        ({"rewards": 1.0}, r'must answer \{"rewards": \[...\]\}, but answered .*1.0'),
+        ({"rewards": 1.0}, r'must answer JSON \{"rewards": \[...\]\}, but answered .*1.0'),
         ({"values": [1.0] * 5}, "must answer"),
         ([1.0] * 5, "must answer"),
-        (b"<html>", "answered no JSON: '<html>'"),
+        (b"<html>", "must answer JSON .*but answered '<html>'"),
     ],
 )
 def test_an_answer_of_another_form_is_an_error_that_shows_it(server, answer, words):

@@ -1,4 +1,4 @@
-"""Moves numbers about the tokens of a retokenized text to the tokens that were sampled."""
+"""Moves the numbers of a dense score from the tokens of a retokenized text to the tokens that were sampled."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.get_logger(__name__)
 class Alignment:
     """Aligns dense scores of functions that do not know which tokens were sampled.
 
-    Such a function can count only the tokens of ``tokenizer(output)``, which may differ from the sampled ones: the
-    tokenizer may add bos, split the text in another way, or encode the sign for half a character as three tokens. Each
-    number is added to the sampled token that completes the text of its token. The numbers of special tokens that the
-    tokenizer adds before or behind the text go to the first or the last sampled token. So no number is lost.
+    Such a function can count only the tokens of ``tokenizer(output)``. They may differ from the sampled tokens: the
+    tokenizer may add bos, split the text in another way, or need three tokens for the sign of half a character. Each
+    number is added to the sampled token that completes the same text. Numbers of special tokens that the tokenizer adds
+    before or behind the text go to the first or last sampled token, so no number is lost.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -31,8 +31,8 @@ class Alignment:
     ) -> list[float | list[float]]:
         """The scores, with dense ones aligned.
 
-        A list as long as ``tokenizer(output)``, with or without special tokens, is about these tokens if the lists of
-        all samples are that long, or if it is longer than its response. Other lists stay as they are.
+        A list as long as ``tokenizer(output)``, with or without special tokens, is taken to be about these tokens if
+        the lists of all samples are that long, or if it is longer than its response. Other lists do not change.
 
         Args:
             name: the function's name in the warning, which comes once.
@@ -40,33 +40,27 @@ class Alignment:
         rows = [row for row, score in enumerate(scores) if isinstance(score, list)]
         lengths, aligned = [len(scores[row]) for row in rows], list(scores)
         full, bare = self._tokens([outputs[row] for row in rows]), self._tokens([outputs[row] for row in rows], False)
-        of_all = [tokens for tokens in (full, bare) if [*map(len, tokens)] == lengths]
+        fits_all = [tokens for tokens in (full, bare) if [*map(len, tokens)] == lengths]
         for index, row in enumerate(rows):
-            possible = of_all or ([full, bare] if lengths[index] > len(responses[row]) else [])
-            counted = [tokens[index] for tokens in possible if len(tokens[index]) == lengths[index]]
-            if counted:
-                places = self._places(counted[0], bare[index], responses[row])
-                aligned[row] = self._moved(name, scores[row], places, len(responses[row]))
+            possible = fits_all or ([full, bare] if lengths[index] > len(responses[row]) else [])
+            counted = next((ids[index] for ids in possible if len(ids[index]) == lengths[index]), None)
+            if counted is not None:
+                aligned[row] = self._moved(name, scores[row], counted, bare[index], responses[row])
         return aligned
 
     def _tokens(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
 
-    def _places(self, counted: list[int], bare: list[int], response: list[int]) -> list[int]:
-        """The response index for each token of `counted`, which are the `bare` tokens with special ones around them."""
+    def _moved(
+        self, name: str, numbers: list[float], counted: list[int], bare: list[int], response: list[int]
+    ) -> list[float]:
+        """One number per response token, from one per token of `counted`: `bare` with special tokens around it."""
         before = next((i for i in range(len(counted)) if counted[i : i + len(bare)] == bare), 0)
         last, places = len(response) - 1, list(range(len(bare)))
         if bare != response[: len(bare)]:
             ends = self._ends(response)
             places = [min(bisect_left(ends, end), last) for end in self._ends(bare)]
-        return [0] * before + places + [last] * (len(counted) - before - len(bare))
-
-    def _ends(self, ids: list[int]) -> list[int]:
-        """For each token, the number of characters up to its end."""
-        texts = self.tokenizer.batch_decode([ids[: i + 1] for i in range(len(ids))], skip_special_tokens=True)
-        return list(accumulate(map(len, texts), max))
-
-    def _moved(self, name: str, numbers: list[float], places: list[int], length: int) -> list[float]:
+        places = [0] * before + places + [last] * (len(counted) - before - len(bare))
         if places == list(range(len(numbers))):
             return numbers
         if not self._has_warned:
@@ -76,7 +70,12 @@ class Alignment:
                 "the sampled ones. trlx adds each number to the sampled token that completes the same text. For exact "
                 "rewards take the argument output_ids (the sampled ids), and return len(output_ids[i]) numbers"
             )
-        tokens = [0.0] * length
+        tokens = [0.0] * len(response)
         for place, number in zip(places, numbers, strict=True):
             tokens[place] += number
         return tokens
+
+    def _ends(self, ids: list[int]) -> list[int]:
+        """For each token, the number of characters up to its end."""
+        texts = self.tokenizer.batch_decode([ids[: i + 1] for i in range(len(ids))], skip_special_tokens=True)
+        return list(accumulate(map(len, texts), max))

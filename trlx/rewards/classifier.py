@@ -1,4 +1,4 @@
-"""Reward models: a text classifier as reward_fn, or as a part of one."""
+"""A reward model as reward_fn, or in a function of the user's."""
 
 from __future__ import annotations
 
@@ -27,24 +27,22 @@ class SequenceClassifierReward:
     ``trlx.train(reward_fn=SequenceClassifierReward("lvwerra/distilbert-imdb", label="POSITIVE"), prompts=[...])``
 
     The score is the logit of a model with one label, and the probability of `label` for a model with several. The
-    policy's eos text, which ends samples under train.eos_in_outputs, is removed first: the classifier does not know it.
+    policy's eos text at the end of a sample (train.eos_in_outputs) is removed, as the classifier does not know it.
 
     Args:
-        model: hub name or folder, loaded on the first call, so that only the processes that score hold it; or a model,
-            which is used as it is, in evaluation mode.
+        model: hub name or folder, loaded on the first call, so that only processes that score hold it; or a model.
         tokenizer: hub name, folder or tokenizer (copied); by default the one beside the model.
-        device: where the model goes; by default a given model stays where it is, and a loaded one goes to the first
-            accelerator.
+        device: by default a given model stays where it is, and a loaded one goes to the first accelerator.
         batch_size: samples per forward pass; samples of similar length go together.
         max_length: tokens of a sample that the model reads; by default as many as it can.
         label: index or name of the label whose probability is the score; not for models with one label.
-        dtype: of the weights, for a model that is loaded, e.g. ``torch.bfloat16``; by default as saved.
-        truncation_side: the end where longer samples are cut: "left" (the response stays) or "right".
+        dtype: of the weights of a loaded model, e.g. ``torch.bfloat16``; by default as saved.
+        truncation_side: where longer samples are cut: "left" (the response stays) or "right".
 
     Raises:
         OSError: there is no model of that name.
-        ValueError: `label` is missing, unknown or given for a model with one; or the tokenizer cannot be found or has
-            neither a pad nor an eos token.
+        ValueError: `label` is missing, unknown, or given for a model with one label; or there is no tokenizer, or one
+            with neither a pad nor an eos token.
     """
 
     @short_errors
@@ -72,7 +70,7 @@ class SequenceClassifierReward:
         self.max_length = max_length or _longest(self.config, self.tokenizer)
 
     def __call__(self, samples: Sequence[str], tokenizer: Any = None, **kwargs: Any) -> list[float]:
-        """One number per sample. Takes all arguments of a reward_fn; uses `samples` and the policy's `tokenizer`."""
+        """One number per sample. `tokenizer` is the policy's; a reward_fn's other arguments are ignored."""
         if not samples:
             return []
         eos = getattr(tokenizer, "eos_token", None) or ""
@@ -100,11 +98,12 @@ class SequenceClassifierReward:
 
     def _encoded(self, samples: list[str]) -> list[dict[str, list[int]]]:
         """The model's inputs for each sample, without padding."""
-        limit = {"truncation": self.max_length is not None, "max_length": self.max_length}
-        columns = self.tokenizer(samples, verbose=False, **limit)
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        columns = self.tokenizer(
+            samples, truncation=self.max_length is not None, max_length=self.max_length, verbose=False
+        )
         # a model needs a token, and an empty text has none unless the tokenizer adds special ones
         nothing = {**{name: [0] for name in columns}, "input_ids": [self.tokenizer.pad_token_id], "attention_mask": [1]}
+        rows = [{name: columns[name][index] for name in columns} for index in range(len(samples))]
         return [row if row["input_ids"] else nothing for row in rows]
 
     @torch.inference_mode()
@@ -136,20 +135,20 @@ def _tokenizer(source: str | PreTrainedTokenizerBase, truncation_side: str) -> P
 
 def _label_index(config: Any, label: int | str | None) -> int | None:
     """The index of the logit to read; None for a model with one label."""
-    known = ", ".join(f"{index} ({name!r})" for index, name in config.id2label.items())
     if config.num_labels == 1:
         if label is not None:
             raise ValueError(f"The reward model has one label only, so leave out label={label!r}")
         return None
     index = config.label2id.get(label) if isinstance(label, str) else label
     if index is None or not 0 <= index < config.num_labels:
+        known = ", ".join(f"{index} ({name!r})" for index, name in config.id2label.items())
         problem = "needs label=..." if label is None else f"has no label {label!r}"
         raise ValueError(f"The reward model {problem}; its labels are {known}")
     return index
 
 
 def _longest(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The most tokens that the model can read; None where neither its config nor its tokenizer sets a limit."""
+    """The number of tokens that the model can read; None if neither its config nor its tokenizer sets a limit."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (positions, tokenizer.model_max_length) if limit and limit < 10**9]
     return min(limits, default=None)

@@ -1,4 +1,4 @@
-"""Rewards from a server: a client as reward_fn."""
+"""A reward_fn that asks a server."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from typing import Any
 
 import httpx2
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, stop_after_attempt
 
-from trlx.rewards.scoring import RewardError
+from trlx.rewards.calling import RewardError
+from trlx.rewards.results import plain
 
 
 @dataclass(eq=False, repr=False)  # the headers may hold a password
@@ -21,12 +21,12 @@ class RemoteReward:
 
     Posts JSON ``{"samples": [...], "prompts": [...], "outputs": [...], "metadata": {name: [...]}}`` and expects
     ``{"rewards": [...]}`` (or ``"scores"``) with one entry per sample: a number, or a list of one per response token.
-    Tries again after a failed connection, a time-out, status 429 or 5xx; any other status is final. Before it tries
-    again it waits as long as Retry-After says, else `backoff` seconds, then 2 and 4 times that, each varied by half.
+    Tries again after a failed connection, a time-out, status 429 or 5xx. Before that it waits as long as the header
+    Retry-After says, else `backoff` seconds, then 2 and 4 times as long, each varied by half.
 
     Args:
         url: http or https.
-        timeout: seconds of silence from the server that end an attempt. train.reward_timeout limits the whole call.
+        timeout: seconds of silence from the server that end an attempt; train.reward_timeout limits the whole call.
         retries: attempts after the first.
         backoff: seconds before the first retry.
         batch_size: samples per request; None: all in one.
@@ -56,33 +56,28 @@ class RemoteReward:
         tokenizer: Any = None,
         **metadata: Sequence[Any],
     ) -> list[float | list[float]]:
-        """One entry per sample, in order.
-
-        Raises:
-            RewardError: the server could not be reached, refused the request, or answered in another form.
-        """
+        """One entry per sample; a RewardError if the server cannot be reached, refuses, or answers in another form."""
         size, rewards = self.batch_size or max(len(samples), 1), []
         for start in range(0, len(samples), size):
             rows = slice(start, start + size)
             extra = {name: list(values[rows]) for name, values in metadata.items()}
             texts = {"samples": samples[rows], "prompts": prompts[rows], "outputs": outputs[rows]}
-            rewards += self._rewards({**texts, "metadata": extra})
+            rewards += self._rewards({**texts, "metadata": extra}, len(samples[rows]))
         return rewards
 
-    def _rewards(self, question: dict[str, Any]) -> list[float | list[float]]:
+    def _rewards(self, question: dict[str, Any], count: int) -> list[float | list[float]]:
         try:
-            body = json.dumps(question, default=_plain)
+            body = json.dumps(question, default=_serializable)
         except TypeError as error:
             raise RewardError(f"The prompts' metadata cannot be sent as JSON: {error}") from error
         answer = self._post(body)
         try:
             parsed = answer.json()
         except ValueError:
-            raise RewardError(f"{self.url} answered no JSON: {_short(answer)}") from None
+            parsed = None
         rewards = parsed.get("rewards", parsed.get("scores")) if isinstance(parsed, dict) else None
         if not isinstance(rewards, list):
-            raise RewardError(f'{self.url} must answer {{"rewards": [...]}}, but answered {_short(answer)}')
-        count = len(question["samples"])
+            raise RewardError(f'{self.url} must answer JSON {{"rewards": [...]}}, but answered {_short(answer)}')
         if len(rewards) != count:
             raise RewardError(f"{self.url} answered {len(rewards)} rewards for {count} samples")
         return rewards
@@ -97,9 +92,9 @@ class RemoteReward:
             retry_error_callback=lambda state: state.outcome.result(),
         )
         headers = {"Content-Type": "application/json", "Accept": "application/json", **(self.headers or {})}
-        post = partial(httpx2.post, headers=headers, timeout=self.timeout, follow_redirects=True)
+        how = {"headers": headers, "timeout": self.timeout, "follow_redirects": True}
         try:
-            answer = attempts(post, self.url, content=body)
+            answer = attempts(httpx2.post, self.url, content=body, **how)
             if answer.is_success:
                 return answer
             problem = f"answered status {answer.status_code} ({answer.reason_phrase}): {_short(answer)}"
@@ -118,11 +113,10 @@ class RemoteReward:
         return float(asked) if asked.isdigit() else backoff
 
 
-def _plain(value: Any) -> Any:
-    """Arrays and tensors as lists."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{repr(value)[:80]} is a {type(value).__name__}")
+def _serializable(value: Any) -> Any:
+    if plain(value) is value:
+        raise TypeError(f"{repr(value)[:80]} is a {type(value).__name__}")
+    return plain(value)
 
 
 def _short(answer: httpx2.Response) -> str:

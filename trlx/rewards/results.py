@@ -1,4 +1,4 @@
-"""What reward functions return: checked, and summed up into one score per sample."""
+"""Checks what reward functions return, and sums it up into one score per sample."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from trlx.rewards.alignment import Alignment
 from trlx.rewards.calling import Arguments, RewardError, short
 from trlx.rewards.weighted import Part
 
+Score = float | list[float]
+"""One number for a response, or one per response token (dense)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What is said about one sample."""
+    """What reward_fn says about one sample."""
 
-    score: float | list[float]
-    """One number for a response, or one per response token."""
+    score: Score
     parts: dict[str, float] = field(default_factory=dict)
-    """By name, what the score is made of, before weights and summed over tokens; empty where nothing is named."""
+    """By name, the parts of the score, before weights and summed over tokens; empty if nothing has a name."""
 
 
 def scored(
@@ -30,30 +32,30 @@ def scored(
     arguments: Arguments,
     alignment: Alignment,
 ) -> list[Scored]:
-    """One `Scored` for each rollout, of what each part returned; `alignment` is for those without output_ids.
+    """One `Scored` per rollout, from what each part returned. Dense scores of functions without output_ids are aligned.
 
     Raises:
-        RewardError: something of another length or shape, or not finite. The message shows the sample in question.
+        RewardError: a result has a wrong type or length, or is not finite; the message shows the sample.
     """
-    columns = list(_columns(parts, returned, rollouts, arguments.offered, alignment))
-    weights = [weight for _, weight, _ in columns]
-    named = [name for name, _, _ in columns if name is not None]
-    if "mean" in named:
+    names, weights, columns = zip(*_columns(parts, returned, rollouts, arguments, alignment), strict=True)
+    if "mean" in names:
         raise RewardError("No part of a reward can be called 'mean': reward/mean is the mean of the sum. Rename it")
-    rows = zip(*(scores for _, _, scores in columns), strict=True)
     return [
-        Scored(_weighted_sum(weights, row, len(rollout.response)), dict(zip(named, map(total, row), strict=False)))
-        for row, rollout in zip(rows, rollouts, strict=True)
+        Scored(
+            _weighted_sum(weights, row, len(rollout.response)),
+            {name: total(score) for name, score in zip(names, row, strict=True) if name},
+        )
+        for row, rollout in zip(zip(*columns, strict=True), rollouts, strict=True)
     ]
 
 
-def total(score: float | list[float]) -> float:
-    """A score as one number."""
+def total(score: Score) -> float:
+    """A score as one number: the sum of a dense one."""
     return sum(score) if isinstance(score, list) else score
 
 
 def means(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """By name, the mean over all that have a part of this name."""
+    """By name, the mean over all samples that have a part of this name."""
     found: dict[str, list[float]] = {}
     for one in parts:
         for name, number in one.items():
@@ -62,22 +64,17 @@ def means(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def entries(name: str, returned: Any, samples: Sequence[str]) -> list[Any]:
-    """One plain entry per sample: a number, or a list of what may be numbers.
-
-    Raises:
-        RewardError: there is not one entry per sample.
-    """
+    """The entry of each sample, without arrays and tensors; a RewardError if there is not one per sample."""
     found, first = plain(returned), short(samples[0])
     if not isinstance(found, list):
         raise RewardError(f"{name} must return one entry per sample, got {repr(returned)[:80]}; first sample: {first}")
     if len(found) != len(samples):
         raise RewardError(f"{name} returned {len(found)} entries for {len(samples)} samples; first sample: {first}")
-    listed = map(plain, found)
-    return [[plain(number) for number in entry] if isinstance(entry, list) else entry for entry in listed]
+    return [[*map(plain, entry)] if isinstance(entry, list) else entry for entry in map(plain, found)]
 
 
 def plain(value: Any) -> Any:
-    """Arrays, tensors and tuples as lists, their scalars as numbers."""
+    """Arrays, tensors and tuples as lists, their scalars as numbers, anything else as it is."""
     if isinstance(value, tuple):
         return list(value)
     return value.tolist() if hasattr(value, "tolist") else value
@@ -92,34 +89,31 @@ def _columns(
     parts: Sequence[Part],
     returned: Sequence[Any],
     rollouts: Sequence[Rollout],
-    offered: Mapping[str, Any],
+    arguments: Arguments,
     alignment: Alignment,
-) -> Iterator[tuple[str | None, float, list[float | list[float]]]]:
-    """(name, weight, scores) of every part; those of a function that returns a dict are parts of their own."""
+) -> Iterator[tuple[str, float, list[Score]]]:
+    """(name or "", weight, one score per rollout) of every part; each key of a returned dict is a part."""
+    samples, outputs = arguments.offered["samples"], arguments.offered["outputs"]
     for part, value in zip(parts, returned, strict=True):
-        for key, one in _named(part.function.name, value):
-            name = f"{part.function.name}'s {key!r}" if key else part.function.name
-            scores = _plain_scores(name, one, rollouts, offered["samples"])
+        called = part.function.name
+        if isinstance(value, Mapping) and not (value and all(map(str, value))):
+            raise RewardError(f"{called} must return a dict of lists by name, got {repr(value)[:80]}")
+        for key, one in value.items() if isinstance(value, Mapping) else [("", value)]:
+            where = f"{called}'s {str(key)!r}" if key != "" else called
+            scores = _scores(where, one, rollouts, samples)
             if "output_ids" not in part.function.named:
-                scores = alignment(name, scores, [rollout.response for rollout in rollouts], offered["outputs"])
-            _check_lengths(name, scores, rollouts, offered["samples"])
-            yield "/".join(filter(None, (part.name, key))) or None, part.weight, scores
+                scores = alignment(where, scores, [rollout.response for rollout in rollouts], outputs)
+            for index, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
+                if isinstance(score, list) and len(score) > len(rollout.response):
+                    tokens = f"the response has {len(rollout.response)} tokens (see output_ids)"
+                    raise _wrong(where, f"{len(score)} numbers, but {tokens}", index, samples)
+            yield "/".join(filter(None, (part.name, str(key)))), part.weight, scores
 
 
-def _named(name: str, returned: Any) -> list[tuple[str, Any]]:
-    if not isinstance(returned, Mapping):
-        return [("", returned)]
-    if not returned or not all(map(str, returned)):
-        raise RewardError(f"{name} must return a dict of lists by name, got {repr(returned)[:80]}")
-    return [(str(key), value) for key, value in returned.items()]
-
-
-def _plain_scores(
-    name: str, returned: Any, rollouts: Sequence[Rollout], samples: Sequence[str]
-) -> list[float | list[float]]:
-    """One score per sample, of finite numbers. Where each is a list of one number they are a column of scalars."""
+def _scores(name: str, returned: Any, rollouts: Sequence[Rollout], samples: Sequence[str]) -> list[Score]:
+    """One score of finite numbers per sample. If all entries are lists of one number, the numbers are the scores."""
     found, scores = entries(name, returned, samples), []
-    is_column = all(isinstance(entry, list) and len(entry) == 1 and is_number(entry[0]) for entry in found)
+    is_column = all(isinstance(entry, list) and len(entry) == 1 for entry in found)
     for index, (entry, rollout) in enumerate(zip(found, rollouts, strict=True)):
         numbers = entry if isinstance(entry, list) else [entry]
         if not all(map(is_number, numbers)) or (not numbers and rollout.response):
@@ -132,27 +126,16 @@ def _plain_scores(
     return scores
 
 
-def _check_lengths(
-    name: str, scores: Sequence[float | list[float]], rollouts: Sequence[Rollout], samples: Sequence[str]
-) -> None:
-    for index, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
-        if isinstance(score, list) and len(score) > len(rollout.response):
-            numbers = f"{len(score)} numbers, but the response has {len(rollout.response)} tokens (see output_ids)"
-            raise _wrong(name, numbers, index, samples)
-
-
 def _wrong(name: str, what: str, index: int, samples: Sequence[str]) -> RewardError:
     return RewardError(f"{name} returned {what}, for sample {index}: {short(samples[index])}")
 
 
-def _weighted_sum(weights: Sequence[float], scores: Sequence[float | list[float]], length: int) -> float | list[float]:
-    """A number; with a dense score among them a list of `length`, in which numbers stand at the last token."""
-    pairs = list(zip(weights, scores, strict=True))
+def _weighted_sum(weights: Sequence[float], scores: Sequence[Score], length: int) -> Score:
+    """A number if all scores are numbers; else `length` numbers, with the scores that are numbers at the last token."""
     if not any(isinstance(score, list) for score in scores):
-        return sum(weight * score for weight, score in pairs)
+        return sum(weight * score for weight, score in zip(weights, scores, strict=True))
     tokens = [0.0] * length
-    for weight, score in pairs:
-        placed = enumerate(score) if isinstance(score, list) else [(length - 1, score)]
-        for index, number in placed:
+    for weight, score in zip(weights, scores, strict=True):
+        for index, number in enumerate(score) if isinstance(score, list) else [(length - 1, score)]:
             tokens[index] += weight * number
     return tokens

@@ -1,4 +1,4 @@
-"""The user's functions: how reward_fn and metric_fn are called, and checks of what they return."""
+"""Calls reward_fn in a thread of its own, and metric_fn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as WaitedTooLong
 from functools import partial
 from typing import Any
 
@@ -27,14 +26,11 @@ from trlx.rewards.weighted import WeightedRewards, parts_of
 
 
 class Scorer:
-    """Calls reward_fn in a thread of its own, checks the result.
+    """Calls reward_fn in a thread of its own and checks what it returns; docs/rewards.md says what that may be.
 
     Args:
-        reward_fn: takes lists of one entry per sample, by those keywords of `trlx.rewards.calling.OFFERED` and those
-            keys of the prompts that it names; returns for each sample a number, or one per response token (fewer: the
-            rest counts 0), as a list, tuple, array or tensor; or a dict of these by name, to be summed up. May be
-            ``async def``; or a list of functions, or `WeightedRewards`.
-        timeout: seconds that one call may take; None: any time.
+        reward_fn: a function, a list or dict of functions, or `WeightedRewards`; a function may be ``async def``.
+        timeout: seconds that one call may take; None: no limit.
         separator: stands between prompt and output in the samples.
     """
 
@@ -51,7 +47,7 @@ class Scorer:
         self._alignment = Alignment(self.tokenizer)
         self.timeout = timeout
         self.separator = separator
-        self._jobs: queue.SimpleQueue[tuple[Pending, Callable[[Pending], list[Scored]]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         # one loop for all calls: connections that a client keeps open belong to the loop they were opened in
         self._runner = asyncio.Runner()
@@ -62,29 +58,28 @@ class Scorer:
             part.function.check(metadata)
 
     def score(self, rollouts: Sequence[Rollout], step: int = 0, eos_in_outputs: bool = False) -> list[Scored]:
-        """One score per rollout: a float, or a list of one float per response token; and the parts it is made of.
+        """One `Scored` per rollout.
 
         Raises:
-            RewardError: reward_fn raised (its exception is the cause), timed out, or returned something of another
-                length or shape, or not finite. The message shows the sample in question.
+            RewardError: reward_fn raised (its exception is the cause), took too long, or returned something of a wrong
+                type or length, or not finite. The message shows the sample in question.
         """
         return self.submit(rollouts, step, eos_in_outputs).result()
 
     def submit(self, rollouts: Sequence[Rollout], step: int = 0, eos_in_outputs: bool = False) -> Pending:
-        """Starts scoring and returns at once; ``.result()`` waits for what `score` returns or raises."""
+        """Starts scoring and returns at once; ``.result()`` waits and then returns or raises as `score`."""
         if self._thread is None:
             device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
             # a daemon, because a hanging reward_fn must not keep the process alive
-            parts = (self._jobs, self._runner, device)
-            self._thread = threading.Thread(target=_work, args=parts, daemon=True, name="trlx-reward")
+            shared = (self._jobs, self._runner, device)
+            self._thread = threading.Thread(target=_work, args=shared, daemon=True, name="trlx-reward")
             self._thread.start()
             weakref.finalize(self, self._jobs.put, None)
-        pending = Pending(list(rollouts), self.timeout)
-        self._jobs.put((pending, partial(self._call, step=step, eos_in_outputs=eos_in_outputs)))
+        pending = Pending(partial(self._call, list(rollouts), step, eos_in_outputs), self.timeout)
+        self._jobs.put(pending)
         return pending
 
-    def _call(self, pending: Pending, step: int, eos_in_outputs: bool) -> list[Scored]:
-        rollouts = pending.rollouts
+    def _call(self, rollouts: list[Rollout], step: int, eos_in_outputs: bool, pending: Pending) -> list[Scored]:
         asked = Arguments.of(rollouts, self.tokenizer, step, self.separator, eos_in_outputs)
         pending.first_sample = short(asked.offered["samples"][0])
         returned = call_all([part.function for part in self._parts], asked, self._runner)
@@ -92,39 +87,42 @@ class Scorer:
 
 
 class Pending:
-    """Scores on their way."""
+    """A call of reward_fn that waits or runs."""
 
-    def __init__(self, rollouts: list[Rollout], timeout: float | None):
-        self.rollouts = rollouts
+    def __init__(self, call: Callable[[Pending], list[Scored]], timeout: float | None):
         self.first_sample = "not decoded yet"
+        self._call = call
         self._timeout = timeout
-        self._began = 0.0
-        self._started = threading.Event()
-        self._future: Future[list[Scored]] = Future()
+        self._began: Future[float] = Future()
+        self._scored: Future[list[Scored]] = Future()
 
     def result(self) -> list[Scored]:
-        """Waits for the scores.
-
-        Raises:
-            RewardError: see `Scorer.score`.
-        """
+        """Waits, then returns or raises as `Scorer.score`."""
+        limit = self._timeout
         try:
-            if not self._started.wait(self._timeout):  # the call before this one hangs
-                raise WaitedTooLong
-            left = None if self._timeout is None else max(self._began + self._timeout - time.monotonic(), 0.0)
-            return self._future.result(left)
-        except WaitedTooLong:
-            limit = f"train.reward_timeout = {self._timeout} seconds"
-            raise RewardError(f"reward_fn took more than {limit}; first sample: {self.first_sample}") from None
+            # the call before this one may hang, so the wait for the start is limited, too
+            began = self._began.result(limit)
+            return self._scored.result(None if limit is None else max(began + limit - time.monotonic(), 0.0))
+        except TimeoutError:
+            allowed = f"train.reward_timeout = {limit} seconds"
+            raise RewardError(f"reward_fn took more than {allowed}; first sample: {self.first_sample}") from None
 
-    def run(self, fn: Callable[[Pending], list[Scored]]) -> None:
-        """Calls `fn` in the present thread and keeps what it returns or raises."""
-        self._began = time.monotonic()
-        self._started.set()
+    def run(self) -> None:
+        """Makes the call in the present thread and keeps what it returns or raises."""
+        self._began.set_result(time.monotonic())
         try:
-            self._future.set_result(fn(self))
+            self._scored.set_result(self._call(self))
         except BaseException as error:  # the waiting thread must hear of everything, or it would wait forever
-            self._future.set_exception(error)
+            self._scored.set_exception(error)
+
+
+def _work(jobs: queue.SimpleQueue[Pending | None], runner: asyncio.Runner, device: int | None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)  # "cuda" must mean the same device in reward_fn as in the main thread
+    with runner:
+        while job := jobs.get():
+            job.run()
+            del job  # or the last batch would live as long as this thread
 
 
 class Metric(UserFunction):
@@ -150,20 +148,9 @@ class Metric(UserFunction):
 def _metric(name: str, values: Any, samples: list[str]) -> list[float] | float:
     if is_number(values):
         return float(values)
-    numbers = entries(f"metric_fn's {name!r}", values, samples)
-    for index, number in enumerate(numbers):
+    where = f"metric_fn's {name!r}"
+    numbers = entries(where, values, samples)
+    for number, sample in zip(numbers, samples, strict=True):
         if not is_number(number):
-            raise RewardError(
-                f"metric_fn's {name!r} must be numbers, got {repr(number)[:80]} for {short(samples[index])}"
-            )
+            raise RewardError(f"{where} must be numbers, got {repr(number)[:80]} for {short(sample)}")
     return [float(number) for number in numbers]
-
-
-def _work(jobs: queue.SimpleQueue, runner: asyncio.Runner, device: int | None) -> None:
-    if device is not None:
-        torch.cuda.set_device(device)  # so that "cuda" means in reward_fn what it means in the main thread
-    with runner:
-        while job := jobs.get():
-            pending, fn = job
-            pending.run(fn)
-            del job, pending, fn  # or the last batch would live as long as this thread

@@ -14,10 +14,10 @@ from trlx.tracebacks import short_errors
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One reward function among those that make up a score."""
+    """One of the functions whose weighted sum is the score."""
 
     name: str | None
-    """What it is logged under; None: it is the only one."""
+    """What it is logged under; None for a reward_fn that is one function."""
     function: UserFunction
     weight: float = 1.0
 
@@ -27,32 +27,35 @@ class WeightedRewards:
 
     ``trlx.train(reward_fn=WeightedRewards({"helpful": (judge, 1.0), "short": (brevity, 0.1)}), prompts=[...])``
 
-    What each returns is logged under its name, before its weight: one with weight 0 is only watched. Each gets the
-    arguments that it names; those that are ``async def`` run at the same time.
+    The result of each function is logged under its name before it is multiplied, so weight 0 means: only log it. Each
+    function gets the arguments that it names. Those that are ``async def`` run at the same time.
 
     Args:
-        rewards: by name, a pair (function, weight); or a list of such pairs, named as the functions are. A function
-            alone has weight 1.
+        rewards: a dict of pairs (function, weight) by name, or a list of such pairs, which get the functions' names. A
+            function without a weight has weight 1.
 
     Raises:
-        ValueError, TypeError: there are none, or one of them is no such pair.
+        ValueError, TypeError: there is no function, or an entry is neither a function nor such a pair.
     """
 
     @short_errors
     def __init__(self, rewards: Mapping[str, Any] | Iterable[Any]):
-        pairs = {name: _pair(entry) for name, entry in dict(rewards).items()} if isinstance(rewards, Mapping) else {}
-        for fn, weight in () if isinstance(rewards, Mapping) else map(_pair, rewards):
-            pairs[_name(fn, pairs)] = fn, weight
+        if isinstance(rewards, Mapping):
+            pairs = {str(name): _pair(entry) for name, entry in rewards.items()}
+        else:
+            pairs = {}
+            for fn, weight in map(_pair, rewards):
+                pairs[_name(fn, pairs)] = fn, weight
         if not pairs:
             raise ValueError("There is no reward function in the list: pass at least one")
         self.parts = [
-            Part(str(name), UserFunction(f"reward_fn's {str(name)!r}", fn, unasked=RESERVED), weight)
+            Part(name, UserFunction(f"reward_fn's {name!r}", fn, unasked=RESERVED), weight)
             for name, (fn, weight) in pairs.items()
         ]
 
 
 def parts_of(reward_fn: Any) -> list[Part]:
-    """The parts of what a user passes as reward_fn: a function, a list or dict of them, or `WeightedRewards`."""
+    """The parts of what the user passes as reward_fn: a function, a list or dict of them, or `WeightedRewards`."""
     if isinstance(reward_fn, (list, tuple, Mapping)):
         reward_fn = WeightedRewards(reward_fn)
     if isinstance(reward_fn, WeightedRewards):
@@ -69,6 +72,6 @@ def _pair(entry: Any) -> tuple[Callable[..., Any], float]:
 
 def _name(fn: Callable[..., Any], taken: Mapping[str, Any]) -> str:
     name = getattr(fn, "__name__", type(fn).__name__)
-    if not name.isidentifier():  # a lambda has a name in brackets
+    if not name.isidentifier():  # "<lambda>"
         return f"reward_{len(taken)}"
     return name if name not in taken else f"{name}_{len(taken)}"
