@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tests.builders import char_tokenizer
+from trlx.backends.megatron.cpu import prepare_engine
 from trlx.backends.megatron.drawing import Drawing
-from trlx.backends.megatron.generation import PipelineSampler
 from trlx.sampling.settings import SamplingConfig
 from trlx.sampling.stopping import Stopper
 
@@ -189,6 +189,9 @@ def test_a_forbidden_token_stays_forbidden_under_beta():
 
 
 def sampler(has_q):
+    prepare_engine()  # imports Megatron-Core without its warnings
+    from trlx.backends.megatron.generation import PipelineSampler
+
     return PipelineSampler([], SimpleNamespace(device=torch.device("cpu")), has_q, 3)
 
 

@@ -104,7 +104,7 @@ def test_a_trunk_that_does_more_after_its_blocks_is_refused():
 
 def test_q_targets_start_equal_stay_frozen_and_follow_by_polyak_averaging():
     torch.manual_seed(0)
-    q = QHeads(hidden=4, vocab=5, num_heads=2)
+    q = QHeads(hidden=4, vocab_size=5, num_heads=2)
     hidden, actions = torch.randn(3, 4), torch.tensor([0, 4, 2])
     values, targets, _ = q(hidden, actions)
     assert torch.equal(values, targets) and values.abs().min() > 0
@@ -119,7 +119,7 @@ def test_q_targets_start_equal_stay_frozen_and_follow_by_polyak_averaging():
 
 def test_q_scores_are_those_of_the_chosen_action():
     torch.manual_seed(0)
-    q = QHeads(hidden=4, vocab=5, num_heads=2)
+    q = QHeads(hidden=4, vocab_size=5, num_heads=2)
     hidden, actions = torch.randn(3, 4), torch.tensor([0, 4, 2])
     values, targets, logprobs = q(hidden, actions)
     for each in range(2):
@@ -130,7 +130,7 @@ def test_q_scores_are_those_of_the_chosen_action():
 
 
 def test_target_q_sends_no_gradient_into_the_policy():
-    q = QHeads(hidden=4, vocab=5, num_heads=1)
+    q = QHeads(hidden=4, vocab_size=5, num_heads=1)
     hidden = torch.ones(2, 4, requires_grad=True)
     q(hidden, torch.tensor([0, 1]))[1].sum().backward()
     assert hidden.grad.abs().sum() == 0

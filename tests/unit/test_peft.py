@@ -337,8 +337,8 @@ def test_num_layers_unfrozen_says_nothing_of_a_model_with_an_adapter(tmp_path, c
     ("given", "words"),
     [
         ({"r": 8}, "peft_type"),
-        ({"peft_type": "LORA", "rank": 8}, "not one that PEFT understands"),
-        ({"peft_type": "LARO"}, "not one that PEFT understands"),
+        ({"peft_type": "LORA", "rank": 8}, "PEFT does not understand model.peft_config"),
+        ({"peft_type": "LARO"}, "PEFT does not understand model.peft_config"),
         ({**LORA, "task_type": "SEQ_2_SEQ_LM"}, "task_type must be CAUSAL_LM"),
         ({"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 2}, "MULTITASK_PROMPT_TUNING is not supported"),
     ],

@@ -60,6 +60,8 @@ def test_logprobs_are_taken_at_the_temperature_sampled_with():
         ({"min_new_tokens": -1}, "min_new_tokens must be"),
         ({"top_k": -1}, "top_k must be"),
         ({"temperature": -1}, "temperature"),
+        ({"temperature": "1"}, "gen_kwargs.temperature must be a number, got '1'"),
+        ({"top_p": True}, "gen_kwargs.top_p must be a number, got True"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"beta": [0, 1]}, "beta is the list .*gen_experience_kwargs"),
@@ -124,7 +126,7 @@ def test_a_response_ends_with_its_first_eos():
             "num_return_sequences is 2, but every prompt gets one response: repeat",
         ),
         ({"stop_strings": ["a"]}, r"stop_strings is .*pass trlx.train\(stop_sequences"),
-        ({"return_dict_in_generate": True}, "return_dict_in_generate is True, but nothing but tokens"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate is True, but trlx reads only the tokens"),
         ({"penalty_alpha": 0.5}, "penalty_alpha is 0.5, but transformers no longer"),
     ],
 )

@@ -217,7 +217,7 @@ def test_another_name_than_that_of_a_model_on_the_hub_is_mentioned_without_askin
     folder = saved(tmp_path / "mine")
     tokenizer_for("somebody/else", TokenizerConfig(folder))
     (record,) = caplog.records
-    assert f"that of {folder}" in record.message and "not that of somebody/else" in record.message
+    assert f"names the tokenizer {folder}, not that of the model somebody/else" in record.message
 
 
 def test_the_models_own_tokenizer_is_loaded_as_the_model_is(monkeypatch):

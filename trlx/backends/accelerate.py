@@ -84,7 +84,7 @@ class AccelerateBackend(Backend):
 
         torch.manual_seed(train.seed)  # every process must draw the same random weights
         self.policy = _load_policy(dataclasses.replace(model, model_path=self.source(model, train)), needs)
-        check_vocabulary(self.policy.model, tokenizer)
+        check_vocabulary(self.policy.model.get_input_embeddings().weight.shape[0], tokenizer)
         self.precision = HALVES.get(self.accelerator.mixed_precision, self.policy.model.dtype)
         self.positions = check_positions(self.policy.model, train.seq_length) or self.positions
         self.vocab_size = output_head(self.policy.model).weight.shape[0]

@@ -1,4 +1,4 @@
-"""Adapters (PEFT): a few weights beside a frozen model train, and without them the model is the reference policy."""
+"""Adapters (PEFT): a few weights beside a frozen model train. The model without them is the reference policy."""
 
 from __future__ import annotations
 
@@ -27,102 +27,100 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 TASKS = {Causal: "CAUSAL_LM", EncoderDecoder: "SEQ_2_SEQ_LM"}
-"""What PEFT calls each architecture."""
+"""PEFT's name of each architecture."""
 PROMPT_LEARNING = {
     "PROMPT_TUNING": {Causal: PromptTuned, EncoderDecoder: PromptTunedEncoder},
     "P_TUNING": {Causal: PromptTuned, EncoderDecoder: PromptTunedEncoder},
     "PREFIX_TUNING": {Causal: PrefixTuned, EncoderDecoder: PrefixTunedDecoder},
 }
-"""Adapters that are virtual tokens; all others stand inside the model's modules."""
+"""Adapters made of virtual tokens; all others are inside the model's modules."""
 
 
 class AdaptedPolicy(Policy):
-    """A policy of which an adapter (and the heads) train; ``model`` is the model inside it, LoRA's layers included."""
+    """A policy whose adapter and heads train. ``model`` is the model inside the adapter, with LoRA's layers."""
 
     def __init__(self, adapter: PeftModel, separable: bool, **parts: Any):
         super().__init__(adapter.get_base_model(), **parts)
         self.adapter = adapter
         self.separable = separable
-        """Whether the model without its adapter is the one the adapter was put on."""
+        """Whether switching the adapter off gives the logits of the original model."""
 
     def save_model(self, folder: Path | str, merge: bool = False) -> None:
-        """Writes the adapter in PEFT's format or, with `merge`, a plain model that it has been folded into.
+        """Writes the adapter in PEFT's format or, with `merge`, a plain model with the adapter merged into its weights.
 
         Raises:
-            ValueError: virtual tokens cannot be folded into weights.
+            ValueError: virtual tokens cannot be merged into weights.
         """
         if not merge:
-            # "auto" would look on the hub whether the vocabulary has changed; embeddings that train are saved anyway
+            # "auto" would ask the hub for the size of the embeddings; embeddings that train are saved anyway
             self.adapter.save_pretrained(folder, save_embedding_layers=False)
             return
         kind = self.adapter.active_peft_config.peft_type
         if not hasattr(self.adapter.base_model, "merge_and_unload"):
             raise ValueError(f"An adapter of the type {kind.value} cannot be merged into a model: leave out merge=True")
-        # a copy, as merging and taking apart again would leave other weights to train on
+        # merge a copy: merging and unmerging would round the weights that train
         copy.deepcopy(self.adapter).merge_and_unload().save_pretrained(folder)
 
 
 class AdapterOff(Reference):
-    """The reference policy of an adapted one: the model without its adapter.
+    """The reference of an adapted policy: the model without its adapter.
 
     Raises:
-        ValueError: the adapter has changed the model's own weights, so that without it the model is another.
+        ValueError: the adapter has changed the model's own weights.
     """
 
     def __init__(self, policy: AdaptedPolicy, exchange: Exchange = exchange_pointers):
         if not policy.separable:
             raise ValueError(
-                "This adapter's way of starting changes the weights of the model itself (PiSSA, OLoRA, LoftQ ...), so "
-                "there is no reference policy left to compare with: leave out init_lora_weights of model.peft_config"
+                "model.peft_config.init_lora_weights (PiSSA, OLoRA, LoftQ ...) changes the weights of the model, "
+                "so there is no reference policy left to compare with: leave it out"
             )
-        # some adapters train weights of the model as well (bias: all), which are exchanged
+        # some adapters also train weights of the model (bias: all): `Reference` exchanges these
         super().__init__(policy, exchange)
         self._policy = policy
-        self._other = policy.architecture.bare()
+        self._bare = policy.architecture.bare()
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside the block the policy's language model is the one without adapter; its heads stay as they are."""
+        """Inside the block the policy's language model runs without its adapter; the heads stay."""
+        own = self._policy.architecture
         with super().active(), self._policy.adapter.disable_adapter():
-            self._exchange_architecture()
+            self._policy.architecture = self._bare
             try:
                 yield
             finally:
-                self._exchange_architecture()
-
-    def _exchange_architecture(self) -> None:
-        self._policy.architecture, self._other = self._other, self._policy.architecture
+                self._policy.architecture = own
 
     def is_first_policy(self) -> bool:
-        """Whether policy and reference agree now, on a few tokens."""
-        policy, found = self._policy, []
-        with probing(policy.model) as tokens:
-            rows = tokens, tokens, torch.ones_like(tokens)
-            found.append(policy.logits(policy.architecture.states(*rows)))
+        """Whether policy and reference have equal logits for a few tokens."""
+        with probing(self._policy.model) as tokens:
+            policy = self._logits(tokens)
             with self.active():
-                found.append(policy.logits(policy.architecture.states(*rows)))
-        return torch.equal(*found)
+                return torch.equal(policy, self._logits(tokens))
+
+    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._policy.logits(self._policy.architecture.states(tokens, tokens, torch.ones_like(tokens)))
 
 
 def build_adapted_policy(
     model: PreTrainedModel,
     peft_config: PeftConfig | Mapping[str, Any] | str,
     *,
-    architecture: type[Causal] | type[EncoderDecoder] = Causal,
+    architecture: type[Architecture] = Causal,
     value_head: bool = False,
     value_layers: int = 0,
     q_heads: int = 0,
     dropout: bool = True,
     temperature: float = 1.0,
 ) -> AdaptedPolicy:
-    """Puts an adapter on `model`, gives it the heads asked for (see ``ModelNeeds``) and makes it a policy.
+    """A policy of `model` with an adapter and new heads. Other arguments as in ``ModelNeeds``.
 
     Args:
-        peft_config: what the new adapter is, with a ``peft_type``; or the folder of a trained one.
+        peft_config: the settings of a new adapter, with a ``peft_type``; or the folder of a trained one.
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: settings that PEFT does not know, or that do not go together.
+        ValueError: PEFT does not know a setting, or the adapter does not support it.
     """
     require("peft", extra="peft", purpose="model.peft_config")
     before = _own_logits(architecture(model))
@@ -130,12 +128,12 @@ def build_adapted_policy(
     kind = adapter.active_peft_config
     if kind.is_prompt_learning and value_layers:
         raise ValueError(
-            f"Blocks of the value function's own do not go together with {kind.peft_type.value}: set "
+            f"model.peft_config.peft_type {kind.peft_type.value} does not support a value branch: set "
             "method.num_value_layers_unfrozen to 0"
         )
     if not dropout:
         disable_dropout(model, *getattr(adapter, "prompt_encoder", {}).values())
-    # PEFT leaves biases that train (bias: all) as they are; the reference puts them back
+    # PEFT warns that it does not restore trained biases (bias: all); `Reference` does
     warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
     with adapter.disable_adapter():
         separable = torch.equal(before, _own_logits(architecture(model)))
@@ -151,10 +149,10 @@ def build_adapted_policy(
 
 
 def adapted_model(model_path: Any) -> str | None:
-    """The model that the adapter in the folder `model_path` belongs to; None where that is not an adapter.
+    """The model that the adapter in the folder `model_path` belongs to; None if the folder holds no adapter.
 
     Raises:
-        ValueError: the adapter does not say what it belongs to.
+        ValueError: the adapter does not name its model.
     """
     file = Path(model_path) / "adapter_config.json" if isinstance(model_path, (str, Path)) else None
     if file is None or not file.is_file():
@@ -173,20 +171,20 @@ def _own_logits(architecture: Architecture) -> torch.Tensor:
 def _new(model: PreTrainedModel, given: PeftConfig | Mapping[str, Any], architecture: type) -> PeftModel:
     import peft
 
-    config, task = copy.deepcopy(given), _of(architecture, TASKS)
+    config, task = copy.deepcopy(given), _entry(TASKS, architecture)
     if isinstance(given, Mapping):
         try:
             config = peft.get_peft_config({"task_type": task, **given})
         except (KeyError, TypeError) as error:
             known = ", ".join(sorted(kind.value for kind in peft.PeftType))
             raise ValueError(
-                f"model.peft_config is not one that PEFT understands ({error}). It is a dict with peft_type (one of "
-                f"{known}) and the settings of that type, e.g. {{'peft_type': 'LORA', 'r': 8}}"
+                f"PEFT does not understand model.peft_config ({error}). It is a dict with peft_type (one of {known}) "
+                "and the settings of that type, e.g. {'peft_type': 'LORA', 'r': 8}"
             ) from error
     config.task_type = config.task_type or task
     if config.task_type != task:
         raise ValueError(f"model.peft_config.task_type must be {task} for this model.model_arch_type, or be left out")
-    if config.is_prompt_learning:  # PEFT looks at the encoder's, where it finds one
+    if config.is_prompt_learning:  # PEFT would count the blocks of an encoder
         config.num_layers = config.num_layers or len(blocks(model))
     with _quietly():
         return peft.get_peft_model(model, config)
@@ -195,8 +193,8 @@ def _new(model: PreTrainedModel, given: PeftConfig | Mapping[str, Any], architec
 def _loaded(model: PreTrainedModel, folder: str) -> PeftModel:
     import peft
 
-    # of virtual tokens there is saved what they have become, not what made them, and that is what trains on: to PEFT
-    # such an adapter is not trainable
+    # PEFT saves virtual tokens without the layers that computed them, and refuses to train such an adapter; the saved
+    # embeddings train on here
     config = peft.PeftConfig.from_pretrained(folder)
     with _quietly():
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=not config.is_prompt_learning)
@@ -204,25 +202,25 @@ def _loaded(model: PreTrainedModel, folder: str) -> PeftModel:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what PEFT warns of while it corrects itself, and what transformers says about PEFT's own calls."""
+    """Without warnings about what PEFT corrects by itself and about PEFT's own calls."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
-def _architecture(adapter: PeftModel, base: type[Causal] | type[EncoderDecoder]) -> Architecture:
+def _architecture(adapter: PeftModel, base: type[Architecture]) -> Architecture:
     config = adapter.active_peft_config
-    if not config.is_prompt_learning:
-        return base(adapter.get_base_model(), adapter)
-    if config.peft_type.value not in PROMPT_LEARNING:
-        raise ValueError(
-            f"model.peft_config.peft_type {config.peft_type.value} is not supported; of the adapters made of virtual "
-            f"tokens these are: {', '.join(PROMPT_LEARNING)}"
-        )
-    return _of(base, PROMPT_LEARNING[config.peft_type.value])(adapter.get_base_model(), adapter)
+    if config.is_prompt_learning:
+        if config.peft_type.value not in PROMPT_LEARNING:
+            raise ValueError(
+                f"model.peft_config.peft_type {config.peft_type.value} is not supported; of the adapters with virtual "
+                f"tokens these are: {', '.join(PROMPT_LEARNING)}"
+            )
+        base = _entry(PROMPT_LEARNING[config.peft_type.value], base)
+    return base(adapter.get_base_model(), adapter)
 
 
-def _of(architecture: type, table: Mapping[type, Any]) -> Any:
-    """What a table has for a class, or for the one that it is a kind of."""
+def _entry(table: Mapping[type, Any], architecture: type) -> Any:
+    """The table's entry for an architecture or for its base class."""
     return next(value for cls, value in table.items() if issubclass(architecture, cls))

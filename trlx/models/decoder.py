@@ -1,8 +1,7 @@
-"""Where a Hugging Face language model keeps its parts, found by structure, not by a table of names.
+"""Finds the modules of any Hugging Face language model by their structure, without a table of names.
 
-A model is a *trunk* (token ids to hidden states; its decoder, if it has an encoder too) and an *output head* (hidden
-states to logits). Somewhere in the trunk
-one module owns the list of transformer blocks, and beside it the norm that follows the last block.
+A model is a *trunk* (token ids to hidden states; the decoder if there is an encoder) and an *output head* (hidden
+states to logits). One module of the trunk owns the list of transformer blocks and the norm after the last block.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def trunk(model: PreTrainedModel) -> nn.Module:
     """The module whose first output is the last hidden state [B, T, d].
 
     Raises:
-        ValueError: the model has no body of its own.
+        ValueError: the model is its own base model.
     """
     if model.config.is_encoder_decoder:
         return model.get_decoder()
@@ -33,13 +32,13 @@ def trunk(model: PreTrainedModel) -> nn.Module:
 
 
 def state_givers(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules whose first output is the last hidden state, the trunk last. Of these a model calls at least one by
-    itself: OPT goes past its trunk to the module in it that owns the blocks."""
+    """The modules whose first output is the last hidden state. A model calls at least one of them: OPT skips its trunk
+    and calls the owner of the blocks."""
     return list(dict.fromkeys((_stack(model)[0], trunk(model))))
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks, bottom first: of all module lists in the trunk, the one that holds most weights.
+    """The transformer blocks, bottom first: the module list with the most weights in the trunk.
 
     Raises:
         ValueError: the trunk has no module list.
@@ -48,13 +47,13 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def block_lists(model: PreTrainedModel) -> list[nn.ModuleList]:
-    """The transformer blocks of the decoder and, where there is one, of the encoder."""
+    """The transformer blocks of the decoder, and of the encoder if there is one."""
     encoders = [model.get_encoder()] if model.config.is_encoder_decoder else []
     return [blocks(model), *(_largest_list(model, encoder)[1] for encoder in encoders)]
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
-    """The norm after the last block; None where the architecture has none (OPT-350m).
+    """The norm after the last block; None if the model has none (OPT-350m).
 
     Raises:
         ValueError: more than one module could be it.
@@ -67,13 +66,13 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
 
 
 def after_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """What the trunk applies to the last block's output, in order: the final norm, and OPT's ``project_out``."""
+    """The modules that the trunk applies after the last block, in order: the final norm, OPT's ``project_out``."""
     owner, _ = _stack(model)
     return [module for module in (final_norm(model), getattr(owner, "project_out", None)) if module is not None]
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:
-    """The module that maps hidden states to the vocabulary.
+    """The module that maps hidden states to logits.
 
     Raises:
         ValueError: the model has none.
@@ -85,15 +84,15 @@ def output_head(model: PreTrainedModel) -> nn.Module:
 
 
 def hidden_size(model: PreTrainedModel) -> int:
-    """Width of the trunk's output. For OPT-350m that is not ``config.hidden_size``."""
+    """Width of the trunk's output. It is not ``config.hidden_size`` for OPT-350m."""
     return output_head(model).weight.shape[1]
 
 
 def freeze(model: PreTrainedModel, num_layers_unfrozen: int) -> None:
-    """Chooses which weights of the language model train.
+    """Chooses which weights of the language model train: -1 all, 0 none, k the top k blocks and what follows them.
 
-    -1 leaves all of them trainable, 0 none. k trains the top k blocks, the final norm, and an output head that is not
-    tied; everything else is frozen, position embeddings and encoder included, so that nothing below them can drift.
+    Those are the final norm, and the output head if it is not tied. All else is frozen, position embeddings and
+    encoder included, so the input of the trained blocks stays the same.
 
     Raises:
         ValueError: `num_layers_unfrozen` is below -1 or above the number of blocks.
@@ -116,27 +115,22 @@ def freeze(model: PreTrainedModel, num_layers_unfrozen: int) -> None:
 
 
 def disable_dropout(model: PreTrainedModel, *others: nn.Module) -> None:
-    """Switches every dropout of `model` and `others` off for good.
-
-    ``model.config`` is untouched, so an export keeps what was there.
-    """
+    """Switches every dropout of `model` and `others` off. ``model.config`` stays the same, for exports."""
     quiet = copy.copy(model.config)
     _silence(quiet)
     for module in chain(*(root.modules() for root in (model, *others))):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         _silence(module)
-        # GPT-J, GPT-Neo, Falcon and Persimmon read the probability from the config at every call.
+        # GPT-J, GPT-Neo, Falcon and Persimmon read the probability from the config at every call
         if getattr(module, "config", None) is model.config and not isinstance(module, PreTrainedModel):
             module.config = quiet
 
 
 @contextmanager
 def probing(model: PreTrainedModel) -> Iterator[Tensor]:
-    """Yields a few token ids [1, T] for a check at construction: evaluation mode, no gradient, nothing random drawn.
-
-    Every module is back in its own mode afterwards.
-    """
+    """Yields a few token ids [1, T] for a check at construction, in evaluation mode, without gradients and without
+    random numbers. Afterwards every module has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     embeddings = model.get_input_embeddings().weight
     model.eval()
@@ -158,13 +152,12 @@ def _largest_list(model: PreTrainedModel, root: nn.Module) -> tuple[nn.Module, n
     ]
     if not lists:
         raise _unsupported(model, "an nn.ModuleList of blocks in its trunk")
-    # modules() goes outside in, and max keeps the first of equals: a list nested in a block never wins.
+    # modules() starts outside and max keeps the first of equals: a list inside a block never wins
     return max(lists, key=lambda found: sum(weight.numel() for weight in found[1].parameters()))
 
 
 def _is_final_norm(name: str, module: nn.Module) -> bool:
-    about_embeddings = "emb" in name or "proj" in name
-    return "norm" in type(module).__name__.lower() and not about_embeddings
+    return "norm" in type(module).__name__.lower() and "emb" not in name and "proj" not in name
 
 
 def _silence(holder: nn.Module | PretrainedConfig) -> None:

@@ -1,10 +1,10 @@
-"""What stands beside the language model's own head: values of states, and Q of actions."""
+"""The heads beside the language model's own: values of states, and Q of actions."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from trlx.models.logprobs import in_chunks
 class ValueHead(nn.Module):
     """V(state) from the policy's own hidden state: d -> 2d -> 1 with ReLU, always in float32.
 
-    The last layer starts at zero: an untrained value is 0, not noise that the first advantages would carry.
+    The last layer starts at 0, so that the first values are 0 and add no noise to advantages.
     """
 
     def __init__(self, hidden: int):
@@ -29,24 +29,24 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)
 
     def watching(self) -> AbstractContextManager:
-        """The trunk runs inside this context; a head that needs nothing but its output ignores it."""
+        """A context for the run of the trunk; this head needs none."""
         return nullcontext()
 
     def states(self, hidden: Tensor) -> Tensor:
-        """The hidden states [B, T, d] to read values from, given the trunk's."""
+        """The input of `forward` [B, T, d], from the trunk's hidden states."""
         return hidden
 
     def forward(self, states: Tensor) -> Tensor:
-        """States [N, d] of any float dtype to values [N] float32."""
+        """Values [N] float32 of states [N, d] of any float dtype."""
         with torch.autocast(states.device.type, enabled=False):
             return self.layers(states.float()).squeeze(-1)
 
 
 class ValueBranch(nn.Module):
-    """V(state) from a trainable copy of the model's top `num_layers` blocks, fed with what the live blocks are fed.
+    """V(state) from a trainable copy of the model's top `num_layers` blocks, which gets the input of the originals.
 
-    Masks and position embeddings are those the model itself passes, so no architecture needs code here. Gradients
-    reach the live blocks below the copied ones, as those of a plain value head reach all of them.
+    Masks and position embeddings are those that the model itself passes, so this works for any architecture. Gradients
+    flow into the blocks below the copied ones.
 
     Raises:
         ValueError: `num_layers` is not between 1 and the number of blocks, or the copy does not reproduce the trunk.
@@ -59,7 +59,7 @@ class ValueBranch(nn.Module):
             raise ValueError(
                 f"num_value_layers_unfrozen is {num_layers}, but {type(model).__name__} has {len(stack)} blocks."
             )
-        # In a tuple the live blocks are not registered as weights of this module.
+        # a tuple, so that the live blocks are not registered as submodules
         self._live = tuple(stack[-num_layers:])
         self._calls: list[tuple[tuple, dict]] = []
         self.blocks = copy.deepcopy(stack[-num_layers:]).requires_grad_(True)
@@ -69,17 +69,15 @@ class ValueBranch(nn.Module):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While the trunk runs in this context, notes what each live top block is called with."""
+        """Notes the arguments of each live top block while the trunk runs in this context."""
         self._calls = []
-        hooks = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in self._live]
-        try:
+        with ExitStack() as stack:
+            for block in self._live:
+                stack.callback(block.register_forward_pre_hook(self._note, with_kwargs=True).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def states(self, hidden: Tensor) -> Tensor:
-        """The branch's own hidden states [B, T, d] for the batch that was watched; the trunk's are not used."""
+        """The branch's own hidden states [B, T, d] for the batch in `watching`; `hidden` is not used."""
         calls, self._calls = self._calls, []
         states = calls[0][0][0]
         for block, (args, kwargs) in zip(self.blocks, calls, strict=True):
@@ -90,7 +88,7 @@ class ValueBranch(nn.Module):
         return states
 
     def forward(self, states: Tensor) -> Tensor:
-        """States [N, d] to values [N] float32."""
+        """Values [N] float32 of states [N, d]."""
         return self.head(states)
 
     def _note(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -114,30 +112,29 @@ class ValueBranch(nn.Module):
 class QHeads(nn.Module):
     """Q(state, action) for every token of the vocabulary, with frozen target copies (ILQL, arXiv:2206.11871).
 
-    Each head is d -> 2d -> V with ReLU in float32. `sync` moves the targets after the heads.
+    Each head is d -> 2d -> V with ReLU in float32.
     """
 
-    def __init__(self, hidden: int, vocab: int, num_heads: int):
+    def __init__(self, hidden: int, vocab_size: int, num_heads: int):
         super().__init__()
-        self.heads = nn.ModuleList(_mlp(hidden, vocab) for _ in range(num_heads))
+        self.heads = nn.ModuleList(_mlp(hidden, vocab_size) for _ in range(num_heads))
         self.targets = copy.deepcopy(self.heads).requires_grad_(False)
 
     def forward(self, hidden: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q, target Q and log softmax(Q) of `actions` [N] in the states `hidden` [N, d]; each [heads, N] float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = in_chunks(self._scores, hidden.float(), actions, self.heads[0])
-        return tuple(scores.chunk(3))
+            return tuple(in_chunks(self._outputs, hidden.float(), actions, self.heads[0]).chunk(3))
 
     def lowest_target(self, hidden: Tensor) -> Tensor:
-        """The lowest target Q of every token, [N, V] float32, in the states `hidden` [N, d]."""
+        """The lowest target Q [N, V] float32 of every token in the states `hidden` [N, d]."""
         with torch.autocast(hidden.device.type, enabled=False):
             return torch.stack([target(hidden.float()) for target in self.targets]).amin(dim=0)
 
     def sync(self, alpha: float) -> None:
-        """Moves the targets after the heads: target <- alpha head + (1 - alpha) target."""
+        """Moves the targets towards the heads: target <- alpha head + (1 - alpha) target."""
         polyak_(self.targets, self.heads, alpha)
 
-    def _scores(self, hidden: Tensor, actions: Tensor) -> Tensor:
+    def _outputs(self, hidden: Tensor, actions: Tensor) -> Tensor:
         at = actions[:, None]
         logits = [head(hidden) for head in self.heads]
         q = [each.gather(1, at).squeeze(1) for each in logits]

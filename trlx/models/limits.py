@@ -1,4 +1,4 @@
-"""What a model has room for: tokens of its vocabulary, and positions in a row."""
+"""Checks that tokens and rows fit a model: the rows of its embeddings, and its positions."""
 
 from __future__ import annotations
 
@@ -10,31 +10,26 @@ from trlx import logging
 logger = logging.get_logger(__name__)
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """`check_vocabulary_size` of a model."""
-    check_vocabulary_size(model.get_input_embeddings().weight.shape[0], tokenizer)
-
-
-def check_vocabulary_size(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warns where the tokenizer knows tokens that a model of `rows` embeddings has none for.
+def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warns if the tokenizer has more tokens than the model has embeddings, which are `vocab_size`.
 
     Raises:
-        ValueError: one of them is a special token, which every batch needs.
+        ValueError: a special token, which every batch needs, has no embedding.
     """
     advice = "take the tokenizer that belongs to the model, or resize_token_embeddings and save the model first"
     for name in ("bos_token", "eos_token", "pad_token"):
         token = getattr(tokenizer, f"{name}_id")
-        if token is not None and token >= rows:
+        if token is not None and token >= vocab_size:
             raise ValueError(
                 f"The tokenizer's {name} {getattr(tokenizer, name)!r} has id {token}, but the model has embeddings for "
-                f"{rows} tokens only: {advice}"
+                f"{vocab_size} tokens only: {advice}"
             )
-    if len(tokenizer) > rows:
-        logger.warning(f"The tokenizer knows {len(tokenizer)} tokens, the model {rows}: {advice}")
+    if len(tokenizer) > vocab_size:
+        logger.warning(f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size}: {advice}")
 
 
 def check_positions(model: PreTrainedModel, seq_length: int) -> int | None:
-    """`check_length` of a model. Returns how many positions it has, where they are a table."""
+    """`check_length` for a model. Returns its number of positions if they are a table, else None."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return None
@@ -44,10 +39,10 @@ def check_positions(model: PreTrainedModel, seq_length: int) -> int | None:
 
 
 def check_length(seq_length: int, positions: int, is_table: bool) -> None:
-    """Warns where rows may be longer than the `positions` that a model was made for.
+    """Warns if rows may be longer than the `positions` of a model.
 
     Args:
-        is_table: there is nothing for the positions behind (a learned table); else they are computed (rotary).
+        is_table: positions are a table (learned), which ends there; else they are computed (rotary).
 
     Raises:
         ValueError: the rows do not fit in a table.
@@ -57,14 +52,13 @@ def check_length(seq_length: int, positions: int, is_table: bool) -> None:
     said = f"train.seq_length is {seq_length}, but the model has positions for {positions} tokens"
     if is_table:
         raise ValueError(f"{said}: write {positions} or less")
-    logger.warning(f"{said}: it has never seen what lies behind, and may not make sense there")
+    logger.warning(f"{said}: it was not trained on longer rows, so its outputs there may be useless")
 
 
 def _has_table(model: PreTrainedModel, positions: int) -> bool:
     words = model.get_input_embeddings().weight
-    modules = (module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight is not words)
-    # GPT-J's sines and cosines are a table, too
-    buffers = (buffer for name, buffer in model.named_buffers() if "pos" in name and buffer.dim() == 2)
-    rows = [module.num_embeddings for module in modules] + [len(buffer) for buffer in buffers]
-    # OPT and BART keep two rows for padding
-    return any(positions <= count <= positions + 2 for count in rows)
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not words]
+    # GPT-J has a table of sines and cosines
+    tables += [buffer for name, buffer in model.named_buffers() if "pos" in name and buffer.dim() == 2]
+    # OPT and BART have two more rows, for padding
+    return any(positions <= len(table) <= positions + 2 for table in tables)

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, without ever holding the logits of a whole batch."""
+"""Log-probabilities of chosen tokens, without the logits of a whole batch in memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-from trlx.models.architecture import Causal, EncoderDecoder
+from trlx.models.architecture import Architecture, Causal
 from trlx.models.decoder import output_head, probing
 
 CHUNK_ELEMENTS = 2**26
-"""Most logits held at once: 256 MB in float32."""
+"""The most logits in memory at once: 256 MB in float32."""
 
 
 def chosen_logprobs(
@@ -29,36 +29,35 @@ def chosen_logprobs(
     """log softmax(head(hidden) / temperature) at `targets`, in float32.
 
     `hidden` [N, d] float, `targets` [N] int64, result [N]; `head` maps [n, d] to [n, V]. At most `chunk_elements`
-    logits exist at once: longer inputs go in pieces, each computed again in the backward pass.
+    logits exist at once: longer inputs go in chunks, which the backward pass computes again.
     """
     return in_chunks(partial(_logprobs, head=head, temperature=temperature), hidden, targets, head, chunk_elements)
 
 
 def in_chunks(
-    score: Callable[[Tensor, Tensor], Tensor],
+    fn: Callable[[Tensor, Tensor], Tensor],
     hidden: Tensor,
     targets: Tensor,
     head: Callable[[Tensor], Tensor],
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
-    """``score(hidden, targets)`` [..., N] in pieces of few enough rows, where `score` applies `head` to all of them."""
-    vocab = head(hidden[:0]).shape[-1]
-    rows = max(1, chunk_elements // vocab)
+    """``fn(hidden, targets)`` [..., N] in chunks of rows with at most `chunk_elements` logits; `fn` applies `head`."""
+    rows = max(1, chunk_elements // head(hidden[:0]).shape[-1])
     if len(targets) <= rows:
-        return score(hidden, targets)
-    again = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([again(*piece) for piece in zip(hidden.split(rows), targets.split(rows), strict=True)], dim=-1)
+        return fn(hidden, targets)
+    again = partial(checkpoint, fn, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*chunk) for chunk in zip(hidden.split(rows), targets.split(rows), strict=True)], dim=-1)
 
 
 def spread(flat: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
-    """`flat` [..., N] at the places `at` [N] of zeros [..., B, T]; `shape` is [B, T], places count through its rows."""
+    """Zeros [..., B, T] with `flat` [..., N] at the places `at` [N], which count through the rows of `shape` [B, T]."""
     lead = flat.shape[:-1]
     return flat.new_zeros(*lead, shape.numel()).index_copy(-1, at, flat).view(*lead, *shape)
 
 
 @dataclass(frozen=True)
 class Logits:
-    """Hidden states [..., d] to logits [..., V], with what the architecture does to them after its output head."""
+    """Maps hidden states [..., d] to logits [..., V]: the output head, then the model's scale, bias and soft cap."""
 
     head: nn.Module
     scale: float = 1.0
@@ -77,14 +76,14 @@ class Logits:
         return logits
 
 
-def logits_of(model: PreTrainedModel, architecture: Causal | EncoderDecoder | None = None) -> Logits:
-    """The map from hidden states to the logits of `model`, checked once against the model itself.
+def logits_of(model: PreTrainedModel, architecture: Architecture | None = None) -> Logits:
+    """The map from hidden states to logits, checked once against the model's own logits.
 
-    The check feeds the trunk one token less than the model: agreement also shows that the model is causal, so that a
-    token's hidden state cannot depend on what follows it, right padding included.
+    In the check the trunk gets one token less than the model: equal logits also show that the model is causal, so that
+    a hidden state does not depend on later tokens, padding included.
 
     Raises:
-        ValueError: the model does something else to its logits, or looks ahead.
+        ValueError: the model computes its logits in another way, or is not causal.
     """
     architecture = architecture or Causal(model)
     with probing(model) as tokens:
@@ -111,9 +110,9 @@ def _candidates(model: PreTrainedModel) -> list[Logits]:
     head, cap = output_head(model), _number(config, _CAPS)
     biased = model if hasattr(model, "final_logits_bias") else None
     scale = _number(config, _SCALES)
-    # The same name multiplies in HyperCLOVA X, divides in Granite, and does nothing in MPT: the check decides.
+    # one name multiplies in HyperCLOVA X, divides in Granite and does nothing in MPT: the check decides
     named = (scale, 1 / scale) if scale is not None else ()
-    # T5 with tied embeddings scales what goes into its output head by d ** -0.5
+    # T5 with tied embeddings scales the input of its output head by d ** -0.5
     return [Logits(head, by, cap, biased) for by in (*named, 1.0, head.weight.shape[1] ** -0.5)]
 
 

@@ -1,4 +1,4 @@
-"""The policy that is trained: a language model and the heads beside it, scored token by token."""
+"""The policy that trains: a language model and its heads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from trlx import logging
 from trlx.batch import TokenOutputs
 from trlx.data.hub import first_line, no_bars
-from trlx.models.architecture import Causal, EncoderDecoder
+from trlx.models.architecture import Architecture, Causal
 from trlx.models.decoder import disable_dropout, freeze, hidden_size, output_head
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
 from trlx.models.logprobs import chosen_logprobs, logits_of, spread
@@ -25,14 +25,14 @@ from trlx.models.quantization import quantized
 logger = logging.get_logger(__name__)
 
 HEADS_FILE = "trlx_heads.safetensors"
-"""Where an exported folder keeps the heads, which plain ``transformers`` does not know."""
+"""The file of an exported folder that holds the heads; plain ``transformers`` ignores it."""
 
 
 class Policy(nn.Module):
-    """A language model with its heads. ``forward`` is all that training needs, so any data-parallel wrapper fits.
+    """A language model with its heads. Training calls only ``forward``, so any data-parallel wrapper fits.
 
     Raises:
-        ValueError: logits cannot be computed from the model's hidden states (see ``logits_of``).
+        ValueError: see `logits_of`.
     """
 
     def __init__(
@@ -41,15 +41,13 @@ class Policy(nn.Module):
         value_head: ValueHead | ValueBranch | None = None,
         q_heads: QHeads | None = None,
         temperature: float = 1.0,
-        architecture: Causal | EncoderDecoder | None = None,
+        architecture: Architecture | None = None,
     ):
         super().__init__()
-        self.model = model
+        self.model, self.temperature = model, temperature
         self.architecture = architecture or Causal(model)
-        named = {"value": value_head, "q": q_heads}
-        present = {name: head for name, head in named.items() if head is not None}
-        self.heads = nn.ModuleDict(present) if present else None
-        self.temperature = temperature
+        heads = {name: head for name, head in (("value", value_head), ("q", q_heads)) if head is not None}
+        self.heads = nn.ModuleDict(heads) if heads else None
         self.logits = logits_of(model, self.architecture)
 
     def forward(
@@ -61,11 +59,14 @@ class Policy(nn.Module):
         encoder_mask: Tensor | None = None,
         values: bool = True,
     ) -> TokenOutputs:
-        """Scores the tokens where `response_mask` is True; every other entry is 0. All [B, T], rows right-padded.
+        """The outputs for the tokens where `response_mask` is True; other entries are 0. All [B, T], rows right-padded.
 
-        The token at t is scored from the hidden state at t - 1, so ``response_mask[:, 0]`` must be False. With
-        `values` False the heads are skipped. The encoder's columns [B, S] are for models with an encoder;
-        `attention_mask` needs not be passed on (see `Causal.states`).
+        The outputs for token t come from the hidden state at t - 1, so ``response_mask[:, 0]`` must be False.
+
+        Args:
+            attention_mask: not used, see `Architecture.states`.
+            encoder_tokens, encoder_mask: [B, S], for models with an encoder.
+            values: False skips the heads.
         """
         assert not response_mask[:, 0].any(), "the first token of a row has no state before it"
         value_head, q_heads = (self.value_head, self.q_heads) if values else (None, None)
@@ -75,13 +76,13 @@ class Policy(nn.Module):
         chosen = tokens.flatten().index_select(0, at)
         before = _rows(hidden, at - 1)
         logprobs = chosen_logprobs(before, chosen, self.logits, self.temperature)
-        scores = TokenOutputs(spread(logprobs, at, tokens.shape))
+        outputs = TokenOutputs(spread(logprobs, at, tokens.shape))
         if value_head is not None:
-            scores.values = spread(value_head(_rows(value_head.states(hidden), at - 1)), at, tokens.shape)
+            outputs.values = spread(value_head(_rows(value_head.states(hidden), at - 1)), at, tokens.shape)
         if q_heads is not None:
             q = [spread(each, at, tokens.shape) for each in q_heads(before, chosen)]
-            scores.q, scores.target_q, scores.q_logprobs = q
-        return scores
+            outputs.q, outputs.target_q, outputs.q_logprobs = q
+        return outputs
 
     def save_model(self, folder: Path | str, merge: bool = False) -> None:
         """Writes the language model so that plain ``transformers`` loads it; `merge` is for adapters."""
@@ -89,16 +90,13 @@ class Policy(nn.Module):
 
     @property
     def value_head(self) -> ValueHead | ValueBranch | None:
-        """The head that gives values, if there is one."""
-        return self._head("value")
+        """The value head, if there is one."""
+        return self.heads["value"] if self.heads and "value" in self.heads else None
 
     @property
     def q_heads(self) -> QHeads | None:
-        """The heads that give Q, if there are any."""
-        return self._head("q")
-
-    def _head(self, name: str) -> nn.Module | None:
-        return self.heads[name] if self.heads is not None and name in self.heads else None
+        """The Q heads, if there are any."""
+        return self.heads["q"] if self.heads and "q" in self.heads else None
 
 
 def build_policy(
@@ -110,28 +108,26 @@ def build_policy(
     q_heads: int = 0,
     dropout: bool = True,
     temperature: float = 1.0,
-    architecture: type[Causal] | type[EncoderDecoder] = Causal,
+    architecture: type[Architecture] = Causal,
 ) -> Policy:
-    """Freezes `model`, gives it the heads asked for (see ``ModelNeeds``) and makes it a policy.
+    """A policy of `model` with new heads; freezes all but `num_layers_unfrozen` blocks. Arguments as in ``ModelNeeds``.
 
     Raises:
-        ValueError: more blocks are asked for than there are, or the architecture is not supported, or the model is
-            quantized and its weights are to train.
+        ValueError: the model has too few blocks, is not supported, or is quantized although its weights must train.
     """
     if num_layers_unfrozen and getattr(model, "is_quantized", False):
         raise ValueError("Quantized weights cannot train: set model.peft_config, or model.num_layers_unfrozen to 0")
     freeze(model, num_layers_unfrozen)
     if not dropout:
         disable_dropout(model)
-    rows = architecture(model)
-    value, q = make_heads(model, value_head, value_layers, q_heads)
-    return Policy(model, value, q, temperature, rows)
+    way = architecture(model)
+    return Policy(model, *make_heads(model, value_head, value_layers, q_heads), temperature, way)
 
 
 def make_heads(
     model: PreTrainedModel, value_head: bool, value_layers: int, q_heads: int
 ) -> tuple[ValueHead | ValueBranch | None, QHeads | None]:
-    """New heads for `model`, those that are asked for (see ``ModelNeeds``)."""
+    """(new value head, new Q heads) for `model`, or None; arguments as in ``ModelNeeds``."""
     value = None
     if value_head:
         value = ValueBranch(model, value_layers) if value_layers else ValueHead(hidden_size(model))
@@ -141,17 +137,18 @@ def make_heads(
 def load_model(
     model_path: str | Path | PretrainedConfig,
     model_extra_configs: dict[str, Any],
-    architecture: type[Causal] | type[EncoderDecoder] = Causal,
+    architecture: type[Architecture] = Causal,
 ) -> PreTrainedModel:
-    """The pretrained model at `model_path`, or a freshly initialised one when that is a config.
+    """The pretrained model at `model_path`; if that is a config, a model with random weights.
 
-    Weights are float32 unless `model_extra_configs`, which goes to ``transformers`` as it is, names a ``dtype``
-    (or ``torch_dtype``). ``load_in_8bit`` or ``load_in_4bit`` quantizes them.
+    Args:
+        model_extra_configs: arguments of ``from_pretrained``. Weights are float32 if there is no ``dtype`` (or
+            ``torch_dtype``). ``load_in_8bit`` and ``load_in_4bit`` quantize them.
 
     Raises:
-        ImportError: quantization without bitsandbytes.
-        ValueError: the architecture is not that of the model.
-        OSError: `model_path` is neither a folder with a model nor a name that can be reached or is cached.
+        ImportError: bitsandbytes is missing for quantization.
+        ValueError: the architecture is not the model's, or `model_path` is an adapter on the hub.
+        OSError: there is no model at `model_path`.
     """
     options = quantized(model_extra_configs)
     options.setdefault("dtype", options.pop("torch_dtype", torch.float32))
@@ -162,21 +159,18 @@ def load_model(
             model = architecture.loader.from_pretrained(model_path, **options)
     except OSError as error:
         raise OSError(
-            f"No model at {str(model_path)!r}: it is neither a folder with a config.json and weights, nor the name of "
-            "a model on the Hugging Face hub that can be reached from here or is in the local cache "
-            f"({first_line(error)})"
+            f"No model at {str(model_path)!r}: it is neither a folder with a config.json and weights, nor a model "
+            f"on the Hugging Face hub that can be reached from here or is in the local cache ({first_line(error)})"
         ) from None
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has looked for one on the hub by itself
-        raise ValueError(
-            f"{model_path} on the hub is an adapter: download it, and write its folder in model.model_path"
-        )
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers found it on the hub
+        raise ValueError(f"{model_path} on the hub is an adapter: download it and write its folder in model.model_path")
     return _with_trained_pad(model, is_new=False)
 
 
 def save_hf(policy: Policy, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str, merge: bool = False) -> None:
-    """Writes `folder` so that plain ``transformers`` loads it with identical logits; heads go beside the model.
+    """Writes the model so that plain ``transformers`` loads it with identical logits, and the heads beside it.
 
-    Of an adapted policy it is the adapter that is written, or with `merge` a model that has it folded in.
+    For an adapted policy it writes the adapter or, with `merge`, the model with the adapter merged into its weights.
     """
     with no_bars():
         policy.save_model(folder, merge)
@@ -187,8 +181,7 @@ def save_hf(policy: Policy, tokenizer: PreTrainedTokenizerBase | None, folder: P
 
 
 def load_heads(policy: Policy, folder: Path | str) -> None:
-    """Restores those heads that `save_hf` wrote which this policy has, too; leaves new ones as they are (see
-    `fitting_heads`)."""
+    """Loads from `folder` the heads that this policy has too (see `fitting_heads`); other heads stay as they are."""
     file = Path(folder) / HEADS_FILE
     if policy.heads is None or not file.is_file():
         return
@@ -197,14 +190,15 @@ def load_heads(policy: Policy, folder: Path | str) -> None:
 
 
 def fitting_heads(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: str) -> dict[str, Tensor]:
-    """What a method begins with of the heads that another one trained: those of a kind (value, q) that both have.
+    """Those saved weights whose kind of head ("value" or "q") this method has too.
 
     Args:
-        found: the weights that were saved; `where` is what messages call their place.
-        shapes: of the method's own heads, by the same names.
+        found: the saved weights.
+        shapes: the shapes of this method's heads, by the same names.
+        where: the place of `found`, for messages.
 
     Raises:
-        ValueError: both have heads of a kind, but of other sizes.
+        ValueError: heads of one kind have other sizes.
     """
     saved, own = ({name.partition(".")[0] for name in names} for names in (found, shapes))
     taken, needed = (
@@ -213,8 +207,8 @@ def fitting_heads(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
     )
     if {name: weight.shape for name, weight in taken.items()} != needed:
         raise ValueError(
-            f"The heads in {where} have other sizes than those this method needs; move the file away to start with new "
-            "ones"
+            f"The heads in {where} have other sizes than those this method needs: move the file away to start with new "
+            "heads"
         )
     if own and saved != own:
         said = {"takes": saved & own, "leaves out": saved - own, "makes new": own - saved}
@@ -225,12 +219,12 @@ def fitting_heads(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
 
 @torch.no_grad()
 def _with_trained_pad(model: PreTrainedModel, is_new: bool) -> PreTrainedModel:
-    """`model` with an embedding of the pad token that trains like any other: where pad is eos, it is a token that is
-    read. transformers keeps its gradient 0 (``padding_idx``); a token that only pads has none anyway."""
+    """`model` with a pad token whose embedding trains like any other, because pad may be eos, which the model reads.
+    With ``padding_idx`` torch would keep its gradient 0."""
     table = model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight is table and module.padding_idx is not None:
-            if is_new:  # transformers made the row zeros, and a norm multiplies gradients of zeros by a thousand
+            if is_new:  # transformers made the row 0, and a norm multiplies the gradient of a row of zeros by 1000
                 draws = torch.Generator(table.device).manual_seed(0)
                 table[module.padding_idx].normal_(std=float(table.std()), generator=draws)
             module.padding_idx = None

@@ -1,7 +1,7 @@
-"""Models with virtual tokens: learned embeddings in front of the prompt, or learned keys and values (PEFT).
+"""Architectures with PEFT's virtual tokens: learned embeddings before the prompt, or learned keys and values.
 
-PEFT's own ``generate`` counts padding as positions, so a prompt would be answered differently beside a longer one. Here
-virtual tokens are put in place directly, in training and in sampling alike.
+PEFT's own ``generate`` gives padding a position, so the response to a prompt would change beside a longer prompt. These
+classes insert the virtual tokens themselves, in the same way for training and sampling.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ import torch
 from torch import Tensor
 
 from trlx.data.collate import left_pad
-from trlx.models.architecture import Causal, EncoderDecoder
+from trlx.models.architecture import Architecture, Causal, EncoderDecoder
 from trlx.models.decoder import trunk
 
 
 class PromptTuned(Causal):
-    """Prompt tuning, p-tuning: the decoder reads learned embeddings before the tokens of a row."""
+    """Prompt tuning and p-tuning: learned embeddings stand before the tokens of a row."""
 
-    def states(
-        self, tokens: Tensor, encoder_tokens: Tensor | None = None, encoder_mask: Tensor | None = None
-    ) -> Tensor:
+    def states(self, tokens: Tensor, *encoder: Tensor | None) -> Tensor:
         virtual, embedded = _embedded(self.adapter, tokens)
         return trunk(self.model)(inputs_embeds=torch.cat([virtual, embedded], 1), use_cache=False)[0][:, _count(self) :]
 
     def sampler_inputs(self, prompts: list[list[int]], pad_id: int) -> tuple[dict[str, Any], int]:
-        # ids of padding hold the place of virtual tokens, behind the padding in front of a row
+        # pad ids stand for the virtual tokens: first the padding, then the virtual tokens, then the prompt
         tokens, mask = left_pad([[pad_id] * _count(self) + prompt for prompt in prompts], pad_id)
         virtual, embedded = _embedded(self.adapter, tokens)
         at = tokens.shape[1] - mask.sum(1, keepdim=True) + torch.arange(_count(self))
@@ -35,35 +33,34 @@ class PromptTuned(Causal):
         return inputs, tokens.shape[1]
 
 
-class PrefixTuned(Causal):
-    """Prefix tuning: in every block the decoder attends to learned keys and values before the tokens of a row.
+class _Prefixed(Architecture):
+    def recompute(self) -> None:
+        raise ValueError(
+            "Prefix tuning does not support train.gradient_checkpointing, which would drop the prefix: set it to "
+            "false, or use prompt tuning or LoRA"
+        )
 
-    Where attention has a sliding window, padding in a sampler's batch counts in it: a prompt that comes close to the
-    window loses sight of the prefix a little earlier beside a longer one.
+
+class PrefixTuned(_Prefixed, Causal):
+    """Prefix tuning: every block attends to learned keys and values before the tokens of a row.
+
+    A sliding window counts padding too: in a sampler's batch a short prompt may lose the prefix a few tokens earlier.
     """
 
-    def states(
-        self, tokens: Tensor, encoder_tokens: Tensor | None = None, encoder_mask: Tensor | None = None
-    ) -> Tensor:
+    def states(self, tokens: Tensor, *encoder: Tensor | None) -> Tensor:
         return trunk(self.model)(tokens, past_key_values=self.adapter.get_prompt(len(tokens)), use_cache=False)[0]
 
     def sampler_inputs(self, prompts: list[list[int]], pad_id: int) -> tuple[dict[str, Any], int]:
         tokens, mask = left_pad(prompts, pad_id)
-        # to generate, learned keys and values are those of tokens read before
-        read = torch.full((len(prompts), _count(self)), pad_id)
-        inputs = {
-            "input_ids": torch.cat([read, tokens], 1),
-            "attention_mask": torch.cat([torch.ones_like(read), mask], 1),
-            "past_key_values": self.adapter.get_prompt(len(prompts)),
-        }
-        return inputs, inputs["input_ids"].shape[1]
-
-    def recompute(self) -> None:
-        raise _no_recomputing()
+        # for generate the learned keys and values are those of earlier tokens
+        earlier = torch.full((len(prompts), _count(self)), pad_id)
+        tokens, mask = torch.cat([earlier, tokens], 1), torch.cat([torch.ones_like(earlier), mask], 1)
+        past = self.adapter.get_prompt(len(prompts))
+        return {"input_ids": tokens, "attention_mask": mask, "past_key_values": past}, tokens.shape[1]
 
 
 class PromptTunedEncoder(EncoderDecoder):
-    """Prompt tuning, p-tuning: the encoder reads learned embeddings before the prompt."""
+    """Prompt tuning and p-tuning: learned embeddings stand before the encoder's tokens."""
 
     def encoder_inputs(self, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
         virtual, embedded = _embedded(self.adapter, tokens)
@@ -71,37 +68,27 @@ class PromptTunedEncoder(EncoderDecoder):
         return {"inputs_embeds": torch.cat([virtual, embedded], 1), "attention_mask": mask}
 
 
-class PrefixTunedDecoder(EncoderDecoder):
-    """Prefix tuning: in every block the decoder attends to learned keys and values before the response."""
+class PrefixTunedDecoder(_Prefixed, EncoderDecoder):
+    """Prefix tuning: every block of the decoder attends to learned keys and values before its tokens."""
 
     def decoder_inputs(self, tokens: Tensor) -> dict[str, Any]:
         return {"input_ids": tokens, "past_key_values": self.adapter.get_prompt(len(tokens))}
 
     def sampler_inputs(self, prompts: list[list[int]], pad_id: int) -> tuple[dict[str, Any], int]:
         inputs, _ = super().sampler_inputs(prompts, pad_id)
-        # to generate, learned keys and values are those of tokens read before
+        # for generate the learned keys and values are those of earlier tokens
         starts = torch.full((len(prompts), _count(self) + 1), self.start_id)
         inputs |= {"decoder_input_ids": starts, "decoder_attention_mask": torch.ones_like(starts)}
         return inputs | {"past_key_values": self.adapter.get_prompt(len(prompts))}, starts.shape[1]
 
-    def recompute(self) -> None:
-        raise _no_recomputing()
 
-
-def _count(architecture: Causal | EncoderDecoder) -> int:
+def _count(architecture: Architecture) -> int:
     return architecture.adapter.active_peft_config.num_virtual_tokens
 
 
 def _embedded(adapter: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings of the virtual tokens [B, n, d] and of `tokens` [B, T], which are [B, T, d]."""
+    """Embeddings of the virtual tokens [B, n, d], and of `tokens` [B, T, d]."""
     embeddings = adapter.word_embeddings
     embedded = embeddings(tokens.to(embeddings.weight.device))
     virtual = adapter.get_prompt(len(tokens))[:, : adapter.active_peft_config.num_virtual_tokens]
     return virtual.to(embedded.dtype), embedded
-
-
-def _no_recomputing() -> ValueError:
-    return ValueError(
-        "Prefix tuning does not go together with train.gradient_checkpointing, which would drop the prefix: set it to "
-        "false, or use prompt tuning or LoRA"
-    )

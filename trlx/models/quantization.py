@@ -1,4 +1,4 @@
-"""Loading weights in 8 or 4 bits (bitsandbytes), by the settings that ``from_pretrained`` once had itself."""
+"""Loads weights in 8 or 4 bits (bitsandbytes), with the arguments of earlier versions of ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from trlx.optional import require
 
 SWITCHES = ("load_in_8bit", "load_in_4bit")
 DETAILS = ("bnb_", "llm_int8_")
-"""How the names of further settings begin, e.g. ``bnb_4bit_quant_type``."""
+"""Prefixes of further settings, e.g. ``bnb_4bit_quant_type``."""
 
 
 def quantized(options: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of ``from_pretrained`` from those that may say ``load_in_8bit`` or ``load_in_4bit``.
+    """Arguments of ``from_pretrained``: ``load_in_8bit`` and ``load_in_4bit`` become a ``quantization_config``.
 
     Raises:
         ImportError: one of them is true and bitsandbytes is not installed.
@@ -25,6 +25,6 @@ def quantized(options: dict[str, Any]) -> dict[str, Any]:
     if not any(own.get(name) for name in SWITCHES):
         return others
     require("bitsandbytes", extra="bnb", purpose="Loading a model in 8 or 4 bits")
-    # quantized weights stay where they are loaded, so it must be the device of this process
+    # quantized weights cannot move, so they are loaded on the device of this process
     device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
     return {"device_map": {"": device}, **others, "quantization_config": BitsAndBytesConfig(**own)}

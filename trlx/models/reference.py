@@ -1,4 +1,4 @@
-"""The frozen reference policy without a second model, and a fingerprint of the weights it started from."""
+"""The reference policy without a second model, and a hash of the weights that it started from."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int
 _SAMPLES = 64
 
 Exchange = Callable[[Tensor, Tensor], None]
-"""Makes a weight and another value of it change places."""
+"""Swaps the values of a weight and of its copy."""
 
 
 def exchange_pointers(weight: Tensor, other: Tensor) -> None:
-    """Two pointers change hands and nothing is copied; optimizer and DDP still hold the same weights."""
+    """Swaps two pointers and copies nothing; optimizer and DDP still hold the same weights."""
     weight.data, other.data = other.data, weight.data
 
 
 class Reference:
-    """The first values of the language model's trainable weights, to be put in their place for a while.
+    """The first values of the trainable weights of the language model, which replace them inside `active`.
 
-    The reference is the very same module, so any architecture, any freezing rule and tied weights are exact, and the
-    only memory taken is one copy of the weights that train. Make it when the policy is on its device.
+    The reference is the same module, so it is exact for any architecture, any freezing rule and tied weights. Its only
+    memory is one copy of the weights that train. Make it when the policy is on its device.
     """
 
     def __init__(self, policy: Policy, exchange: Exchange = exchange_pointers):
@@ -42,7 +42,7 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside the block the policy's language model has its first weights; its heads stay as they are.
+        """Inside the block the policy's language model has its first weights; the heads stay.
 
         Raises:
             RuntimeError: the block is entered twice.
@@ -62,23 +62,20 @@ class Reference:
 
 
 def digest(policy: Policy) -> str:
-    """A short hash of the language model's weights as they are now, heads left out: all names, shapes and dtypes, the
-    exact sum of the bits of each tensor, and some of its values. The same on any device and with any number of threads.
+    """A short hash of the language model's weights, without heads: the same on any device, with any number of threads.
+
+    It covers all names, shapes and dtypes, the exact sum of the bits of each tensor, and `_SAMPLES` of its values.
     """
     found = hashlib.sha256()
     for name, weight in policy.model.named_parameters():
-        found.update(f"{name} {tuple(weight.shape)} {weight.dtype} {_bits(weight.detach())}".encode())
+        values = _as_integers(weight.detach())
+        bits = [sum_of_bits(values), *values[:: max(1, len(values) // _SAMPLES)].tolist()]
+        found.update(f"{name} {tuple(weight.shape)} {weight.dtype} {bits}".encode())
     return found.hexdigest()[:16]
 
 
-def _bits(value: Tensor) -> list[int]:
-    bits = _as_integers(value)
-    stride = max(1, len(bits) // _SAMPLES)
-    return [sum_of_bits(value), *bits[::stride].tolist()]
-
-
 def sum_of_bits(value: Tensor) -> int:
-    """The sum of the bit patterns as integers: unlike a sum of floats it has one result in any order."""
+    """The sum of the bits as integers. Unlike a sum of floats it does not depend on the order."""
     return int(_as_integers(value).sum(dtype=torch.int64))
 
 

@@ -1,4 +1,4 @@
-"""Where a model lies, and the tokenizer that belongs to it."""
+"""Finds a model's folder and its tokenizer."""
 
 from __future__ import annotations
 
@@ -18,28 +18,26 @@ from trlx.models.adapters import adapted_model
 logger = logging.get_logger(__name__)
 
 LOADING = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
-"""Keys of ``model.model_extra_configs`` that the model's own tokenizer is loaded with, too."""
+"""Keys of ``model.model_extra_configs`` that the model's own tokenizer is loaded with too."""
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
-"""One of them lies in every folder that a tokenizer was saved to."""
+"""Every folder with a saved tokenizer has one of these files."""
 
 
 def exported(model_path: Any) -> Any:
-    """The model that a checkpoint of ours holds (``hf_model``, or ``model.nemo`` in it); anything else stands for
-    itself."""
+    """The model in a checkpoint of trlx: its ``hf_model``, or ``model.nemo`` in that; else `model_path` itself."""
     if not isinstance(model_path, str):
         return model_path
     model_path = os.path.expanduser(model_path)
-    if not Path(model_path).is_dir():
-        return model_path
     folder, inside = Path(model_path), Path(model_path) / "hf_model"
+    if not folder.is_dir():
+        return model_path
     folder = inside if inside.is_dir() and not (folder / "config.json").is_file() else folder
-    # that of a model that transformers has no architecture for
-    archive = folder / "model.nemo"
-    return str(archive) if archive.is_file() else str(folder)
+    archive = folder / "model.nemo"  # for a model that transformers cannot hold
+    return str(archive if archive.is_file() else folder)
 
 
 def check_model(model_path: Any, where: str, loading: Mapping[str, Any] | None = None) -> None:
-    """`check_source` of a model, or of that which an adapter belongs to."""
+    """`check_source` for a model, or for the model of an adapter."""
     base = adapted_model(model_path)
     check_source(base or model_path, f"the model of the adapter in {model_path}" if base else where, loading)
 
@@ -47,23 +45,21 @@ def check_model(model_path: Any, where: str, loading: Mapping[str, Any] | None =
 def tokenizer_for(
     model_path: Any, config: TokenizerConfig, loading: Mapping[str, Any] | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that `config` names; the model's own where it names none.
-
-    One that is named and reads texts otherwise than the model's own is warned of.
+    """The tokenizer that `config` names; if it names none, the model's own. Warns if the two tokenize differently.
 
     Args:
         model_path: hub name, folder, ``.nemo`` archive or config of the model.
-        loading: ``model.model_extra_configs``, of which `LOADING` counts for the model's own tokenizer as well.
+        loading: ``model.model_extra_configs``; its `LOADING` keys also load the model's own tokenizer.
 
     Raises:
-        ValueError: none is named, and a ``PretrainedConfig`` brings none; or see `load_tokenizer`.
-        OSError: it could not be loaded; the message says what to write.
+        ValueError: `config` names none and `model_path` is a ``PretrainedConfig``; or see `load_tokenizer`.
+        OSError: the tokenizer could not be loaded; the message says what to write.
     """
     home, named = _home(model_path), config.tokenizer_path
     carried = {name: value for name, value in (loading or {}).items() if name in LOADING}
     if named is None and home is None:
         raise ValueError(
-            "model.model_path is a config, which brings no tokenizer: write in tokenizer.tokenizer_path a hub name, a "
+            "model.model_path is a config, which has no tokenizer: write in tokenizer.tokenizer_path a hub name, a "
             "folder or a tokenizer object"
         )
     tokenizer = load_tokenizer(
@@ -73,12 +69,12 @@ def tokenizer_for(
         extra=(carried if named is None else {}) | config.tokenizer_extra_configs,
     )
     if named is not None and home is not None:
-        _say_if_foreign(tokenizer, named, home)
+        _warn_if_foreign(tokenizer, named, home)
     return tokenizer
 
 
 def _home(model_path: Any) -> str | None:
-    """The folder or hub name that a model's own tokenizer is loaded from; None where there is none."""
+    """The folder or hub name of the model's own tokenizer; None if the model is no path."""
     if not isinstance(model_path, (str, Path)):
         return None
     folder = Path(model_path)
@@ -89,11 +85,11 @@ def _home(model_path: Any) -> str | None:
     return _home(adapted_model(folder)) or str(model_path)
 
 
-def _say_if_foreign(tokenizer: PreTrainedTokenizerBase, named: Any, home: str) -> None:
+def _warn_if_foreign(tokenizer: PreTrainedTokenizerBase, named: Any, home: str) -> None:
     name = named if isinstance(named, str) else tokenizer.name_or_path
-    if not Path(home).is_dir():  # on the hub, which is not asked just for this
+    if not Path(home).is_dir():  # a download just to compare would take too long
         if name and name != home:
-            logger.info(f"The tokenizer is that of {name}, as tokenizer.tokenizer_path says, and not that of {home}")
+            logger.info(f"tokenizer.tokenizer_path names the tokenizer {name}, not that of the model {home}")
         return
     if not any((Path(home) / file).is_file() for file in TOKENIZER_FILES):
         return
@@ -102,6 +98,6 @@ def _say_if_foreign(tokenizer: PreTrainedTokenizerBase, named: Any, home: str) -
     if others:
         logger.warning(
             f"The tokenizer that tokenizer.tokenizer_path names ({name or 'an object'}) is not that of the model in "
-            f"{home}: {others} of the model's {len(own)} tokens have another id, so it would read other texts than are "
-            "written. Leave tokenizer.tokenizer_path out to take the model's own"
+            f"{home}: {others} of the model's {len(own)} tokens have another id, so the model would read other texts. "
+            "Leave tokenizer.tokenizer_path out to take the model's own"
         )

@@ -1,4 +1,4 @@
-"""What draws responses: the protocol that every sampler keeps."""
+"""The interface of samplers, which draw responses from the policy."""
 
 from __future__ import annotations
 
@@ -15,37 +15,36 @@ from trlx.sampling.settings import SamplingConfig
 from trlx.strict import check_keywords
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Gives the language model's weights by their Hugging Face names, each whole, on every process."""
+"""Returns (Hugging Face name, whole tensor) of each weight of the language model; called on every process."""
 
 
 class Sampler(ABC):
-    """Draws responses from the policy. It may hold the weights that train, or a copy of them somewhere else."""
+    """Draws responses from the policy: from the weights that train, or from a copy of them."""
 
     version: int = 0
-    """Of the weights that it draws from now: the optimizer steps that made them."""
+    """The number of optimizer steps behind the weights that it draws from now."""
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[Sample]:
-        """One response for each of this process's prompts. Called on every process equally often; `prompts` may be
-        empty. Equal neighbours are the samples of one prompt: what reads the prompt may do so once for all of them."""
+        """Draws one response for each of this process's prompts. Called equally often on every process, also with no
+        prompts. Equal neighbours are samples of one prompt, so a sampler may read that prompt once."""
 
     def check(self, sampling: SamplingConfig) -> None:
-        """Makes sure, before anything is sampled, that `generate` can do what `sampling` asks.
+        """Checks, before anything is sampled, that `generate` supports these settings.
 
         Raises:
-            ValueError: it cannot; the message names the setting.
+            ValueError: it does not support one; the message names it.
         """
 
     def sync(self, version: int, weights: Weights) -> None:
-        """From now on samples are drawn from the weights of `version`. Called on every process before it samples.
+        """Makes the sampler use the weights of `version`. Called on every process before it samples.
 
-        A sampler of the weights that train has nothing to fetch; one that holds a copy calls ``weights()``, once for
-        each version.
+        A sampler that holds a copy of the weights calls ``weights()`` once for each version.
         """
         self.version = version
 
     def close(self) -> None:
-        """Ends what the sampler started. It is called when the trainer is deleted, and at the end of the program."""
+        """Stops what the sampler has started. Called when the trainer is deleted, and at the end of the program."""
 
 
 def checked(sampler: Sampler, samples: list[Sample], count: int, vocab_size: int) -> list[Sample]:
@@ -68,14 +67,14 @@ def checked(sampler: Sampler, samples: list[Sample], count: int, vocab_size: int
 
 
 def sampler_for(settings: Any, backend: Any, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-    """The sampler that ``train.sampler`` asks for.
+    """The sampler for ``train.sampler``.
 
     Args:
-        settings: "auto", a registered name, or a dict of ``engine``, which is one of them, and keyword arguments.
-        backend: makes the sampler of "auto"; a registered one is made with it and the tokenizer.
+        settings: "auto" (the backend's own), a registered name, or a dict: the name as ``engine``, and its arguments.
+        backend: passed with `tokenizer` to the class of a registered sampler.
 
     Raises:
-        ValueError: the name is unknown, or the sampler does not take one of the arguments.
+        ValueError: the name is unknown, or the sampler does not take an argument.
     """
     arguments = dict(settings) if isinstance(settings, Mapping) else {"engine": settings}
     engine = arguments.pop("engine")

@@ -24,14 +24,14 @@ from trlx.sampling.rules import KNOWN, Rules
 from trlx.sampling.settings import SamplingConfig, cut_at_eos
 
 KEPT_SETTINGS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
-"""What a model's own generation settings may still decide; they say how its sequences are built, not how to sample."""
+"""What stays of a model's own ``generation_config``: how its sequences are built, but not how they are sampled."""
 
 
 class TransformersSampler(Sampler):
-    """Samples from the weights that train, with all that ``GenerationConfig`` knows.
+    """Samples from the weights that train, with all settings of ``GenerationConfig``.
 
     Args:
-        around: makes the context that the model runs in, e.g. under autocast.
+        around: returns a context in which the model runs, e.g. autocast.
     """
 
     def __init__(
@@ -40,9 +40,7 @@ class TransformersSampler(Sampler):
         device: torch.device | str,
         around: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.policy = policy
-        self.device = torch.device(device)
-        self.around = around
+        self.policy, self.device, self.around = policy, torch.device(device), around
 
     def check(self, sampling: SamplingConfig) -> None:
         sampling.check_shaping(self.policy.q_heads is not None, output_head(self.policy.model).weight.shape[0])
@@ -74,7 +72,7 @@ class TransformersSampler(Sampler):
                 generation_config=generation_config(sampling),
                 logits_processor=LogitsProcessorList([rules]),
                 stopping_criteria=StoppingCriteriaList(criteria),
-                synced_gpus=False,  # weights are whole here, so that no process has to go on for another
+                synced_gpus=False,  # each process has whole weights, so none waits for another
             )
         return [cut_at_eos(ids, sampling.eos_token_ids) for ids in sequences[:, width:].tolist()]
 
@@ -83,14 +81,11 @@ class _AsProcessor(LogitsProcessor):
     """`Rules` as ``generate`` calls them.
 
     Args:
-        begun: the tokens before each response, which stand in the first `width` columns.
+        begun: for each prompt the tokens before the response; with padding they fill the first `width` columns.
     """
 
     def __init__(self, rules: Rules, policy: Policy, begun: list[list[int]], width: int):
-        self.rules = rules
-        self.policy = policy
-        self.begun = begun
-        self.width = width
+        self.rules, self.policy, self.begun, self.width = rules, policy, begun, width
         self.states: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -104,12 +99,11 @@ class _AsProcessor(LogitsProcessor):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside the block the states that logits come from are noted, where a rule needs them."""
+        """Inside the block the last hidden states are noted, if ``beta`` needs them."""
         with ExitStack() as stack:
-            if self.rules.beta:
-                # the trunk's output is what the heads are trained on, whatever a model does before its output head
-                for module in state_givers(self.policy.model):
-                    stack.callback(module.register_forward_hook(self._note).remove)
+            # the heads are trained on the output of the trunk
+            for module in state_givers(self.policy.model) if self.rules.beta else ():
+                stack.callback(module.register_forward_hook(self._note).remove)
             yield
 
     def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -117,10 +111,10 @@ class _AsProcessor(LogitsProcessor):
 
 
 def generation_config(sampling: SamplingConfig) -> GenerationConfig:
-    """The settings as ``transformers`` takes them, without those that have a rule of ours (see `Rules`).
+    """The settings for ``generate``, without those that `Rules` apply.
 
     Raises:
-        ValueError: values that mean nothing, or that contradict each other.
+        ValueError: transformers refuses a value, or two that contradict each other.
     """
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -135,8 +129,8 @@ def generation_config(sampling: SamplingConfig) -> GenerationConfig:
 
 @contextmanager
 def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
-    # a hub model's generation_config.json (top_p, repetition_penalty ...) would fill in whatever we leave out, and the
-    # policy that samples would no longer be the one whose log-probabilities are trained
+    # generate takes settings that we leave out (top_p, repetition_penalty ...) from the model's generation_config.json;
+    # then the samples would not come from the policy that trains
     own = model.generation_config
     kept = {name: getattr(own, name, None) for name in KEPT_SETTINGS}
     model.generation_config = GenerationConfig(**kept)

@@ -1,4 +1,4 @@
-"""What is done to logits before a token is drawn, for every sampler; in the order of ``transformers``' generate."""
+"""The rules that change logits before a token is drawn, the same for every sampler, in the order of ``generate``."""
 
 from __future__ import annotations
 
@@ -25,73 +25,62 @@ from transformers import (
 from trlx.methods.ilql import shifted_logits
 from trlx.sampling.settings import SHAPING, SamplingConfig, check_logits
 
-Make = Callable[[Any, list[int], torch.device], Any]
+Table = Mapping[str, tuple[Any, Callable[[Any, "Rules"], Any]]]
+"""For each setting: the value that changes nothing, and what makes the rule from another value."""
 
-LOOKING_BACK: dict[str, Make] = {
-    "repetition_penalty": lambda value, eos, device: RepetitionPenaltyLogitsProcessor(float(value)),
-    "no_repeat_ngram_size": lambda value, eos, device: NoRepeatNGramLogitsProcessor(int(value)),
-    "bad_words_ids": lambda value, eos, device: NoBadWordsLogitsProcessor(value, eos or None),
-    "suppress_tokens": lambda value, eos, device: SuppressTokensLogitsProcessor(value, device=device),
+LOOKING_BACK: Table = {
+    "repetition_penalty": (1.0, lambda value, own: RepetitionPenaltyLogitsProcessor(float(value))),
+    "no_repeat_ngram_size": (0, lambda value, own: NoRepeatNGramLogitsProcessor(int(value))),
+    "bad_words_ids": (None, lambda value, own: NoBadWordsLogitsProcessor(value, own.eos or None)),
+    "suppress_tokens": (None, lambda value, own: SuppressTokensLogitsProcessor(value, device=own.device)),
 }
-"""Settings whose rule looks at the tokens so far, those of the prompt included."""
+"""Rules that get all tokens of a row so far, the prompt included."""
 
-NARROWING: dict[str, Make] = {
-    "temperature": lambda value, eos, device: TemperatureLogitsWarper(float(value)),
-    "top_k": lambda value, eos, device: TopKLogitsWarper(value),
-    "top_p": lambda value, eos, device: TopPLogitsWarper(float(value)),
-    "min_p": lambda value, eos, device: MinPLogitsWarper(float(value)),
-    "typical_p": lambda value, eos, device: TypicalLogitsWarper(float(value)),
-    "epsilon_cutoff": lambda value, eos, device: EpsilonLogitsWarper(float(value)),
-    "eta_cutoff": lambda value, eos, device: EtaLogitsWarper(float(value), device=device),
+NARROWING: Table = {
+    "temperature": (1.0, lambda value, own: TemperatureLogitsWarper(float(value))),
+    "top_k": (0, lambda value, own: TopKLogitsWarper(value, min_tokens_to_keep=own.keep)),
+    "top_p": (1.0, lambda value, own: TopPLogitsWarper(float(value), min_tokens_to_keep=own.keep)),
+    "min_p": (0.0, lambda value, own: MinPLogitsWarper(float(value), min_tokens_to_keep=own.keep)),
+    "typical_p": (1.0, lambda value, own: TypicalLogitsWarper(float(value), min_tokens_to_keep=own.keep)),
+    "epsilon_cutoff": (0.0, lambda value, own: EpsilonLogitsWarper(float(value), min_tokens_to_keep=own.keep)),
+    "eta_cutoff": (0.0, lambda value, own: EtaLogitsWarper(float(value), -torch.inf, own.keep, own.device)),
 }
-"""Settings whose rule leaves the likelier tokens, where tokens are drawn at random."""
+"""Rules for ``do_sample: true``: they keep the likelier tokens."""
 
-IDLE: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "temperature": (1.0,),
-    "top_k": (0,),
-    "top_p": (1.0,),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-}
-"""Values that change nothing."""
-
-KNOWN = (*SHAPING, *LOOKING_BACK, *(name for name in NARROWING if name not in ("temperature", "top_k", "top_p")))
-"""The keys of ``SamplingConfig.extra`` that have a rule here."""
+KNOWN = (*SHAPING, *LOOKING_BACK, *NARROWING)
+"""The settings that have a rule here."""
 
 
 class Rules:
     """The rules of one call of a sampler.
 
     Args:
-        heads: those of the policy; ``beta`` needs "value" and "q".
+        heads: the policy's heads; ``beta`` needs "value" and "q".
 
     Raises:
-        ValueError: a value that means nothing.
+        ValueError: a setting has a value that its rule does not take.
     """
 
     def __init__(self, sampling: SamplingConfig, device: torch.device, heads: nn.ModuleDict | None = None):
-        self.min_new_tokens = sampling.min_new_tokens
-        self.eos = sampling.eos_token_ids
-        self.beta, self.heads = sampling.extra.get("beta"), heads
-        mask = sampling.extra.get("logit_mask")
+        self.device, self.heads = device, heads
+        self.eos, self.min_new_tokens = sampling.eos_token_ids, sampling.min_new_tokens
+        # a beam that ends needs another token to go on with
+        self.keep = 1 + max(1, len(self.eos)) if (sampling.extra.get("num_beams") or 1) > 1 else 1
+        self.beta, mask = (sampling.extra.get(name) for name in SHAPING)
         self.forbidden = None if mask is None else torch.as_tensor(mask, dtype=torch.bool, device=device)
-        drawn = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
-        self.looking_back = _made(LOOKING_BACK, sampling.extra, self.eos, device)
-        self.narrowing = _made(NARROWING, drawn | sampling.extra if sampling.do_sample else {}, self.eos, device)
+        self.looking_back = self._made(LOOKING_BACK, sampling)
+        self.narrowing = self._made(NARROWING if sampling.do_sample else {}, sampling)
 
     def __call__(
         self, logits: Tensor, last: Tensor, rows: Callable[[], list[list[int]]], step: int, hidden: Tensor | None
     ) -> Tensor:
-        """The logits [B, V] to draw from, of those that the model gives.
+        """The model's logits [B, V] after all rules.
 
         Args:
             last: int64 [B], the last token of each row.
-            rows: gives all tokens of each row so far, without padding.
-            step: tokens of each response so far.
-            hidden: [B, d], the states that the logits come from; only ``beta`` needs them.
+            rows: returns all tokens of each row so far, without padding.
+            step: number of response tokens so far.
+            hidden: [B, d], the hidden states that gave the logits; only ``beta`` needs them.
 
         Raises:
             FloatingPointError: see `check_logits`.
@@ -111,16 +100,18 @@ class Rules:
     def _looked_back(self, logits: Tensor, rows: list[list[int]]) -> Tensor:
         if len(set(map(len, rows))) == 1:
             return self.looking_back(torch.tensor(rows, device=logits.device), logits)
-        # row by row, as padding is nothing that was said
+        # rows of other lengths go one by one: padding would count as a token that was said
         each = zip(rows, logits.split(1), strict=True)
         return torch.cat([self.looking_back(torch.tensor([row], device=logits.device), own) for row, own in each])
 
-
-def _made(
-    table: Mapping[str, Make], settings: Mapping[str, Any], eos: list[int], device: torch.device
-) -> LogitsProcessorList:
-    return LogitsProcessorList(
-        make(settings[name], eos, device)
-        for name, make in table.items()
-        if settings.get(name) is not None and settings[name] not in IDLE.get(name, ())
-    )
+    def _made(self, table: Table, sampling: SamplingConfig) -> LogitsProcessorList:
+        made = LogitsProcessorList()
+        for name, (idle, make) in table.items():
+            value = sampling.extra[name] if name in sampling.extra else getattr(sampling, name, None)
+            if value is None or value == idle:
+                continue
+            try:
+                made.append(make(value, self))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{sampling.where}.{name} is {value!r}: {error}") from error
+        return made

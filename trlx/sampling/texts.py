@@ -1,4 +1,4 @@
-"""Sampling as users ask for it: texts in, texts out; tensors with padding in, tensors with padding out."""
+"""``trainer.generate``: texts or chats in and texts out, or padded token ids in and padded token ids out."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from trlx.batch import Sample
 from trlx.data.chat import is_chat
-from trlx.data.collate import RowFormat
+from trlx.data.collate import RowFormat, right_pad
 from trlx.data.prompts import PromptPipeline
 from trlx.sampling.settings import SamplingConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Respond:
-    """Answers what a user asks.
-
-    Args:
-        draw: see `Sampler.generate`.
-    """
+    """Samples for a user; `draw` is like `Sampler.generate`."""
 
     draw: Callable[[list[list[int]], SamplingConfig], list[Sample]]
     tokenizer: PreTrainedTokenizerBase
@@ -32,7 +28,7 @@ class Respond:
     sampling: SamplingConfig
 
     def __call__(self, inputs: Any, attention_mask: Any = None) -> str | list[str] | Tensor:
-        """What follows a text or a chat, as a text; what follows each of several, as texts; else see `sequences`."""
+        """The response to one text or chat, the list of responses to several; for token ids see `sequences`."""
         if isinstance(inputs, str) or is_chat(inputs):
             return self.texts([inputs])[0]
         if isinstance(inputs, (list, tuple)) and inputs and (isinstance(inputs[0], str) or is_chat(inputs[0])):
@@ -41,33 +37,34 @@ class Respond:
 
     def texts(self, prompts: Sequence[Any]) -> list[str]:
         """The response to each text or chat, without special tokens and stop sequences."""
-        pipeline = PromptPipeline(
-            prompts, sys.maxsize, self.tokenizer, add_special_tokens=self.row_format.special_tokens
-        )
-        responses = [sample.ids for sample in self.draw([prompt.ids for prompt in pipeline], self.sampling)]
-        stop = self.sampling.stop
-        cut = [stop.cut(ids)[0] if stop else ids for ids in responses]
-        return self.tokenizer.batch_decode(cut, skip_special_tokens=True)
+        special = self.row_format.special_tokens
+        pipeline = PromptPipeline(prompts, sys.maxsize, self.tokenizer, add_special_tokens=special)
+        samples, stop = self.draw([prompt.ids for prompt in pipeline], self.sampling), self.sampling.stop
+        responses = [stop.cut(sample.ids)[0] if stop else sample.ids for sample in samples]
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
     def sequences(self, input_ids: Any, attention_mask: Any = None) -> Tensor:
-        """The prompts, padded on the tokenizer's padding side, each followed by its response; int64 [B, T + new].
+        """Prompts, padded on the tokenizer's padding side, then responses, padded on the right: int64 [B, T + new].
 
-        Of encoder-decoder models, whose prompts are another row, the decoder's start token and the response.
+        For encoder-decoder models the decoder's start token stands in place of the prompt.
 
-        `input_ids` is int64 [B, T] with padding where `attention_mask` is 0, or a list of id lists.
+        Args:
+            input_ids: int64 [B, T], or a list of lists of ids.
+            attention_mask: [B, T], 0 for padding.
+
+        Raises:
+            TypeError: `input_ids` are not token ids.
+            ValueError: there are no prompts, or one has no tokens.
         """
         prompts = _ids(input_ids)
         if attention_mask is not None:
-            masks = [torch.as_tensor(mask).bool().tolist() for mask in attention_mask]
-            pairs = zip(prompts, masks, strict=True)
-            prompts = [[i for i, kept in zip(row, mask, strict=True) if kept] for row, mask in pairs]
+            pairs = zip(prompts, map(torch.as_tensor, attention_mask), strict=True)
+            prompts = [[i for i, kept in zip(row, mask.tolist(), strict=True) if kept] for row, mask in pairs]
         if not prompts or not all(prompts):
             raise ValueError(f"trainer.generate() got {'a prompt without tokens' if prompts else 'no prompts'}")
         responses = [sample.ids for sample in self.draw(prompts, self.sampling)]
-        beginnings = self.row_format.beginnings(prompts, self.tokenizer)
-        width = max(len(response) for response in responses)
-        rows = [response + [self.sampling.pad_token_id] * (width - len(response)) for response in responses]
-        return torch.cat([beginnings, torch.tensor(rows, dtype=torch.int64).view(len(rows), width)], dim=1)
+        padded, _ = right_pad(responses, self.sampling.pad_token_id)
+        return torch.cat([self.row_format.beginnings(prompts, self.tokenizer), padded.long()], dim=1)
 
 
 def _ids(given: Any) -> list[list[int]]:

@@ -34,7 +34,7 @@ from trlx.backends.megatron.weights import (
 )
 from trlx.config import ModelConfig, TrainConfig
 from trlx.models.heads import QHeads, ValueHead
-from trlx.models.limits import check_length, check_vocabulary_size
+from trlx.models.limits import check_length, check_vocabulary
 from trlx.models.policy import HEADS_FILE, fitting_heads, load_model, make_heads
 
 logger = logging.get_logger(__name__)
@@ -138,7 +138,7 @@ def find_source(
         taken = fitting_heads(found.heads.tensors, _head_shapes(found.decoder, needs), found.heads.where)
         found.heads = InMemory(taken, found.heads.where)
     found.config = _for_export(found.config, settings.dtype)
-    check_vocabulary_size(found.decoder.vocab_size, tokenizer)
+    check_vocabulary(found.decoder.vocab_size, tokenizer)
     _check_length(found.decoder, train.seq_length)
     return found
 
