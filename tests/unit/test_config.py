@@ -1,21 +1,21 @@
 """The configuration is strict at every depth and never shares state with what it was made from."""
 
 import copy
-import dataclasses
 import re
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from transformers import GPT2Config
 
 from trlx import config
 from trlx.compat.settings import HERE
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig, TRLConfig
-from trlx.method_configs import MethodConfig, PPOConfig, RFTConfig
-from trlx.presets import load_preset
+from trlx.method_configs import MethodConfig, PPOConfig, RFTConfig, get_method
+from trlx.presets import _folder, load_preset
 from trlx.strict import ConfigError
 
 SECTIONS = (ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig)
@@ -44,6 +44,17 @@ def minimal(**changes) -> TRLConfig:
 @pytest.mark.parametrize("method", ["ppo", "ilql", "sft", "rft"])
 def test_every_method_has_a_default_preset(method):
     assert load_preset(method).method.name.lower() == f"{method}config"
+
+
+def test_a_preset_holds_only_what_differs_from_the_defaults():
+    for path in _folder().glob("*.yaml"):
+        if path.stem.startswith("megatron_") or path.stem == "trlx-2024":  # NeMo's settings; a record of the original's
+            continue
+        for section, settings in yaml.safe_load(path.read_text()).items():
+            kind = get_method(settings["name"]) if section == "method" else config.SECTIONS[section]
+            defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(kind)}
+            same = {name for name, value in settings.items() if defaults[name] == value}
+            assert same <= ({"name"} if section == "method" else set()), f"{path.name}: {section}"
 
 
 def test_an_unknown_preset_lists_the_known_ones():
@@ -252,7 +263,7 @@ def test_a_name_of_another_library_or_section_is_answered_with_what_to_write(key
 
 def test_every_answer_to_another_librarys_name_is_a_setting_that_exists():
     texts = {"trlx.train", "accelerate"}
-    fields = {f"{cls.section}.{f.name}" for cls in (*SECTIONS, PPOConfig, RFTConfig) for f in dataclasses.fields(cls)}
+    fields = {f"{cls.section}.{f.name}" for cls in (*SECTIONS, PPOConfig, RFTConfig) for f in fields(cls)}
     for name, here in HERE.items():
         first = re.match(r"\w+(\.\w+)?", here)[0]
         assert first in fields | texts, f"{name}: {here}"
