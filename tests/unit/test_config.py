@@ -263,10 +263,10 @@ def test_a_name_of_another_library_or_section_is_answered_with_what_to_write(key
 
 def test_every_answer_to_another_librarys_name_is_a_setting_that_exists():
     texts = {"trlx.train", "accelerate"}
-    fields = {f"{cls.section}.{f.name}" for cls in (*SECTIONS, PPOConfig, RFTConfig) for f in fields(cls)}
+    known = {f"{cls.section}.{f.name}" for cls in (*SECTIONS, PPOConfig, RFTConfig) for f in fields(cls)}
     for name, here in HERE.items():
         first = re.match(r"\w+(\.\w+)?", here)[0]
-        assert first in fields | texts, f"{name}: {here}"
+        assert first in known | texts, f"{name}: {here}"
 
 
 def test_an_unknown_section_of_a_file_is_ignored_with_a_warning_and_a_misspelt_one_is_not(caplog, tmp_path):
