@@ -32,7 +32,7 @@ class FakeBackend(Backend):
 
     microbatch_size = 1
     data_rank, data_size, is_main, device = 0, 1, True, torch.device("cpu")
-    starts_at_reference = False
+    starts_at_reference, fingerprint = False, "fake"
 
     def __init__(self, model, optimizer, scheduler, train, tokenizer, needs):
         self.needs = needs
@@ -78,14 +78,11 @@ class FakeBackend(Backend):
     def load(self, folder):
         raise NotImplementedError
 
-    def export_hf(self, folder):
+    def export_hf(self, folder, merge=False):
         raise NotImplementedError
 
     def parameter_counts(self):
         raise NotImplementedError
-
-    def fingerprint(self):
-        return "fake"
 
 
 class FakePPOTrainer(PPOTrainer):

@@ -40,7 +40,7 @@ from trlx.models.architecture import architecture_for
 from trlx.models.decoder import output_head
 from trlx.models.limits import check_positions, check_vocabulary
 from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
-from trlx.models.reference import Exchange, Reference, digest
+from trlx.models.reference import Reference, digest
 from trlx.sampling.base import Sampler
 from trlx.sampling.generate import TransformersSampler
 
@@ -65,7 +65,7 @@ class AccelerateBackend(Backend):
         uses_deepspeed = wants_deepspeed()
         with unseen_by_accelerate():
             self.accelerator = Accelerator(
-                # unless told so, Accelerate runs the processes of a CPU job side by side as strangers
+                # without cpu=True, Accelerate does not connect the processes of a CPU job
                 cpu=not torch.accelerator.is_available(),
                 mixed_precision=train.mixed_precision,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
@@ -78,11 +78,11 @@ class AccelerateBackend(Backend):
         self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.tokenizer = tokenizer
         self.microbatch_size = train.minibatch_size or train.batch_size
-        # train mode only where it changes something: switching it walks over every module
+        # train mode only where it changes something, because train() visits every module
         self.uses_train_mode = needs.dropout or train.gradient_checkpointing
         self.has_values = needs.value_head
 
-        torch.manual_seed(train.seed)  # every process must draw the same random weights
+        torch.manual_seed(train.seed)  # all processes must draw the same random weights
         self.policy = _load_policy(dataclasses.replace(model, model_path=self.source(model, train)), needs)
         check_vocabulary(self.policy.model.get_input_embeddings().weight.shape[0], tokenizer)
         self.precision = HALVES.get(self.accelerator.mixed_precision, self.policy.model.dtype)
@@ -90,32 +90,33 @@ class AccelerateBackend(Backend):
         self.vocab_size = output_head(self.policy.model).weight.shape[0]
         if train.gradient_checkpointing:
             self.policy.architecture.recompute()
-        self.initial_digest = digest(self.policy)
+        self.fingerprint = digest(self.policy)
         self.row_format = self.policy.architecture.row_format(tokenizer)
         prepared = self.sharding.prepare(self.policy, partial(make_optimizer, optimizer))
+        kind = AdapterOff if isinstance(self.policy, AdaptedPolicy) else Reference
         with self.sharding.sharded():
-            self.reference = _make_reference(self.policy, self.sharding.exchange) if needs.reference else None
+            self.reference = kind(self.policy, self.sharding.exchange) if needs.reference else None
         with self.sharding.unsharded():
             self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
-        self.schedule_at = partial(make_scheduler, scheduler, prepared)
-        self.scheduler = self.schedule_at(0)
+        self.scheduler_at = partial(make_scheduler, scheduler, prepared)
+        self.scheduler = self.scheduler_at(0)
 
     def sampler(self) -> Sampler:
         return TransformersSampler(self.policy, self.device, self._for_sampling)
 
     @contextmanager
     def _for_sampling(self) -> Iterator[None]:
-        # the policy that samples must round as the one that is evaluated and trained
+        # round as evaluate() and train_step() do
         with self.accelerator.autocast(), self.sharding.unsharded():
             yield
 
     def weights_by_name(self) -> Iterator[tuple[str, Tensor]]:
         if isinstance(self.policy, AdaptedPolicy):
-            raise ValueError("A sampler that holds weights of its own cannot follow an adapter: sample with this model")
+            raise ValueError("A sampler with a copy of the weights cannot follow an adapter: leave out train.sampler")
         for name, weight in self.policy.model.named_parameters():
-            whole = self.sharding.for_file(weight)
+            full = self.sharding.for_file(weight)
             if self.is_main:
-                yield name, whole.cpu()
+                yield name, full.cpu()
 
     @torch.no_grad()
     def evaluate(self, batch: TokenBatch, reference: bool = False) -> TokenOutputs:
@@ -135,8 +136,8 @@ class AccelerateBackend(Backend):
 
     def train_step(self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN) -> dict[str, float]:
         self.sharding.wrapped.train(self.uses_train_mode)
-        # DDP averages gradients over processes; the loss is a global sum, so undo its mean
-        share = self.data_size / max(float(self.sum_across(unit.count(batch))), 1.0)
+        # the loss is a sum; DDP averages gradients over processes, so multiply by their number
+        loss_factor = self.data_size / max(float(self.sum_across(unit.count(batch))), 1.0)
         packed, seconds = [], {"time/forward": 0.0, "time/backward": 0.0}
         for start, microbatch in self._microbatches(batch):
             is_last = start + self.microbatch_size >= len(batch)
@@ -144,25 +145,21 @@ class AccelerateBackend(Backend):
                 began = time.perf_counter()
                 summed, metrics = loss(self.sharding.wrapped(*_columns(microbatch)), microbatch)
                 halfway = time.perf_counter()
-                self.sharding.backward(summed * share)
+                self.sharding.backward(summed * loss_factor)
             seconds["time/forward"] += halfway - began
             seconds["time/backward"] += time.perf_counter() - halfway
             packed.append(pack(metrics))
-        return self._means(packed) | self._update() | seconds
-
-    def _microbatches(self, batch: TokenBatch) -> Iterator[tuple[int, TokenBatch]]:
-        """(first row, microbatch on the device)."""
-        for start in range(0, len(batch), self.microbatch_size):
-            yield start, batch.rows(slice(start, start + self.microbatch_size)).to(self.device)
-
-    def _update(self) -> dict[str, float]:
-        """Clips and applies the gradients, unless they are not finite."""
         norm = self.sharding.update()
         skipped = not math.isfinite(norm)
         rates = {f"learning_rate_group_{i}": float(rate) for i, rate in enumerate(self.scheduler.get_last_lr())}
         if not skipped:
             self.scheduler.step()
-        return {"grad_norm": norm, "skipped_steps": float(skipped), **rates}
+        return self._means(packed) | {"grad_norm": norm, "skipped_steps": float(skipped), **rates} | seconds
+
+    def _microbatches(self, batch: TokenBatch) -> Iterator[tuple[int, TokenBatch]]:
+        """(first row, microbatch on the device)."""
+        for start in range(0, len(batch), self.microbatch_size):
+            yield start, batch.rows(slice(start, start + self.microbatch_size)).to(self.device)
 
     def _means(self, found: list[tuple[list[str], Tensor]]) -> dict[str, float]:
         names = found[0][0]
@@ -219,48 +216,36 @@ class AccelerateBackend(Backend):
         else:
             self.sharding.optimizer.state.clear()
         updates = json.loads((folder / UPDATES_FILE).read_text())
-        self.scheduler = self.schedule_at(updates["step_count"])
-        # a run that goes on in another precision has another scale, or none
+        self.scheduler = self.scheduler_at(updates["step_count"])
+        # a resumed run may have another precision, and so no scaler
         if self.accelerator.scaler is not None and updates["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(updates["scaler"])
 
-    def export_hf(self, folder: Path) -> None:
-        self._export(folder)
-
-    def export_merged(self, folder: Path) -> None:
-        if not self.sharding.can_merge:
+    def export_hf(self, folder: Path, merge: bool = False) -> None:
+        if merge and not self.sharding.can_merge:
             raise ValueError(
-                "An adapter cannot be merged while weights are sharded (FSDP, DeepSpeed): save it without "
-                "merge=True, and merge what is saved in one process"
+                "An adapter cannot be merged while weights are sharded (FSDP, DeepSpeed): save it without merge=True, "
+                "and merge what is saved in one process"
             )
-        self._export(folder, merge=True)
-
-    def _export(self, folder: Path, merge: bool = False) -> None:
         with self.sharding.on_main():
             if self.is_main:
                 save_hf(self.policy, self.tokenizer, folder, merge)
 
     def parameter_counts(self) -> tuple[int, int]:
-        counts = {True: 0, False: 0}
-        for parameter in self.policy.parameters():
-            counts[parameter.requires_grad] += _whole_size(parameter)
-        return counts[True], counts[False]
-
-    def fingerprint(self) -> str:
-        return self.initial_digest
+        trained = sum(_full_size(weight) for weight in self.policy.parameters() if weight.requires_grad)
+        return trained, sum(map(_full_size, self.policy.parameters())) - trained
 
     def _trained(self) -> dict[str, Tensor]:
-        """The weights a checkpoint needs: what trains and every head; the rest comes from model_path."""
-        heads = set(self.policy.heads.state_dict(prefix="heads.")) if self.policy.heads is not None else set()
-        trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
-        state = dict(self.policy.named_parameters()) | dict(self.policy.named_buffers())
-        return {name: state[name] for name in sorted(trained | heads)}
+        """The weights in a checkpoint: those that train, and all heads. The others come from model_path."""
+        heads = {} if self.policy.heads is None else self.policy.heads.state_dict(prefix="heads.", keep_vars=True)
+        trained = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
+        return dict(sorted({**trained, **heads}.items()))
 
 
 def _sharding_for(accelerator: Accelerator, uses_deepspeed: bool, max_grad_norm: float) -> Replicated:
-    """What fits the way the processes were launched."""
+    """How the processes were launched to hold the weights."""
     if accelerator.num_processes > 1:
-        # asked for as Accelerate asks, which by itself takes no notice on CPUs
+        # Accelerate reads the same variable, but ignores it on CPUs
         if uses_deepspeed:
             return zero_for(accelerator, max_grad_norm)
         if parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -268,16 +253,16 @@ def _sharding_for(accelerator: Accelerator, uses_deepspeed: bool, max_grad_norm:
     return Replicated(accelerator, max_grad_norm)
 
 
-def _whole_size(parameter: Tensor) -> int:
-    """Its elements, also where this process holds only a part of them or they are packed."""
-    if hasattr(parameter, "ds_numel"):  # ZeRO-3
-        return parameter.ds_numel
-    packed = getattr(parameter, "quant_state", None)  # 4 bits
-    return math.prod(packed.shape) if packed is not None else parameter.numel()
+def _full_size(weight: Tensor) -> int:
+    """The number of elements, also of a weight that is sharded or packed."""
+    if hasattr(weight, "ds_numel"):  # ZeRO-3
+        return weight.ds_numel
+    packed = getattr(weight, "quant_state", None)  # 4 bits
+    return math.prod(packed.shape) if packed is not None else weight.numel()
 
 
 def _columns(batch: TokenBatch) -> tuple[Tensor | None, ...]:
-    """What the policy is called with."""
+    """The arguments of the policy."""
     return batch.tokens, batch.attention_mask, batch.response_mask, batch.encoder_tokens, batch.encoder_mask
 
 
@@ -286,19 +271,16 @@ def _load_policy(model: ModelConfig, needs: ModelNeeds) -> Policy:
     architecture = architecture_for(adapted or model.model_path, model.model_arch_type, model.model_extra_configs)
     language_model = load_model(adapted or model.model_path, model.model_extra_configs, architecture)
     adapter = model.peft_config if adapted is None else model.model_path
-    parts = {
-        "value_head": needs.value_head,
-        "value_layers": needs.value_layers,
-        "q_heads": needs.q_heads,
-        "dropout": needs.dropout,
-        "temperature": needs.temperature,
-        "architecture": architecture,
-    }
+    settings = dataclasses.asdict(needs) | {"architecture": architecture}
+    del settings["reference"]
     if adapter is None:
-        policy = build_policy(language_model, num_layers_unfrozen=model.num_layers_unfrozen, **parts)
+        policy = build_policy(language_model, num_layers_unfrozen=model.num_layers_unfrozen, **settings)
     else:
-        _warn_of_ignored(model, adapted)
-        policy = build_adapted_policy(language_model, adapter, **parts)
+        if model.num_layers_unfrozen != -1:  # no warning, because a preset may have set it
+            logger.info("With an adapter only the adapter and the heads train, whatever model.num_layers_unfrozen says")
+        if adapted is not None and model.peft_config is not None:
+            logger.warning(f"model.peft_config is ignored: {model.model_path} is an adapter, which trains on")
+        policy = build_adapted_policy(language_model, adapter, **settings)
     if (
         policy.heads is not None
         and isinstance(model.model_path, str)
@@ -306,15 +288,3 @@ def _load_policy(model: ModelConfig, needs: ModelNeeds) -> Policy:
     ):
         load_heads(policy, model.model_path)
     return policy
-
-
-def _warn_of_ignored(model: ModelConfig, adapted: str | None) -> None:
-    if model.num_layers_unfrozen != -1:
-        # no warning: it may be the preset's
-        logger.info("With an adapter only the adapter and the heads train, whatever model.num_layers_unfrozen says")
-    if adapted is not None and model.peft_config is not None:
-        logger.warning(f"model.peft_config is ignored: {model.model_path} is an adapter of its own, which trains on")
-
-
-def _make_reference(policy: Policy, exchange: Exchange) -> Reference:
-    return (AdapterOff if isinstance(policy, AdaptedPolicy) else Reference)(policy, exchange)

@@ -28,13 +28,13 @@ from trlx.models.source import check_model, exported
 from trlx.sampling.base import Sampler
 
 PATIENCE = timedelta(hours=6)
-"""How long processes wait while the main one scores rollouts; torch's own ten minutes end runs with slow rewards."""
+"""How long processes wait for each other. torch's own 10 minutes would end runs with a slow reward_fn."""
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """By ``train.mixed_precision``."""
 
 UPDATES_FILE = "updates.json"
-"""In a checkpoint: optimizer steps done, on which the learning rate depends, and the loss scale of fp16."""
+"""In a checkpoint: the number of optimizer steps, which sets the learning rate, and the loss scale of fp16."""
 
 T = TypeVar("T")
 
@@ -49,13 +49,13 @@ class ModelNeeds:
     value_head: bool = False
     """A value of every state (PPO, ILQL)."""
     value_layers: int = 0
-    """Give the value function its own trainable copy of this many top blocks; 0 shares the policy's."""
+    """The value function gets its own trainable copy of this many top blocks; 0: it shares the policy's blocks."""
     q_heads: int = 0
     """Number of Q heads with frozen targets (ILQL): 0, 1 or 2."""
     reference: bool = False
-    """Keep the first values of the trainable weights, so that ``evaluate(batch, reference=True)`` works."""
+    """Keep the first values of the trainable weights, for ``evaluate(batch, reference=True)``."""
     dropout: bool = True
-    """False switches every dropout off, so that scoring and training see one and the same policy."""
+    """False switches all dropout off, so that sampling, evaluation and training use the same policy."""
     temperature: float = 1.0
     """Log-probabilities are of softmax(logits / temperature), as in sampling."""
 
@@ -64,7 +64,7 @@ class Backend(ABC):
     """One model with its optimizer on one or many processes."""
 
     options: ClassVar[tuple[str, ...]] = ()
-    """Keys of ``train.trainer_kwargs`` that are read here, and not by the trainer."""
+    """Keys of ``train.trainer_kwargs`` that the backend reads, not the trainer."""
 
     device: torch.device
     data_rank: int
@@ -74,42 +74,44 @@ class Backend(ABC):
     processes: int
     """Number of processes of the job."""
     is_main: bool
-    """True on the one process that talks to the user: calls reward_fn, writes files, prints."""
+    """True on the one process that calls reward_fn, writes files and prints."""
     leads: bool = True
-    """True on one process of each data rank: it speaks for those that hold other parts of the model with it."""
+    """True on one process of each data rank. It speaks for the other processes that hold shards of the same model."""
     shard: str = ""
-    """Which shard of the model this process holds, as an ending of file names; "" for the one that leads."""
+    """Names this process's shard of the model in file names; "" on the process that leads."""
     microbatch_size: int
     """Rows of one forward and backward pass."""
     vocab_size: int = sys.maxsize
-    """How many tokens the model knows."""
+    """Number of tokens that the model knows."""
     positions: int = sys.maxsize
-    """How long a row can be, at most."""
+    """Maximum length of a row."""
     row_format: RowFormat = RowFormat()
     """How rollouts become rows of this model."""
     lr_schedule: str = ""
-    """The learning rate's schedule, where it is not the config's section alone that says it."""
+    """The learning-rate schedule, if it depends on more than the config's section ``scheduler``."""
     starts_at_reference: bool = True
-    """Whether policy and reference are one before the first update; an adapter may make them differ from the start."""
+    """Whether policy and reference are equal before the first update; an adapter can make them differ."""
     precision: torch.dtype = torch.float32
-    """What log-probabilities are computed in, for a judgement of rounding errors."""
+    """The dtype in which log-probabilities are computed."""
+    fingerprint: str
+    """A short hash of the weights that training started from."""
 
     @staticmethod
     def source(model: ModelConfig, train: TrainConfig) -> Any:
-        """Where the model that these sections ask for comes from: a hub name, folder or archive, or a config."""
+        """Where these sections say the model is: a hub name, folder or archive, or a config."""
         return exported(model.model_path)
 
     @classmethod
     def check_source(cls, model: ModelConfig, train: TrainConfig) -> None:
-        """Makes sure, before anything is loaded, that there is a model where these sections say.
+        """Checks, before anything is loaded, that `source` is a model.
 
         Raises:
-            OSError: there is none; the message names the setting.
+            OSError: it is not; the message names the setting.
         """
         check_model(cls.source(model, train), "model.model_path", model.model_extra_configs)
 
     def check_prompts(self, prompts: list[list[int]], new_tokens: int) -> None:
-        """Makes sure that the model can read `prompts` and answer each with `new_tokens`.
+        """Checks that the model can read `prompts` and answer each with `new_tokens`.
 
         Raises:
             ValueError: it cannot; the message names the prompt.
@@ -129,12 +131,12 @@ class Backend(ABC):
 
     @abstractmethod
     def sampler(self) -> Sampler:
-        """A sampler of the weights that train."""
+        """A sampler that uses the weights that train."""
 
     def weights_by_name(self) -> Iterator[tuple[str, Tensor]]:
-        """The language model's weights by their Hugging Face names, whole, on the CPU; for samplers that hold a copy.
+        """(Hugging Face name, full tensor on the CPU) of the language model's weights, for samplers with a copy.
 
-        Each comes on one process alone, while the others help to gather it: call it on every process, to its end.
+        Yields each on one process alone, but all processes gather it: every process must iterate to the end.
 
         Raises:
             ValueError: an adapter trains.
@@ -143,24 +145,27 @@ class Backend(ABC):
 
     @abstractmethod
     def evaluate(self, batch: TokenBatch, reference: bool = False) -> TokenOutputs:
-        """What the model says about this process's rows, without gradient, in microbatches; [B, T] float32 on the CPU,
-        T as in `batch`. With `reference` the frozen first policy speaks (log-probabilities only). Called on every
-        process."""
+        """The outputs for this process's rows, without gradient; [B, T] float32 on the CPU, B and T as in `batch`.
+
+        With `reference`, those of the frozen first policy (log-probabilities only). Called on every process.
+        """
 
     @abstractmethod
     def train_step(self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN) -> dict[str, float]:
         """One optimizer step on this process's rows of a global batch.
 
-        The summed loss is divided by the number of units over all microbatches and data ranks, so every split of a
-        batch gives one gradient. Every process must bring the same number of rows, a multiple of those that stand
-        together; so must be `microbatch_size`.
-        Returns the global means of the loss function's metrics, with ``grad_norm``, ``skipped_steps`` (1.0 if gradients
-        were not finite and nothing was updated), ``learning_rate_group_<i>``, ``time/forward`` and ``time/backward``.
+        Divides the summed loss by the number of units in all microbatches of all data ranks, so every split of a batch
+        gives the same gradient. All processes must have the same number of rows. That and `microbatch_size` must be
+        multiples of ``unit.rows``.
+
+        Returns:
+            The global means of the loss function's metrics, and ``grad_norm``, ``skipped_steps`` (1.0 if gradients were
+            not finite and nothing was updated), ``learning_rate_group_<i>``, ``time/forward`` and ``time/backward``.
         """
 
     @abstractmethod
     def update_heads(self, fn: Callable[[torch.nn.Module], None]) -> None:
-        """Applies `fn` to the module that holds the heads, without gradient, on every process (ILQL target sync)."""
+        """Calls `fn` with the module of the heads, without gradient, on every process (ILQL target sync)."""
 
     @abstractmethod
     def sum_across(self, tensor: Tensor) -> Tensor:
@@ -172,19 +177,19 @@ class Backend(ABC):
 
     @abstractmethod
     def gather_objects(self, objects: list[Any]) -> list[Any]:
-        """The lists of the leading processes of all data ranks concatenated in rank order, on every process. Picklable
-        objects of ours only."""
+        """On every process, the lists of the leading processes of all data ranks, concatenated in rank order. They are
+        pickled."""
 
     @abstractmethod
     def broadcast_object(self, value: Any) -> Any:
         """The main process's value, on every process."""
 
     def on_main(self, fn: Callable[[], T]) -> T:
-        """`fn()` called on the main process, its result on every process.
+        """Calls `fn` on the main process; returns its result on every process.
 
         Raises:
-            BaseException: what `fn` raised, on every process; where it did not run, RewardError and `Interrupted` as
-                they are, anything else as `ErrorElsewhere`. The others would wait for it forever.
+            BaseException: on every process, if `fn` raised it. The other processes raise RewardError and `Interrupted`
+                as they are, and anything else as `ErrorElsewhere`.
         """
         value, error = attempted(fn) if self.is_main else (None, None)
         value, heard = self.broadcast_object((value, told(error)))
@@ -192,10 +197,10 @@ class Backend(ABC):
         return value
 
     def on_each_rank(self, fn: Callable[[], list[T]]) -> list[T]:
-        """`fn()` called on the leading process of every data rank, the lists concatenated in rank order.
+        """Calls `fn` on the leading process of every data rank; returns their lists, concatenated in rank order.
 
         Raises:
-            BaseException: on every process, what `fn` raised on any, as `on_main` does.
+            BaseException: on every process, if `fn` raised it on any; see `on_main`.
         """
         value, error = attempted(fn) if self.leads else (None, None)
         heard = [each for each in self.gather_objects([told(error)]) if each]
@@ -208,32 +213,24 @@ class Backend(ABC):
 
     @abstractmethod
     def save(self, folder: Path, optimizer: bool = True) -> None:
-        """Writes what trains and where its schedule is, with `optimizer` also the optimizer's running averages, into an
-        existing folder. Called on every process."""
+        """Writes the trained weights, the number of steps and, with `optimizer`, the optimizer's running averages into
+        an existing folder. Called on every process."""
 
     @abstractmethod
     def load(self, folder: Path, optimizer: bool = True) -> None:
-        """Restores what `save` wrote, bit for bit; running averages only with `optimizer` and where they were written.
-        Settings of optimizer and schedule are those of this backend, and so is the reference."""
+        """Restores exactly what `save` wrote; running averages only with `optimizer` and if they were written. Settings
+        of optimizer and scheduler, and the reference, stay those of this backend."""
 
     @abstractmethod
-    def export_hf(self, folder: Path) -> None:
-        """Writes a folder that plain ``transformers`` loads with identical logits, and the heads beside it.
+    def export_hf(self, folder: Path, merge: bool = False) -> None:
+        """Writes a folder that plain ``transformers`` loads with identical logits, and a file with the heads.
 
-        Where an adapter trains, the folder holds the adapter alone."""
-
-    def export_merged(self, folder: Path) -> None:
-        """`export_hf` with an adapter folded into the weights it adapts.
+        If an adapter trains, the folder holds the adapter alone, or with `merge` the model with the adapter merged.
 
         Raises:
-            ValueError: an adapter of this kind cannot be folded in.
+            ValueError: this adapter cannot be merged.
         """
-        self.export_hf(folder)
 
     @abstractmethod
     def parameter_counts(self) -> tuple[int, int]:
-        """How many parameters of the whole model train and how many do not, heads included. Called on every process."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A short digest of the weights training started from, to recognise a resume from another model."""
+        """(trainable, frozen) parameters of the whole model with its heads. Called on every process."""

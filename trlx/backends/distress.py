@@ -1,7 +1,7 @@
-"""How the processes of a job hear that one of them failed, or was asked to stop, while they wait for it.
+"""How the processes of a job hear that one of them failed, or was asked to stop.
 
-In a collective torch.distributed tells them after hours. So every process has a thread that looks into
-the job's store once a second.
+A process that waits in a collective would hear of it from torch.distributed after hours. So every process has a thread
+that polls the job's store once a second.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from trlx import logging
 from trlx.rewards.calling import RewardError
 
 POLL = 1.0
-"""Seconds between two looks into the store."""
+"""Seconds between two polls of the store."""
 GRACE = 5.0
-"""Seconds in which a process may end by itself once it has heard of an error; it prints more than a thread can."""
+"""Seconds that a process has to end by itself, with a traceback, after it has heard of an error elsewhere."""
 ANSWER = 3.0
-"""Seconds that a process which failed waits until the others have heard: the store may end with it."""
+"""Seconds that a failed process waits for the others to hear of it, because the store may end with this process."""
 
 CAUSE, SIGNAL, HEARD = "cause", "signal", "heard"
-"""Keys of the store: what failed first and where; the signal that came first; how many processes know of the cause."""
+"""Keys of the store: the first failure and its process; the first signal; how many processes know the failure."""
 
 T = TypeVar("T")
 
@@ -41,28 +41,29 @@ _numbers = itertools.count()
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to save and leave; its name is the message. Raised on every process at the same place.
+    """A signal, named in the message, asked the run to save and stop. Raised on every process at the same place.
 
-    No Exception, so that no ``except Exception`` of a user's function swallows it.
+    Not an Exception, so that ``except Exception`` in a user's function does not catch it.
     """
 
 
 def shared(error: BaseException) -> BaseException:
-    """Marks an error as one that every process raises at the same place: no other has to be told."""
+    """Marks an error that every process raises at the same place, so nobody has to be told."""
     error.raised_everywhere = True
     return error
 
 
 def is_shared(error: BaseException) -> bool:
-    """Whether every process raises it, so that collectives still work."""
+    """Whether every process raises this error, so that collectives still work."""
     return not _is_multiprocess() or getattr(error, "raised_everywhere", False)
 
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """While the block runs, this process hears of the others' errors and tells them of its own. Blocks may be nested.
+    """While the block runs, this process tells the others of its errors and hears of theirs. Blocks may be nested.
 
-    A process that hears of an error and does not leave the block by itself prints the cause and exits with code 1.
+    A process that hears of an error elsewhere and does not leave the block within `GRACE` seconds prints it and exits
+    with code 1.
     """
     global _watch
     if _watch is not None or not _is_multiprocess():
@@ -80,42 +81,42 @@ def watching() -> Iterator[None]:
 
 
 def report(error: BaseException) -> None:
-    """Tells the other processes of an error here; if another was first, a note on `error` says so."""
+    """Tells the other processes of an error here. If another process failed first, adds a note to `error`."""
     if _watch is not None and not is_shared(error):
         _watch.report(error)
 
 
 def listen(signals: Iterable[int], on_signal: Callable[[int], None]) -> None:
-    """Calls `on_signal` in another thread when one of `signals` reaches any process, also where this one's main thread
-    sits in a collective. Python handlers must be set for them; to be called in the main thread."""
+    """From now on another thread calls `on_signal` when one of `signals` reaches any process, even if this one's main
+    thread is in a collective. Call it in the main thread, after setting Python handlers for them."""
     if _watch is not None:
         _watch.listen(set(signals), on_signal)
 
 
 def stop_listening() -> None:
-    """After this `on_signal` is not called any more."""
+    """Ends the calls of `on_signal`."""
     if _watch is not None:
         _watch.stop_listening()
 
 
 class ErrorElsewhere(RuntimeError):
-    """A function that runs on another process failed there; the message has type, message and process of its error."""
+    """A function failed on another process; the message has its error's type, message and process."""
 
 
 SAME_EVERYWHERE = {cls.__name__: cls for cls in (RewardError, Interrupted, KeyboardInterrupt)}
-"""Errors that other processes raise under their own type."""
+"""Errors that the other processes raise with the same type."""
 
 
 def attempted(fn: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """(what `fn` returns, what it raises); one of them is None."""
+    """(result, None), or (None, the error that `fn` raised)."""
     try:
         return fn(), None
-    except BaseException as error:  # of whatever it is the others must hear
+    except BaseException as error:  # the others must hear of every error
         return None, error
 
 
 def told(error: BaseException | None) -> tuple[str, str, int] | None:
-    """Type, message and process of an error, as they are sent."""
+    """Type, message and process of an error, to send."""
     if error is None:
         return None
     known = [name for name, cls in SAME_EVERYWHERE.items() if isinstance(error, cls)]
@@ -123,7 +124,7 @@ def told(error: BaseException | None) -> tuple[str, str, int] | None:
 
 
 def raise_everywhere(error: BaseException | None, heard: tuple[str, str, int] | None) -> None:
-    """Raises on every process what one of them raised: `error` where it was, and what was `told` of it elsewhere."""
+    """Raises the error of one process on all: `error` on that process, elsewhere what was `told` of it."""
     if error is not None:
         raise shared(error)
     if heard is None:
@@ -143,7 +144,7 @@ class Watch:
     def __init__(self, number: int):
         self._rank, self._size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self._address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # torchrun's store outlives its processes: those that it starts anew must not read what the last ones wrote
+        # torchrun restarts processes with the same store; they must not read what the last ones wrote
         self._prefix = f"trlx/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{number}"
         self._failure: str | None = None
         self._cause: str | None = None
@@ -151,7 +152,7 @@ class Watch:
         self._on_signal: Callable[[int], None] | None = None
         self._lock = threading.Lock()
         self._ending = threading.Event()
-        # Python writes the number of a signal into a socket at once, even when the main thread is in a collective
+        # Python writes a signal's number into this socket at once, even if the main thread is in a collective
         self._arrived, self._wakeup = socket.socketpair()
         self._arrived.setblocking(False)
         self._wakeup.setblocking(False)
@@ -160,7 +161,7 @@ class Watch:
         self._thread.start()
 
     def report(self, error: BaseException) -> None:
-        """Tells of the first error of this process; later ones follow from it."""
+        """Tells of this process's first error; later ones are its consequences."""
         if self._failure is None:
             self._failure = f"process {self._rank} failed with {type(error).__name__}: {error}"
             self._stop()
@@ -199,11 +200,11 @@ class Watch:
             self._leave(self._cause)
 
     def _connected(self) -> dist.Store | None:
-        """A connection of this thread's own to the job's store; None if the run ends before there is a store."""
+        """This thread's own connection to the job's store; None if the run ends before there is a store."""
         deadline = None
         while deadline is None or time.monotonic() < deadline:
             try:
-                # the store's own client complains aloud where nobody listens yet
+                # TCPStore prints warnings until there is a server, so try the port first
                 socket.create_connection(self._address, timeout=ANSWER).close()
             except OSError:
                 if self._ending.wait(0.2) and deadline is None:
@@ -238,7 +239,7 @@ class Watch:
             time.sleep(0.05)
 
     def _leave(self, cause: str) -> None:
-        """Ends this process unless its main thread comes to an end of its own."""
+        """Ends this process unless its main thread ends within `GRACE` seconds."""
         if not self._ending.wait(GRACE):
             print(f"[ERROR] Process {self._rank} ends because {cause}", file=sys.stderr, flush=True)
             sys.stdout.flush()

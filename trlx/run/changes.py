@@ -59,7 +59,7 @@ def identity(config: TRLConfig, backend: Backend, data: str) -> dict[str, Any]:
     return {
         "backend": type(backend).__name__,
         "config": config.to_json(),
-        "model": backend.fingerprint(),
+        "model": backend.fingerprint,
         "schedule": backend.lr_schedule,
         "data": data,
         "data_processes": backend.data_size,

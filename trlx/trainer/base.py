@@ -254,7 +254,7 @@ class Trainer(OldNames, ABC):
             raise ValueError("save_pretrained() writes safetensors only, never a pickle: leave out safe_serialization")
         folder = Path(directory or Path(self.config.train.checkpoint_dir) / "hf_model").expanduser()
         self.backend.on_main(lambda: checkpoint.make_folder(folder))
-        (self.backend.export_merged if merge else self.backend.export_hf)(folder)
+        self.backend.export_hf(folder, merge)
         self.backend.barrier()
 
     def save(self, directory: str | Path | None = None) -> None:

@@ -75,7 +75,7 @@ class MegatronBackend(Backend):
         self.stage = build_chunks(decoder, settings, rows, needs, train.seed, self.device)
         self.weights = StageWeights(self.stage, entries(decoder, self.model_source.family, rows), self.parallel)
         self.model_source.load(self.weights)
-        self.initial_digest = self.weights.digest()
+        self.fingerprint = self.weights.digest()
         freeze(self.stage, model.num_layers_unfrozen)
         self.reference = Reference(_language_models(self.stage)) if needs.reference else None
         self.wrapped = [_wrapped(chunk, settings.optim.distributed) for chunk in self.stage]
@@ -176,15 +176,12 @@ class MegatronBackend(Backend):
         if averages:
             self.weights.load_moments(folder, self.updates)
 
-    def export_hf(self, folder: Path) -> None:
+    def export_hf(self, folder: Path, merge: bool = False) -> None:  # there is no adapter to merge
         self.parallel.require_groups()
         self.model_source.export(self.weights, folder, self.tokenizer)
 
     def parameter_counts(self) -> tuple[int, int]:
         return self.weights.counts()
-
-    def fingerprint(self) -> str:
-        return self.initial_digest
 
     def _microbatches(self, batch: TokenBatch, together: int = 1) -> list[TokenBatch]:
         """Microbatches on the device, padded to a width that sequence parallelism can divide.
