@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import softplus
 from transformers import AutoModelForCausalLM
 
 from tests.builders import VOCABULARY, char_tokenizer, tiny_gpt2_config
@@ -21,12 +22,14 @@ from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConf
 from trlx.data.collate import collate
 from trlx.data.store import shard
 from trlx.methods.ilql import ilql_loss
+from trlx.methods.masked import mean_of
 from trlx.methods.ppo import ppo_loss
 from trlx.methods.sft import sft_loss
+from trlx.methods.units import Unit
 
 pytestmark = pytest.mark.distributed
 
-ROWS, STEPS = 8, 3
+ROWS = 8
 EOS = 2
 """Ends every response, begins every prompt, and pads: where pad is eos, eos must train like any other token."""
 SIZES = dict(
@@ -58,6 +61,19 @@ LOSSES = {
     "ILQL": partial(ilql_loss, tau=0.7, gamma=0.9, cql_scale=0.1, awac_scale=1.0, beta=0.5),
     "SFT": sft_loss,
 }
+
+
+def pair_loss(outputs, batch):
+    """Rows 2i and 2i + 1 are a pair."""
+    sums = outputs.logprobs.sum(dim=1)
+    loss = softplus(0.1 * (sums[1::2] - sums[0::2]))
+    return loss.sum(), {"loss": mean_of(loss)}
+
+
+def steps(algorithm: str) -> list[tuple]:
+    return [*[(LOSSES[algorithm], Unit.TOKEN)] * 3, (pair_loss, Unit.PAIR)]
+
+
 MAIN = ("gpt2", "llama", "qwen2")
 OTHERS = [("qwen3", "PPO"), ("gemma", "ILQL"), ("gpt_neox", "PPO")]
 
@@ -124,7 +140,7 @@ def write_truth(folder: Path, family: str, algorithm: str, unfrozen: int = -1) -
     (loss / batch.response_mask.sum()).backward()
     save_file(_gradients(backend.policy), folder / "gradients")
     backend.policy.zero_grad()
-    metrics = [backend.train_step(batch, LOSSES[algorithm]) for _ in range(STEPS)]
+    metrics = [backend.train_step(batch, *step) for step in steps(algorithm)]
     (folder / "metrics.json").write_text(json.dumps(metrics))
     save_file(_weights(backend.policy), folder / "trained")
 
@@ -167,7 +183,7 @@ def compare_one(folder: Path, algorithm: str, layout: dict, unfrozen: int) -> No
     mine = shard(batch, list(range(ROWS)), backend.data_rank, backend.data_size)
     first = compare_outputs(folder, backend, mine)
     compare_gradients(folder, backend, mine, algorithm)
-    metrics = [backend.train_step(mine, LOSSES[algorithm]) for _ in range(STEPS)]
+    metrics = [backend.train_step(mine, *step) for step in steps(algorithm)]
     for found, expected in zip(metrics, json.loads((folder / "metrics.json").read_text()), strict=True):
         assert found.keys() == expected.keys()
         # how much is padding depends on how rows are divided

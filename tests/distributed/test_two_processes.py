@@ -8,6 +8,7 @@ import pytest
 from tests.builders import tiny_gpt2_config
 from tests.processes import together
 from tests.runs import PROMPTS, metrics, run, share_of_a, tiny_config, weights
+from tests.unit.test_units import EXPECTED_OF_SIX, gradients_of_six
 
 pytestmark = pytest.mark.distributed
 
@@ -57,6 +58,17 @@ def test_ilql_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
     together(1, run, "ILQL", tmp_path / "one", train={"batch_size": 6}, **changes)
     together(2, run, "ILQL", tmp_path / "two", train={"batch_size": 3}, **changes)
     close(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
+def check_gradients(folder):
+    for unit, (gradient, loss) in gradients_of_six(folder).items():
+        assert gradient == pytest.approx(EXPECTED_OF_SIX[unit], abs=1e-5), unit
+        assert loss == pytest.approx(EXPECTED_OF_SIX[unit] / unit.rows, abs=1e-5), unit
+
+
+def test_two_processes_divide_a_loss_by_the_units_of_both(tmp_path):
+    # three pairs: the second process has one of them, and two rows that only fill up
+    together(2, check_gradients, tmp_path)
 
 
 def run_and_tell(folder, prompts=PROMPTS, **changes):
