@@ -71,7 +71,8 @@ def pair_loss(outputs, batch):
 
 
 def steps(algorithm: str) -> list[tuple]:
-    return [*[(LOSSES[algorithm], Unit.TOKEN)] * 3, (pair_loss, Unit.PAIR)]
+    # a loss of pairs that uses no heads
+    return [(LOSSES[algorithm], Unit.TOKEN)] * 3 + [(pair_loss, Unit.PAIR)] * (algorithm == "SFT")
 
 
 MAIN = ("gpt2", "llama", "qwen2")
