@@ -212,4 +212,7 @@ def test_settings_that_do_not_work_are_told(extra, words):
 def test_settings_that_work_are_taken():
     mask = torch.zeros(3, 3, dtype=torch.bool)
     extra = {"beta": 1, "logit_mask": mask, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3}
+    extra |= {"bad_words_ids": [[1]], "suppress_tokens": [2]}
+    extra |= {"min_p": 0.1, "typical_p": 0.9, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1}
     sampler(has_q=True).check(SamplingConfig(extra=extra))
+    assert tokens(QUARTERS, [0.01, 0.99], extra={"min_p": 0.6}) == [1, 1]
