@@ -1,6 +1,6 @@
-"""Writes the tables of docs/config.md from the dataclasses and the texts below their fields.
+"""Writes the tables of docs/config.md from the dataclasses and the strings below their fields.
 
-Usage: python docs/config_reference.py
+Usage: python -m docs.config_reference
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SAID_BY_THE_NAME = {
     "tags": "Tags of the run.",
     "seed": "Seed of everything random; each process adds its number.",
 }
-"""Fields that the source leaves without a text."""
+"""Fields without a string in the source."""
 
 
 def page() -> str:
-    """The page as it should be: what is written by hand above the mark, tables below."""
+    """The page: the text above the mark as it is, new tables below."""
     by_hand, mark, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
     return by_hand + mark + "\n".join(map(table, SECTIONS))
 
@@ -55,7 +55,7 @@ def table(section: type) -> str:
 
 
 def field_texts(section: type) -> Iterator[tuple[str, str]]:
-    """(field, the string that stands below it in the source)."""
+    """Each field and the string below it in the source."""
     (definition,) = ast.parse(inspect.getsource(section)).body
     for statement, following in zip(definition.body, definition.body[1:], strict=False):
         is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
