@@ -50,7 +50,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(api, "_config", lambda *given: shortened(choose(*given)))
     for table in (registry.methods, registry.trainers, registry.pipelines):
         monkeypatch.setattr(table, "_classes", dict(table._classes))
-        monkeypatch.setattr(table, "_names", dict(table._names))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
