@@ -96,3 +96,18 @@ def gradients_of_six(folder):
     store = rows(LENGTHS_OF_SIX)
     shares = {unit: shard(store, list(range(6)), own.data_rank, own.data_size, unit.rows) for unit in Unit}
     return {unit: gradient(own, share, unit) for unit, share in shares.items()}
+
+
+def test_a_step_that_fails_leaves_no_gradients_to_the_next_one(tmp_path):
+    one, batch, seen = backend(tmp_path), rows().rows([0, 1, 2, 3]), []
+    one.microbatch_size = 2
+
+    def failing(outputs, microbatch):
+        seen.append(microbatch)
+        if len(seen) == 2:
+            raise MemoryError
+        return loss_of(Unit.TOKEN)(outputs, microbatch)
+
+    with pytest.raises(MemoryError):
+        one.train_step(batch, failing)
+    assert gradient(one, batch, Unit.TOKEN)[0] == pytest.approx(EXPECTED[Unit.TOKEN], abs=1e-5)

@@ -20,6 +20,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
     parse_flag_from_env,
+    patch_environment,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trlx import logging
 from trlx.backends.base import HALVES, PATIENCE, UPDATES_FILE, Backend, LossFn, ModelNeeds
-from trlx.backends.deepspeed import unseen_by_accelerate, wants_deepspeed, zero_for
+from trlx.backends.deepspeed import ASKED, wants_deepspeed, zero_for
 from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
 from trlx.backends.sharding import Replicated, Sharded
 from trlx.batch import TokenBatch, TokenOutputs
@@ -63,7 +64,9 @@ class AccelerateBackend(Backend):
     ):
         check_settings(optimizer, scheduler)
         uses_deepspeed = wants_deepspeed()
-        with unseen_by_accelerate():
+        # Accelerate's own DeepSpeed support makes an optimizer step for every microbatch, rounds all weights and heads
+        # to bfloat16, and does not run on CPUs: let it prepare plain data-parallel processes
+        with patch_environment(**{ASKED: "false"}):
             self.accelerator = Accelerator(
                 # without cpu=True, Accelerate does not connect the processes of a CPU job
                 cpu=not torch.accelerator.is_available(),
@@ -136,6 +139,7 @@ class AccelerateBackend(Backend):
 
     def train_step(self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN) -> dict[str, float]:
         self.sharding.wrapped.train(self.uses_train_mode)
+        self.sharding.optimizer.zero_grad()  # a step that failed may have left gradients
         # the loss is a sum; DDP averages gradients over processes, so multiply by their number
         loss_factor = self.data_size / max(float(self.sum_across(unit.count(batch))), 1.0)
         packed, seconds = [], {"time/forward": 0.0, "time/backward": 0.0}

@@ -42,21 +42,6 @@ def wants_deepspeed() -> bool:
     return wanted
 
 
-@contextmanager
-def unseen_by_accelerate() -> Iterator[None]:
-    """Inside the block Accelerate does not see that DeepSpeed is wanted, and prepares plain data-parallel processes.
-
-    Accelerate's own DeepSpeed support makes an optimizer step for every microbatch, rounds all weights and heads to
-    bfloat16, and does not run on CPUs.
-    """
-    asked = os.environ.pop(ASKED, None)
-    try:
-        yield
-    finally:
-        if asked is not None:
-            os.environ[ASKED] = asked
-
-
 def zero_for(accelerator: Accelerator, max_grad_norm: float) -> Zero2:
     """The stage of ZeRO in accelerate's configuration.
 
@@ -112,8 +97,10 @@ class Zero2(Replicated):
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         self.engine.set_gradient_accumulation_boundary(False)
-        yield
-        self.engine.set_gradient_accumulation_boundary(True)
+        try:
+            yield
+        finally:
+            self.engine.set_gradient_accumulation_boundary(True)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -68,25 +68,21 @@ class Replicated:
         self.optimizer.zero_grad()
         return norm
 
-    @contextmanager
-    def unsharded(self) -> Iterator[None]:
+    def unsharded(self) -> AbstractContextManager:
         """Inside the block each process can call the policy and its modules without the other processes."""
-        yield
+        return nullcontext()
 
-    @contextmanager
-    def sharded(self) -> Iterator[None]:
+    def sharded(self) -> AbstractContextManager:
         """Inside the block every weight of the policy is this process's shard."""
-        yield
+        return nullcontext()
 
-    @contextmanager
-    def writing(self, weights: Iterable[Tensor]) -> Iterator[None]:
+    def writing(self, weights: Iterable[Tensor]) -> AbstractContextManager:
         """Inside the block every process may assign the same new values to `weights`."""
-        yield
+        return nullcontext()
 
-    @contextmanager
-    def on_main(self) -> Iterator[None]:
+    def on_main(self) -> AbstractContextManager:
         """Inside the block the main process's policy holds all weights, to save them and not to compute."""
-        yield
+        return nullcontext()
 
     def for_file(self, tensor: Tensor) -> Tensor:
         """The full tensor on the main process, anything elsewhere. Called on every process."""
@@ -158,8 +154,10 @@ class Sharded(Replicated):
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         self.wrapped.set_requires_gradient_sync(False)
-        yield
-        self.wrapped.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            self.wrapped.set_requires_gradient_sync(True)
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:

@@ -37,14 +37,17 @@ def rescuing(trainer: Trainer) -> Iterator[None]:
     except Interrupted as asked:
         told = f"Stopped at step {trainer.schedule.step} by {asked}. {_save(trainer, asked, first_step)}"
         if str(asked) == "SIGINT":
-            raise _noted(shared(KeyboardInterrupt()), told) from None
+            stopped = KeyboardInterrupt()
+            stopped.add_note(told)
+            raise shared(stopped) from None
         logger.warning(told)
         raise shared(SystemExit(EXIT_REQUEUE)) from None
     except BaseException as error:
         told = _save(trainer, error, first_step)
         if isinstance(error, SystemExit):  # Python prints nothing about it
             logger.warning(f"sys.exit({error.code!r}) was called at step {trainer.schedule.step}. {told}")
-        report(_noted(error, told))
+        error.add_note(told)
+        report(error)
         raise
 
 
@@ -78,7 +81,8 @@ def _save(trainer: Trainer, error: BaseException, first_step: int) -> str:
         try:
             trainer.save()
         except Exception as failure:  # this process tells the others, which wait for it
-            report(_noted(failure, f"Step {step} is not saved. {_how_to_go_on(trainer)}"))
+            failure.add_note(f"Step {step} is not saved. {_how_to_go_on(trainer)}")
+            report(failure)
             raise
         return _how_to_go_on(trainer)
     return f"Step {step} is not saved: {why}. {_how_to_go_on(trainer)}"
@@ -102,8 +106,3 @@ def _how_to_go_on(trainer: Trainer) -> str:
     return (
         f"The last checkpoint is {folder}, of step {step}; to go on from there: train.resume_from_checkpoint={setting}"
     )
-
-
-def _noted(error: BaseException, note: str) -> BaseException:
-    error.add_note(note)
-    return error
