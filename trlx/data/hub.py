@@ -16,15 +16,12 @@ WHICH_FILES = ("revision", "token", "cache_dir", "local_files_only", "subfolder"
 
 
 def check_source(path: Any, where: str, options: Mapping[str, Any] | None = None) -> None:
-    """Makes sure, before anything is loaded, that there is a model at `path`.
+    """Raises an OSError if there is no model at `path`, before anything is loaded.
 
     Args:
         path: hub name, folder or file. Anything else (a config, a model) is not checked.
         where: what messages call the setting.
         options: keyword arguments of ``from_pretrained``.
-
-    Raises:
-        OSError: there is no model.
     """
     options = options or {}
     if not isinstance(path, str) or Path(path).is_file() or {"config", "gguf_file"} & options.keys():

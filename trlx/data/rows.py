@@ -12,11 +12,8 @@ COLUMNS = (("messages",), ("text",), ("prompt", "completion"), ("prompt", "outpu
 def as_list(data: Any, name: str) -> list[Any]:
     """The rows of a list, a ``datasets.Dataset`` (as dicts), a pandas table (as dicts) or another sequence.
 
-    Args:
-        name: what errors call the rows, e.g. ``"prompts"``.
-
     Raises:
-        TypeError: `data` is one text or dict, such as a ``DatasetDict``, which holds several data sets.
+        TypeError: `data` is one text or dict, such as a ``DatasetDict``; the message calls the rows `name`.
     """
     if isinstance(data, (str, Mapping)):
         splits = ": pass one of its data sets" if hasattr(data, "column_names") else ""
@@ -45,13 +42,11 @@ def sample_list(samples: Any) -> list[Any]:
             f'way{"s" * (len(found) > 1)} to read them: keep "text", "prompt" with one of "completion", "output" and '
             '"response", or "messages"'
         )
+    content, *answer = found[0]
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping) or any(row.get(column) is None for column in found[0]):
             raise ValueError(f"Sample {index} must have {' and '.join(found[0])} as sample 0 has, got {repr(row)[:80]}")
-    return [_sample(*(row[column] for column in found[0])) for row in rows]
-
-
-def _sample(content: Any, answer: Any = None) -> Any:
-    if answer is None:
-        return content
-    return [content, answer] if isinstance(content, str) else [*content, *answer]
+    if not answer:
+        return [row[content] for row in rows]
+    pairs = [(row[content], row[answer[0]]) for row in rows]
+    return [[prompt, output] if isinstance(prompt, str) else [*prompt, *output] for prompt, output in pairs]

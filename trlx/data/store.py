@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 
@@ -13,21 +12,8 @@ from trlx.batch import Rollout, TokenBatch
 from trlx.data.collate import RowFormat
 
 
-class Store(Protocol):
-    """Rows to train on, such as a `TokenBatch` or a `RolloutStore`."""
-
-    def __len__(self) -> int:
-        """The number of rows."""
-
-    def rows(self, index) -> TokenBatch:
-        """The rows at `index` (slice, list of int, int64 or bool tensor), no wider than the longest of them."""
-
-    def num_tokens(self, index: list[int]) -> int:
-        """The number of tokens in the prompts and responses of these rows."""
-
-
 class RolloutStore:
-    """A `Store` of rollouts, which become tensors when a batch is read, so that its longest row gives the width."""
+    """Rollouts that become tensors when a batch is read, so that its longest row gives its width."""
 
     def __init__(self, rollouts: Sequence[Rollout], pad_id: int, row_format: RowFormat | None = None):
         self.rollouts = list(rollouts)
@@ -38,15 +24,21 @@ class RolloutStore:
         return len(self.rollouts)
 
     def rows(self, index) -> TokenBatch:
+        """The rows at `index` (slice, list of int, int64 or bool tensor), collated."""
         return self.row_format.collate([self.rollouts[i] for i in torch.arange(len(self))[index].tolist()], self.pad_id)
 
     def num_tokens(self, index: list[int]) -> int:
+        """The number of tokens in the prompts and responses of these rows."""
         return sum(len(self.rollouts[i].prompt) + len(self.rollouts[i].response) for i in index)
 
     def digest(self) -> str:
         """A short hash of tokens and scores. If a resumed run has another one, its data changed."""
         rows = "".join(f"{r.prompt}{r.response}{r.trained}{r.score}" for r in self.rollouts)
         return hashlib.sha256(rows.encode()).hexdigest()[:16]
+
+
+Store = TokenBatch | RolloutStore
+"""Rows to train on: `len()`, `rows(index)` and `num_tokens(index)`."""
 
 
 def pass_order(num_rows: int, seed: int, number: int, together: int = 1) -> tuple[int, ...]:
@@ -66,10 +58,9 @@ def pass_order(num_rows: int, seed: int, number: int, together: int = 1) -> tupl
 
 @lru_cache(maxsize=2)  # one for prompts and one for rows; each is read to its end before the next
 def permutation(size: int, seed: int, stream: str, number: int) -> tuple[int, ...]:
-    """The `number`-th shuffled order of ``range(size)``. It neither reads nor changes global random state.
+    """The `number`-th shuffled order of ``range(size)`` for a seed and a stream such as ``"prompts"``.
 
-    Args:
-        stream: what is shuffled, e.g. ``"prompts"``. Two streams of one size and seed get different orders.
+    It neither reads nor changes global random state.
     """
     # a generator reads only 32 bits of its seed; the hash gives neighbouring seeds and numbers different ones
     digest = hashlib.sha256(f"{seed} {stream} {number}".encode()).digest()
