@@ -20,7 +20,7 @@ TEXTS = {"samples": ["abc", "acdc"], "prompts": ["ab", "a"], "outputs": ["c", "c
 
 def asked_of(fn, rollouts=ROLLOUTS, unasked=OFFERED[:4], **how):
     """What `fn`, which returns its arguments, is called with; without the tokenizer."""
-    got = UserFunction("reward_fn", fn, unasked)(Arguments.of(rollouts, char_tokenizer(), **how))
+    got = UserFunction("reward_fn", fn, unasked)(Arguments(rollouts, char_tokenizer(), **how))
     return {name: value for name, value in got.items() if name != "tokenizer"}
 
 
@@ -30,7 +30,7 @@ def everything(**kwargs):
 
 def test_neither_samples_nor_outputs_carry_eos_unless_asked_to_where_the_response_ended(tokenizer):
     def texts(**how):
-        offered = Arguments.of(ROLLOUTS, tokenizer, **how).offered
+        offered = Arguments(ROLLOUTS, tokenizer, **how).offered
         return {name: offered[name] for name in TEXTS}
 
     assert texts() == TEXTS
@@ -40,7 +40,7 @@ def test_neither_samples_nor_outputs_carry_eos_unless_asked_to_where_the_respons
 
 def test_a_function_that_takes_anything_gets_what_it_always_got():
     assert asked_of(everything) == {**TEXTS, "label": ["x", "y"]}
-    assert "tokenizer" in UserFunction("reward_fn", everything, OFFERED[:4])(Arguments.of(ROLLOUTS, char_tokenizer()))
+    assert "tokenizer" in UserFunction("reward_fn", everything, OFFERED[:4])(Arguments(ROLLOUTS, char_tokenizer()))
 
 
 def test_a_function_gets_what_it_names_and_nothing_else():
@@ -150,7 +150,7 @@ def test_what_a_function_asks_for_in_vain_is_named_before_it_is_called():
 
 def test_metric_fn_gets_texts_and_metadata_and_the_rest_where_it_asks():
     got = {}
-    arguments = Arguments.of(ROLLOUTS, char_tokenizer(), step=4)
+    arguments = Arguments(ROLLOUTS, char_tokenizer(), step=4)
     Metric(lambda **given: got.update(given) or {})(arguments)
     assert got == {**TEXTS, "label": ["x", "y"]}
     Metric(lambda tokenizer, step: got.update(tokenizer=tokenizer.decode([4]), step=step) or {})(arguments)

@@ -173,7 +173,7 @@ def test_reward_fn_has_a_tokenizer_of_its_own(tokenizer):
 
 
 def measured(returned):
-    return Metric(returning(returned))(Arguments.of([Rollout([4], [6]), Rollout([5], [6])], char_tokenizer()))
+    return Metric(returning(returned))(Arguments([Rollout([4], [6]), Rollout([5], [6])], char_tokenizer()))
 
 
 def test_a_metric_is_a_number_per_sample_or_one_for_all():
@@ -202,4 +202,4 @@ def test_an_exception_of_metric_fn_is_reported_as_one_of_reward_fn_is():
         raise ZeroDivisionError("nothing")
 
     with pytest.raises(RewardError, match="metric_fn raised ZeroDivisionError: nothing; first sample: 'ac'"):
-        Metric(metric_fn)(Arguments.of([Rollout([4], [6])], char_tokenizer()))
+        Metric(metric_fn)(Arguments([Rollout([4], [6])], char_tokenizer()))

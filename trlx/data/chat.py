@@ -29,12 +29,9 @@ def is_chat(content: Any) -> bool:
 def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
     """The token ids of a chat up to the place where the assistant answers; only the template adds special tokens.
 
-    Args:
-        name: what errors call the chat, e.g. ``"Prompt 3"``.
-
     Raises:
         ValueError, TypeError: there is no chat template, it refuses the chat, a message is wrong, or the last message
-            is the assistant's.
+            is the assistant's. The message calls the chat `name`, e.g. ``"Prompt 3"``.
     """
     messages = _checked(messages, tokenizer, name)
     if messages[-1]["role"] == "assistant":
@@ -53,12 +50,9 @@ def chat_tokens(
     special token, one eos follows the last turn. A turn is what the template encloses in ``{% generation %}``. Without
     these marks it is what the message adds to the text of the messages before it with the generation prompt.
 
-    Args:
-        name: what errors call the chat, e.g. ``"Sample 3"``.
-
     Raises:
-        ValueError, TypeError: there is no chat template, it refuses the chat or hides where a turn begins, a message is
-            wrong, or the last message is not the assistant's.
+        ValueError, TypeError: as `chat_prompt`, but the last message must be the assistant's; or trlx cannot find where
+            a turn begins.
     """
     messages = _checked(messages, tokenizer, name)
     if messages[-1]["role"] != "assistant":
@@ -83,16 +77,9 @@ def chat_tokens(
 
 def _marked(messages: list[dict], tokenizer, name: str) -> tuple[str, list[tuple[int, int]]]:
     """The text of a chat and the (first, end) characters of each turn of the assistant, from the template's marks."""
-    # not apply_chat_template: its mask is over tokens, and with tokenizers that trim offsets it runs on to the end of
-    # the chat after a turn that ends with white space
-    (text,), (spans,) = _rendered(
-        name,
-        render_jinja_template,
-        conversations=[messages],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
+    # not apply_chat_template: after a turn that ends with white space, its mask over tokens may run on to the end
+    how = {"conversations": [messages], "chat_template": tokenizer.get_chat_template(), **tokenizer.special_tokens_map}
+    (text,), (spans,) = _rendered(name, render_jinja_template, return_assistant_tokens_mask=True, **how)
     if not spans:
         raise ValueError(f"{name}: the chat template's {{% generation %}} marks do not enclose the assistant's turns")
     return text, spans
@@ -117,8 +104,8 @@ def _compared(messages: list[dict], tokenizer, name: str) -> tuple[str, list[tup
 
 
 def _text(messages: list[dict], tokenizer, name: str, add_generation_prompt: bool = False) -> str:
-    how = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    return _rendered(name, tokenizer.apply_chat_template, conversation=messages, **how)
+    how = {"conversation": messages, "add_generation_prompt": add_generation_prompt, "tokenize": False}
+    return _rendered(name, tokenizer.apply_chat_template, **how)
 
 
 def _rendered(name: str, render: Callable[..., Any], **how: Any) -> Any:

@@ -96,12 +96,12 @@ def _padded(rows: Sequence[list], value: float, side: str = "right") -> Tensor:
 
 
 def _check(index: int, rollout: Rollout) -> None:
-    length = len(rollout.response)
+    length, trained = len(rollout.response), _trained(rollout)
     if not rollout.prompt:
         raise ValueError(f"Rollout {index} has an empty prompt; its first response token would depend on nothing")
-    if rollout.trained is not None and len(rollout.trained) != length:
-        raise ValueError(f"Rollout {index} has {len(rollout.trained)} flags in `trained` for {length} response tokens")
-    if True not in _trained(rollout):
+    if len(trained) != length:
+        raise ValueError(f"Rollout {index} has {len(trained)} flags in `trained` for {length} response tokens")
+    if True not in trained:
         raise ValueError(f"Rollout {index} has no response token to train on")
     if isinstance(rollout.score, list) and len(rollout.score) > length:
         raise ValueError(f"Rollout {index} has {len(rollout.score)} scores for {length} response tokens")

@@ -23,24 +23,19 @@ def dialogues(
     scores: Sequence[float] | None = None,
     special_tokens: bool = False,
 ) -> list[Rollout]:
-    """Tokenizes samples of at most `max_length` tokens each.
+    """Tokenizes samples, or a data set with columns of them (see `sample_list`), to at most `max_length` tokens each.
 
     A text is one response. A list or tuple of texts alternates prompt, output, prompt, output ...: the tokens before
     the first output are the prompt of the rollout, all others its response, in which only outputs are trained. A list
     of messages is a chat (see `chat_tokens`). `front` stands before the first prompt; `beginning` is the prompt of a
     sample that begins with an output. One eos ends each sample; a chat may end with a token of its template instead.
+    With `special_tokens`, for encoder-decoder models, prompts and outputs get all special tokens of the tokenizer.
 
     Longer samples are cut on the tokenizer's truncation side, but keep a bos in front. Samples that lose all output
-    tokens are dropped with one warning, so there may be fewer rollouts than samples.
-
-    Args:
-        samples: the samples, or a data set whose columns say what they are (see `sample_list`).
-        scores: one per sample.
-        special_tokens: add all special tokens of the tokenizer to prompts and outputs, for encoder-decoder models.
+    tokens are dropped with one warning, together with their `scores`.
 
     Raises:
-        ValueError, TypeError: there are no samples, a sample is none of the above (the message says which), or all of
-            them lose their output tokens.
+        ValueError, TypeError: there are no samples, or one is none of these, or all lose their output tokens.
     """
     samples = sample_list(samples)
     if not samples:

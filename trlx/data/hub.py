@@ -16,12 +16,9 @@ WHICH_FILES = ("revision", "token", "cache_dir", "local_files_only", "subfolder"
 
 
 def check_source(path: Any, where: str, options: Mapping[str, Any] | None = None) -> None:
-    """Raises an OSError if there is no model at `path`, before anything is loaded.
+    """Raises an OSError if `path`, which messages call `where`, is neither a hub name, a folder nor a file of a model.
 
-    Args:
-        path: hub name, folder or file. Anything else (a config, a model) is not checked.
-        where: what messages call the setting.
-        options: keyword arguments of ``from_pretrained``.
+    `options` are keyword arguments of ``from_pretrained``. A `path` that is no text (a config, a model) is not checked.
     """
     options = options or {}
     if not isinstance(path, str) or Path(path).is_file() or {"config", "gguf_file"} & options.keys():

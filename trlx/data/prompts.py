@@ -40,16 +40,14 @@ class Prompt:
 class PromptPipeline:
     """Prompts of at most `max_prompt_length` tokens, ready to sample from.
 
-    Args:
-        prompts: texts (see `prompt_tokens`), lists of token ids, chats (see `chat_prompt`), or dicts with one of these
-            as "prompt" and any other keys, the same ones in every dict. trlx does not change the dicts.
-        max_prompt_length: longer prompts are cut on the tokenizer's truncation side, with one warning for all. Chats
-            are always cut on the left, as their end asks the assistant to answer. A bos in front stays.
-        add_special_tokens: add all special tokens of the tokenizer, as encoder-decoder models need them.
+    A prompt is a text (see `prompt_tokens`), a list of token ids, a chat (see `chat_prompt`), or a dict that has one of
+    these as "prompt" and any other keys, the same in all dicts; trlx does not change the dicts. Longer prompts are cut
+    on the tokenizer's truncation side, with one warning for all. Chats are always cut on the left, as their end asks
+    the assistant to answer. A bos in front stays. `add_special_tokens` adds all special tokens of the tokenizer, as
+    encoder-decoder models need them.
 
     Raises:
-        ValueError, TypeError: no prompts, a prompt without tokens, of another type, or with other keys than the first;
-            the message says which one.
+        ValueError, TypeError: there are no prompts, or one has no tokens, another type or other keys than the first.
     """
 
     def __init__(
@@ -60,15 +58,11 @@ class PromptPipeline:
         add_special_tokens: bool = False,
     ):
         if max_prompt_length < 1:
-            raise ValueError(
-                f"A prompt cannot have at most {max_prompt_length} tokens: make train.seq_length larger than "
-                "max_new_tokens"
-            )
+            raise ValueError("There is no room for a prompt: make train.seq_length larger than max_new_tokens")
         self.tokenizer = tokenizer
         self.max_prompt_length = max_prompt_length
         self.add_special_tokens = add_special_tokens
         rows = _rows(prompts)
-        contents = [row["prompt"] for row in rows]
         self.prompts = [
             Prompt(
                 ids,
@@ -76,7 +70,7 @@ class PromptPipeline:
                 metadata={key: value for key, value in row.items() if key != "prompt"},
                 messages=list(row["prompt"]) if is_chat(row["prompt"]) else None,
             )
-            for row, ids in zip(rows, self._cut_long_ones(contents, self._tokenize(contents)), strict=True)
+            for row, ids in zip(rows, self._tokenized([row["prompt"] for row in rows]), strict=True)
         ]
 
     def __len__(self) -> int:
@@ -96,47 +90,41 @@ class PromptPipeline:
         rows = re.sub(r" at 0x[0-9a-fA-F]+", "", rows)
         return hashlib.sha256(rows.encode(errors="replace")).hexdigest()[:16]
 
-    def _tokenize(self, contents: list[Any]) -> list[list[int]]:
+    def _tokenized(self, contents: list[Any]) -> list[list[int]]:
         texts = [content for content in contents if isinstance(content, str)]
         ids_of_texts = iter(prompt_tokens(texts, self.tokenizer, self.add_special_tokens))
-        ids = []
+        start, limit = beginning(self.tokenizer), self.max_prompt_length
+        found, sides = [], []
         for index, content in enumerate(contents):
+            side = self.tokenizer.truncation_side
             if is_chat(content):
-                ids.append(chat_prompt(content, self.tokenizer, f"Prompt {index}"))
+                ids, side = chat_prompt(content, self.tokenizer, f"Prompt {index}"), "left"
             else:
-                ids.append(next(ids_of_texts) if isinstance(content, str) else list(content))
-            if not ids[-1]:
+                ids = next(ids_of_texts) if isinstance(content, str) else list(content)
+            if not ids:
                 raise ValueError(
                     f"Prompt {index} has no tokens, but a model needs one to start from: write the tokenizer's "
                     f"bos_token, {self.tokenizer.bos_token or self.tokenizer.eos_token!r}, in place of an empty prompt"
                 )
-        return ids
-
-    def _cut_long_ones(self, contents: list[Any], ids: list[list[int]]) -> list[list[int]]:
-        limit, start = self.max_prompt_length, beginning(self.tokenizer)
-        sides = {
-            index: "left" if is_chat(contents[index]) else self.tokenizer.truncation_side
-            for index, tokens in enumerate(ids)
-            if len(tokens) > limit
-        }
-        for index, side in sides.items():
-            if self.add_special_tokens and isinstance(contents[index], str):  # special tokens at the end must stay, too
-                ids[index] = self.tokenizer(contents[index], truncation=True, max_length=limit)["input_ids"]
-            else:
-                ids[index] = shorten(ids[index], limit, side, begins_with(ids[index], start))
+            if len(ids) > limit:
+                sides.append(side)
+                if self.add_special_tokens and isinstance(content, str):  # special tokens at the end must stay, too
+                    ids = self.tokenizer(content, truncation=True, max_length=limit)["input_ids"]
+                else:
+                    ids = shorten(ids, limit, side, begins_with(ids, start))
+            found.append(ids)
         if sides:
             logger.warning(
-                f"{len(sides)} of {len(ids)} prompts were longer than {limit} tokens (train.seq_length less the "
-                f"max_new_tokens of generation) and were cut on the {' or '.join(sorted(set(sides.values())))}"
+                f"{len(sides)} of {len(found)} prompts were longer than {limit} tokens (train.seq_length less the "
+                f"max_new_tokens of generation) and were cut on the {' or '.join(sorted(set(sides)))}"
             )
-        return ids
+        return found
 
 
 class PromptStream:
     """An endless sequence of a pipeline's prompts, in a new shuffled order for every pass.
 
-    The order depends on the seed alone. `position`, the number of prompts drawn so far, is the whole state: a stream
-    with the position of another one continues exactly like it.
+    The order depends on the seed alone; `position`, the number of prompts drawn so far, is the whole state.
     """
 
     def __init__(self, pipeline: PromptPipeline, seed: int):
@@ -163,10 +151,8 @@ def _rows(prompts: Iterable[Any]) -> list[Mapping[str, Any]]:
         if "prompt" not in row:
             raise ValueError(f'Prompt {index} is a dict without the key "prompt"; it has {sorted(map(str, row))}')
         if row.keys() != rows[0].keys():
-            raise ValueError(
-                f"Prompt {index} has the keys {sorted(map(str, row))}, prompt 0 has {sorted(map(str, rows[0]))}: "
-                "give every prompt the same keys"
-            )
+            both = f"{sorted(map(str, row))}, prompt 0 has {sorted(map(str, rows[0]))}"
+            raise ValueError(f"Prompt {index} has the keys {both}: give every prompt the same keys")
         for key in RESERVED:
             if key in row:
                 raise ValueError(f"Prompt {index} has a key {key!r}, which is an argument of reward_fn: rename the key")

@@ -23,22 +23,18 @@ def load_tokenizer(
     truncation_side: str = "right",
     extra: dict[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer with an eos and a pad token. If it has no pad token, eos becomes its pad token.
+    """The tokenizer of a hub name or folder, or a copy of a tokenizer object. If it has no pad token, eos becomes that.
 
-    Args:
-        path: hub name, folder, or a tokenizer object, which is copied and never changed.
-        extra: further keyword arguments of ``from_pretrained``, e.g. ``{"eos_token": "</s>"}``.
+    `extra` are further keyword arguments of ``from_pretrained``, e.g. ``{"eos_token": "</s>"}``.
 
     Raises:
         OSError: there is no tokenizer at `path`.
         ValueError: there is no eos token, or both `extra` and a tokenizer object are given.
     """
-    if isinstance(path, PreTrainedTokenizerBase):
-        if extra:
-            raise ValueError("tokenizer.tokenizer_extra_configs is for loading from a path; set them on your tokenizer")
-        tokenizer = copy.deepcopy(path)
-    else:
-        tokenizer = read_tokenizer(path, **(extra or {}))
+    given = isinstance(path, PreTrainedTokenizerBase)
+    if given and extra:
+        raise ValueError("tokenizer.tokenizer_extra_configs is for loading from a path; set them on your tokenizer")
+    tokenizer = copy.deepcopy(path) if given else read_tokenizer(path, **(extra or {}))
     tokenizer.padding_side, tokenizer.truncation_side = padding_side, truncation_side
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -86,8 +82,7 @@ def prompt_tokens(
 ) -> list[list[int]]:
     """The token ids of prompts. Each begins with `front` once, even if the text brings it along; nothing is appended.
 
-    Args:
-        special_tokens: keep all special tokens that the tokenizer adds, in front and behind, as encoders need them.
+    With `special_tokens`, as encoders need it, they have all special tokens that the tokenizer adds.
     """
     ids = tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"] if texts else []
     start = [] if special_tokens else front(tokenizer)

@@ -32,10 +32,8 @@ class Alignment:
         """The scores, with dense ones aligned.
 
         A list as long as ``tokenizer(output)``, with or without special tokens, is taken to be about these tokens if
-        the lists of all samples are that long, or if it is longer than its response. Other lists do not change.
-
-        Args:
-            name: the function's name in the warning, which comes once.
+        the lists of all samples are that long, or if it is longer than its response. Other lists do not change. One
+        warning for all calls shows `name`, the function's.
         """
         rows = [row for row, score in enumerate(scores) if isinstance(score, list)]
         lengths, aligned = [len(scores[row]) for row in rows], list(scores)

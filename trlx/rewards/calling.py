@@ -6,7 +6,6 @@ import asyncio
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,39 +17,36 @@ from trlx.strict import suggestion
 OFFERED = (*RESERVED, "prompt_ids", "output_ids", "ended", "step", "messages")
 """What a function may ask for beside the keys of the prompts. A key with one of these names comes instead of it."""
 
+BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
 
 class RewardError(RuntimeError):
     """reward_fn or metric_fn failed, took too long, or returned something wrong."""
 
 
-@dataclass(frozen=True, slots=True)
 class Arguments:
-    """What reward_fn and metric_fn may ask about a batch of rollouts."""
+    """What reward_fn and metric_fn may ask about a batch of rollouts: `offered`, by the names of `OFFERED`, and
+    `metadata`, the other keys of the prompts, each a list with one entry per sample.
 
-    offered: dict[str, Any]
-    """By the names of `OFFERED`."""
-    metadata: dict[str, list[Any]]
-    """The other keys of the prompts, one entry per sample."""
+    Texts have no special tokens, and token ids are copies. A sample is prompt, `separator`, output. With
+    `eos_in_outputs` the eos text follows each output whose response ended, as in CarperAI's rollouts.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         rollouts: Sequence[Rollout],
         tokenizer: PreTrainedTokenizerBase,
         step: int = 0,
         separator: str = "",
         eos_in_outputs: bool = False,
-    ) -> Arguments:
-        """Texts without special tokens, copies of token ids, and the rest. A sample is prompt, `separator`, output.
-
-        With `eos_in_outputs` the eos text follows each output whose response ended, as in CarperAI's rollouts.
-        """
+    ):
         prompts = tokenizer.batch_decode([rollout.prompt for rollout in rollouts], skip_special_tokens=True)
         outputs = tokenizer.batch_decode([rollout.response for rollout in rollouts], skip_special_tokens=True)
         ended = [rollout.ended for rollout in rollouts]
         if eos_in_outputs:
             outputs = [text + tokenizer.eos_token * ends for text, ends in zip(outputs, ended, strict=True)]
-        offered = {
+        self.rollouts = rollouts
+        self.offered: dict[str, Any] = {
             "samples": [prompt + separator + output for prompt, output in zip(prompts, outputs, strict=True)],
             "prompts": prompts,
             "outputs": outputs,
@@ -61,7 +57,7 @@ class Arguments:
             "step": step,
             "messages": [rollout.messages for rollout in rollouts],
         }
-        return cls(offered, {key: [r.metadata[key] for r in rollouts] for key in rollouts[0].metadata})
+        self.metadata = {key: [rollout.metadata[key] for rollout in rollouts] for key in rollouts[0].metadata}
 
 
 class UserFunction:
@@ -70,11 +66,8 @@ class UserFunction:
     If it has ``**kwargs``, these get `unasked` and all metadata. A function whose signature Python cannot read (some
     builtins) is called as if it had only ``**kwargs``.
 
-    Args:
-        name: what errors call it, e.g. ``"reward_fn"``.
-
     Raises:
-        TypeError: `fn` is not callable.
+        TypeError: `fn` is not callable; errors call it `name`.
     """
 
     def __init__(self, name: str, fn: Callable[..., Any], unasked: Sequence[str]):
@@ -124,39 +117,32 @@ def call_all(functions: Sequence[UserFunction], arguments: Arguments, runner: as
     if not any(map(inspect.isawaitable, returned)):
         return returned
 
-    async def together() -> list[Any]:
-        pairs = zip(functions, returned, strict=True)
-        tasks = [asyncio.ensure_future(function.finish(one, arguments)) for function, one in pairs]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:  # if one fails, the others need not go on
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    async def together() -> list[asyncio.Task]:
+        async with asyncio.TaskGroup() as group:  # if one fails, the others are cancelled
+            pairs = zip(functions, returned, strict=True)
+            return [group.create_task(function.finish(one, arguments)) for function, one in pairs]
 
-    return runner.run(together())
+    try:
+        return [task.result() for task in runner.run(together())]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed.exceptions[0].__cause__
 
 
-def short(sample: str, width: int = 300) -> str:
+def short(sample: str) -> str:
     """A sample as errors show it, without its middle if it is long."""
     text = repr(sample)
-    return text if len(text) <= width else f"{text[: width // 2]} ... {text[-width // 2 :]}"
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
 def _signature(fn: Callable[..., Any]) -> tuple[set[str], list[str], bool]:
     """(the arguments that it names, those of them without a default, whether it takes any other)."""
     try:
-        own, takes_any = _keywords(inspect.signature(fn, follow_wrapped=False))
-        # a wrapper with **kwargs (functools.wraps, torch.no_grad) passes them on to the function inside
-        inner, takes_any = _keywords(inspect.signature(fn)) if takes_any else ({}, False)
+        own = inspect.signature(fn, follow_wrapped=False).parameters.values()
+        inner = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):
         return set(), [], True
-    return {*inner, *own}, [name for name, has_default in own.items() if not has_default], takes_any
-
-
-def _keywords(signature: inspect.Signature) -> tuple[dict[str, bool], bool]:
-    """(by name, whether an argument that a keyword can fill has a default; whether there is ``**kwargs``)."""
-    parameters = signature.parameters.values()
-    by_keyword = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    has_default = {parameter.name: parameter.default is not parameter.empty for parameter in by_keyword}
-    return has_default, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    # a wrapper with **kwargs (functools.wraps, torch.no_grad) passes them on to the function inside
+    last = inner if any(p.kind is p.VAR_KEYWORD for p in own) else own
+    named = {p.name for p in (*own, *last) if p.kind in BY_KEYWORD}
+    required = [p.name for p in own if p.kind in BY_KEYWORD and p.default is p.empty]
+    return named, required, any(p.kind is p.VAR_KEYWORD for p in last)

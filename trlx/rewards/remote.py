@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -49,20 +49,15 @@ class RemoteReward:
             raise ValueError(f"RemoteReward needs an address that begins with http:// or https://, got {self.url!r}")
 
     def __call__(
-        self,
-        samples: Sequence[str],
-        prompts: Sequence[str],
-        outputs: Sequence[str],
-        tokenizer: Any = None,
-        **metadata: Sequence[Any],
+        self, samples: list[str], prompts: list[str], outputs: list[str], tokenizer: Any = None, **metadata: list[Any]
     ) -> list[float | list[float]]:
         """One entry per sample; a RewardError if the server cannot be reached, refuses, or answers in another form."""
         size, rewards = self.batch_size or max(len(samples), 1), []
         for start in range(0, len(samples), size):
             rows = slice(start, start + size)
-            extra = {name: list(values[rows]) for name, values in metadata.items()}
             texts = {"samples": samples[rows], "prompts": prompts[rows], "outputs": outputs[rows]}
-            rewards += self._rewards({**texts, "metadata": extra}, len(samples[rows]))
+            question = {**texts, "metadata": {name: values[rows] for name, values in metadata.items()}}
+            rewards += self._rewards(question, len(samples[rows]))
         return rewards
 
     def _rewards(self, question: dict[str, Any], count: int) -> list[float | list[float]]:
@@ -92,9 +87,9 @@ class RemoteReward:
             retry_error_callback=lambda state: state.outcome.result(),
         )
         headers = {"Content-Type": "application/json", "Accept": "application/json", **(self.headers or {})}
-        how = {"headers": headers, "timeout": self.timeout, "follow_redirects": True}
+        how = {"content": body, "headers": headers, "timeout": self.timeout, "follow_redirects": True}
         try:
-            answer = attempts(httpx2.post, self.url, content=body, **how)
+            answer = attempts(httpx2.post, self.url, **how)
             if answer.is_success:
                 return answer
             problem = f"answered status {answer.status_code} ({answer.reason_phrase}): {_short(answer)}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trlx.batch import Rollout
 from trlx.rewards.alignment import Alignment
 from trlx.rewards.calling import Arguments, RewardError, short
 from trlx.rewards.weighted import Part
@@ -25,19 +24,23 @@ class Scored:
     """By name, the parts of the score, before weights and summed over tokens; empty if nothing has a name."""
 
 
-def scored(
-    parts: Sequence[Part],
-    returned: Sequence[Any],
-    rollouts: Sequence[Rollout],
-    arguments: Arguments,
-    alignment: Alignment,
-) -> list[Scored]:
+def scored(parts: Sequence[Part], returned: Sequence[Any], asked: Arguments, alignment: Alignment) -> list[Scored]:
     """One `Scored` per rollout, from what each part returned. Dense scores of functions without output_ids are aligned.
 
     Raises:
         RewardError: a result has a wrong type or length, or is not finite; the message shows the sample.
     """
-    names, weights, columns = zip(*_columns(parts, returned, rollouts, arguments, alignment), strict=True)
+    columns = []
+    for part, value in zip(parts, returned, strict=True):
+        function, has_names = part.function, isinstance(value, Mapping)
+        if has_names and not (value and all(map(str, value))):
+            raise RewardError(f"{function.name} must return a dict of lists by name, got {repr(value)[:80]}")
+        for key, one in value.items() if has_names else [("", value)]:
+            name = "/".join(filter(None, (part.name, str(key))))
+            where = f"{function.name}'s {str(key)!r}" if has_names else function.name
+            align = None if "output_ids" in function.named else alignment
+            columns.append((name, part.weight, _scores(where, one, asked, align)))
+    names, weights, scores = zip(*columns, strict=True)
     if "mean" in names:
         raise RewardError("No part of a reward can be called 'mean': reward/mean is the mean of the sum. Rename it")
     return [
@@ -45,7 +48,7 @@ def scored(
             _weighted_sum(weights, row, len(rollout.response)),
             {name: total(score) for name, score in zip(names, row, strict=True) if name},
         )
-        for row, rollout in zip(zip(*columns, strict=True), rollouts, strict=True)
+        for row, rollout in zip(zip(*scores, strict=True), asked.rollouts, strict=True)
     ]
 
 
@@ -85,34 +88,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _columns(
-    parts: Sequence[Part],
-    returned: Sequence[Any],
-    rollouts: Sequence[Rollout],
-    arguments: Arguments,
-    alignment: Alignment,
-) -> Iterator[tuple[str, float, list[Score]]]:
-    """(name or "", weight, one score per rollout) of every part; each key of a returned dict is a part."""
-    samples, outputs = arguments.offered["samples"], arguments.offered["outputs"]
-    for part, value in zip(parts, returned, strict=True):
-        called = part.function.name
-        if isinstance(value, Mapping) and not (value and all(map(str, value))):
-            raise RewardError(f"{called} must return a dict of lists by name, got {repr(value)[:80]}")
-        for key, one in value.items() if isinstance(value, Mapping) else [("", value)]:
-            where = f"{called}'s {str(key)!r}" if key != "" else called
-            scores = _scores(where, one, rollouts, samples)
-            if "output_ids" not in part.function.named:
-                scores = alignment(where, scores, [rollout.response for rollout in rollouts], outputs)
-            for index, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
-                if isinstance(score, list) and len(score) > len(rollout.response):
-                    tokens = f"the response has {len(rollout.response)} tokens (see output_ids)"
-                    raise _wrong(where, f"{len(score)} numbers, but {tokens}", index, samples)
-            yield "/".join(filter(None, (part.name, str(key)))), part.weight, scores
-
-
-def _scores(name: str, returned: Any, rollouts: Sequence[Rollout], samples: Sequence[str]) -> list[Score]:
+def _scores(name: str, returned: Any, asked: Arguments, align: Alignment | None) -> list[Score]:
     """One score of finite numbers per sample. If all entries are lists of one number, the numbers are the scores."""
-    found, scores = entries(name, returned, samples), []
+    rollouts, samples, scores = asked.rollouts, asked.offered["samples"], []
+    found = entries(name, returned, samples)
     is_column = all(isinstance(entry, list) and len(entry) == 1 for entry in found)
     for index, (entry, rollout) in enumerate(zip(found, rollouts, strict=True)):
         numbers = entry if isinstance(entry, list) else [entry]
@@ -123,6 +102,12 @@ def _scores(name: str, returned: Any, rollouts: Sequence[Rollout], samples: Sequ
             raise _wrong(name, f"{repr(entry)[:80]}, which is not finite", index, samples)
         is_dense = isinstance(entry, list) and rollout.response and not is_column
         scores.append([float(number) for number in numbers] if is_dense else float(sum(numbers)))
+    if align is not None:
+        scores = align(name, scores, [rollout.response for rollout in rollouts], asked.offered["outputs"])
+    for index, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
+        if isinstance(score, list) and len(score) > len(rollout.response):
+            tokens = f"the response has {len(rollout.response)} tokens (see output_ids)"
+            raise _wrong(name, f"{len(score)} numbers, but {tokens}", index, samples)
     return scores
 
 

@@ -28,10 +28,7 @@ from trlx.rewards.weighted import WeightedRewards, parts_of
 class Scorer:
     """Calls reward_fn in a thread of its own and checks what it returns; docs/rewards.md says what that may be.
 
-    Args:
-        reward_fn: a function, a list or dict of functions, or `WeightedRewards`; a function may be ``async def``.
-        timeout: seconds that one call may take; None: no limit.
-        separator: stands between prompt and output in the samples.
+    One call may take `timeout` seconds. In the samples, `separator` stands between prompt and output.
     """
 
     def __init__(
@@ -61,8 +58,8 @@ class Scorer:
         """One `Scored` per rollout.
 
         Raises:
-            RewardError: reward_fn raised (its exception is the cause), took too long, or returned something of a wrong
-                type or length, or not finite. The message shows the sample in question.
+            RewardError: reward_fn raised (its exception is the cause), took too long, or returned something wrong. The
+                message shows the sample.
         """
         return self.submit(rollouts, step, eos_in_outputs).result()
 
@@ -70,8 +67,8 @@ class Scorer:
         """Starts scoring and returns at once; ``.result()`` waits and then returns or raises as `score`."""
         if self._thread is None:
             device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-            # a daemon, because a hanging reward_fn must not keep the process alive
             shared = (self._jobs, self._runner, device)
+            # a daemon, because a hanging reward_fn must not keep the process alive
             self._thread = threading.Thread(target=_work, args=shared, daemon=True, name="trlx-reward")
             self._thread.start()
             weakref.finalize(self, self._jobs.put, None)
@@ -80,10 +77,10 @@ class Scorer:
         return pending
 
     def _call(self, rollouts: list[Rollout], step: int, eos_in_outputs: bool, pending: Pending) -> list[Scored]:
-        asked = Arguments.of(rollouts, self.tokenizer, step, self.separator, eos_in_outputs)
+        asked = Arguments(rollouts, self.tokenizer, step, self.separator, eos_in_outputs)
         pending.first_sample = short(asked.offered["samples"][0])
         returned = call_all([part.function for part in self._parts], asked, self._runner)
-        return scored(self._parts, returned, rollouts, asked, self._alignment)
+        return scored(self._parts, returned, asked, self._alignment)
 
 
 class Pending:
@@ -104,8 +101,8 @@ class Pending:
             began = self._began.result(limit)
             return self._scored.result(None if limit is None else max(began + limit - time.monotonic(), 0.0))
         except TimeoutError:
-            allowed = f"train.reward_timeout = {limit} seconds"
-            raise RewardError(f"reward_fn took more than {allowed}; first sample: {self.first_sample}") from None
+            took = f"took more than train.reward_timeout = {limit} seconds"
+            raise RewardError(f"reward_fn {took}; first sample: {self.first_sample}") from None
 
     def run(self) -> None:
         """Makes the call in the present thread and keeps what it returns or raises."""
@@ -134,23 +131,18 @@ class Metric(UserFunction):
             raise TypeError("metric_fn must be a plain function: write def in place of async def")
 
     def __call__(self, arguments: Arguments) -> dict[str, list[float] | float]:
-        """By name, one number per sample or a plain number.
-
-        Raises:
-            RewardError: metric_fn raised (its exception is the cause), or returned something else.
-        """
+        """By name, one number per sample or a plain number; a RewardError if metric_fn raises or returns others."""
         returned, samples = super().__call__(arguments), arguments.offered["samples"]
         if not isinstance(returned, Mapping):
             raise RewardError(f"metric_fn must return a dict of lists or numbers by name, got {repr(returned)[:80]}")
-        return {str(name): _metric(name, plain(values), samples) for name, values in returned.items()}
+        return {str(name): _metric(f"metric_fn's {name!r}", plain(found), samples) for name, found in returned.items()}
 
 
-def _metric(name: str, values: Any, samples: list[str]) -> list[float] | float:
-    if is_number(values):
-        return float(values)
-    where = f"metric_fn's {name!r}"
-    numbers = entries(where, values, samples)
+def _metric(name: str, found: Any, samples: list[str]) -> list[float] | float:
+    if is_number(found):
+        return float(found)
+    numbers = entries(name, found, samples)
     for number, sample in zip(numbers, samples, strict=True):
         if not is_number(number):
-            raise RewardError(f"{where} must be numbers, got {repr(number)[:80]} for {short(sample)}")
+            raise RewardError(f"{name} must be numbers, got {repr(number)[:80]} for {short(sample)}")
     return [float(number) for number in numbers]

@@ -27,12 +27,9 @@ class WeightedRewards:
 
     ``trlx.train(reward_fn=WeightedRewards({"helpful": (judge, 1.0), "short": (brevity, 0.1)}), prompts=[...])``
 
-    The result of each function is logged under its name before it is multiplied, so weight 0 means: only log it. Each
-    function gets the arguments that it names. Those that are ``async def`` run at the same time.
-
-    Args:
-        rewards: a dict of pairs (function, weight) by name, or a list of such pairs, which get the functions' names. A
-            function without a weight has weight 1.
+    `rewards` is a dict of pairs (function, weight) by name, or a list of such pairs, which get the functions' names. A
+    function without a weight has weight 1. Results are logged by name before they are multiplied, so weight 0 means:
+    only log it.
 
     Raises:
         ValueError, TypeError: there is no function, or an entry is neither a function nor such a pair.

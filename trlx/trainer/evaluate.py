@@ -101,7 +101,7 @@ class Evaluator:
     @interruptible()
     def _judge(self, rollouts: list[Rollout], step: int) -> tuple[list[str], list[list[Any]], dict[str, float]]:
         """Table columns, table rows and means of one setting."""
-        asked = Arguments.of(rollouts, self.tokenizer, step, self.backend.row_format.separator)
+        asked = Arguments(rollouts, self.tokenizer, step, self.backend.row_format.separator)
         table: dict[str, list[Any]] = {"prompt": asked.offered["prompts"], "output": asked.offered["outputs"]}
         averages: dict[str, float] = {}
         if self.scorer is not None:
