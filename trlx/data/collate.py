@@ -33,8 +33,7 @@ class RowFormat:
 
     def beginnings(self, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """The tokens before each response in a sequence that the user gets, int64 [B, T]."""
-        padded = tokenizer.pad({"input_ids": prompts}, padding=True, return_attention_mask=False, return_tensors="pt")
-        return padded["input_ids"]
+        return tokenizer.pad({"input_ids": prompts}, return_attention_mask=False, return_tensors="pt")["input_ids"]
 
 
 @dataclass(frozen=True)

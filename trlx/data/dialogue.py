@@ -58,15 +58,10 @@ def _check(index: int, sample: Any) -> None:
     if isinstance(sample, str) or is_chat(sample):
         return
     if not isinstance(sample, (list, tuple)) or not all(isinstance(text, str) for text in sample):
-        raise TypeError(
-            f"Sample {index} must be a text, a list of texts [prompt, output, ...] or a list of messages "
-            f'{{"role": ..., "content": ...}}, got {repr(sample)[:80]}'
-        )
+        kinds = 'a text, a list of texts [prompt, output, ...] or a list of messages {"role": ..., "content": ...}'
+        raise TypeError(f"Sample {index} must be {kinds}, got {repr(sample)[:80]}")
     if not sample or len(sample) % 2:
-        raise ValueError(
-            f"Sample {index} has {len(sample)} texts, but a dialogue alternates prompt, output, ... and ends with an "
-            "output"
-        )
+        raise ValueError(f"Sample {index} has {len(sample)} texts, but a dialogue is pairs of prompt and output")
 
 
 def _tokenized(

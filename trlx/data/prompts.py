@@ -102,10 +102,8 @@ class PromptPipeline:
             else:
                 ids = next(ids_of_texts) if isinstance(content, str) else list(content)
             if not ids:
-                raise ValueError(
-                    f"Prompt {index} has no tokens, but a model needs one to start from: write the tokenizer's "
-                    f"bos_token, {self.tokenizer.bos_token or self.tokenizer.eos_token!r}, in place of an empty prompt"
-                )
+                bos = self.tokenizer.bos_token or self.tokenizer.eos_token
+                raise ValueError(f"Prompt {index} has no tokens, so the model cannot start: write at least {bos!r}")
             if len(ids) > limit:
                 sides.append(side)
                 if self.add_special_tokens and isinstance(content, str):  # special tokens at the end must stay, too
@@ -134,12 +132,10 @@ class PromptStream:
 
     def take(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""
-        size, taken = len(self.pipeline), []
-        for position in range(self.position, self.position + count):
-            number, offset = divmod(position, size)
-            taken.append(self.pipeline[permutation(size, self.seed, "prompts", number)[offset]])
+        size = len(self.pipeline)
+        places = [divmod(position, size) for position in range(self.position, self.position + count)]
         self.position += count
-        return taken
+        return [self.pipeline[permutation(size, self.seed, "prompts", number)[offset]] for number, offset in places]
 
 
 def _rows(prompts: Iterable[Any]) -> list[Mapping[str, Any]]:
@@ -153,9 +149,8 @@ def _rows(prompts: Iterable[Any]) -> list[Mapping[str, Any]]:
         if row.keys() != rows[0].keys():
             both = f"{sorted(map(str, row))}, prompt 0 has {sorted(map(str, rows[0]))}"
             raise ValueError(f"Prompt {index} has the keys {both}: give every prompt the same keys")
-        for key in RESERVED:
-            if key in row:
-                raise ValueError(f"Prompt {index} has a key {key!r}, which is an argument of reward_fn: rename the key")
+        for key in row.keys() & {*RESERVED}:
+            raise ValueError(f"Prompt {index} has a key {key!r}, which is an argument of reward_fn: rename the key")
         content = row["prompt"]
         is_ids = isinstance(content, (list, tuple)) and all(isinstance(token, int) for token in content)
         if not (isinstance(content, str) or is_ids or is_chat(content)):

@@ -37,9 +37,9 @@ def load_tokenizer(
     tokenizer = copy.deepcopy(path) if given else read_tokenizer(path, **(extra or {}))
     tokenizer.padding_side, tokenizer.truncation_side = padding_side, truncation_side
     if tokenizer.eos_token_id is None:
+        where = "tokenizer.tokenizer_extra_configs.eos_token, or set it on the tokenizer object"
         raise ValueError(
-            "The tokenizer has no eos token, so a response could never end. Name one of its tokens in "
-            "tokenizer.tokenizer_extra_configs.eos_token (or set it on the tokenizer object)"
+            f"The tokenizer has no eos token, so responses could not end: name one of its tokens in {where}"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -77,9 +77,7 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return front(tokenizer) or [eos if bos is None else bos]
 
 
-def prompt_tokens(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False
-) -> list[list[int]]:
+def prompt_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, special_tokens=False) -> list[list[int]]:
     """The token ids of prompts. Each begins with `front` once, even if the text brings it along; nothing is appended.
 
     With `special_tokens`, as encoders need it, they have all special tokens that the tokenizer adds.

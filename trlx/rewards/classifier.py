@@ -41,8 +41,7 @@ class SequenceClassifierReward:
 
     Raises:
         OSError: there is no model of that name.
-        ValueError: `label` is missing, unknown, or given for a model with one label; or there is no tokenizer, or one
-            with neither a pad nor an eos token.
+        ValueError: `label` or the tokenizer does not fit; the message says what to write.
     """
 
     @short_errors
@@ -59,26 +58,24 @@ class SequenceClassifierReward:
         truncation_side: str = "left",
     ):
         check_source(model, "the reward model")
-        self._source = model
-        self._device = device
-        self._dtype = dtype
+        given = isinstance(model, PreTrainedModel)
+        beside = model.name_or_path if given else model
+        self._source, self._device, self._dtype = model, device, dtype
         self.batch_size = batch_size
-        self.config = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(model)
-        beside = model.name_or_path if isinstance(model, PreTrainedModel) else model
+        self.config = model.config if given else AutoConfig.from_pretrained(model)
         self.tokenizer = _tokenizer(beside if tokenizer is None else tokenizer, truncation_side)
         self.label = _label_index(self.config, label)
         self.max_length = max_length or _longest(self.config, self.tokenizer)
 
     def __call__(self, samples: Sequence[str], tokenizer: Any = None, **kwargs: Any) -> list[float]:
-        """One number per sample. `tokenizer` is the policy's; a reward_fn's other arguments are ignored."""
+        """One number per sample. `tokenizer` is the policy's; other arguments of a reward_fn are ignored."""
         if not samples:
             return []
         eos = getattr(tokenizer, "eos_token", None) or ""
         encoded = self._encoded([sample.removesuffix(eos) for sample in samples])
         lengths = torch.tensor([len(row["input_ids"]) for row in encoded])
         scores = torch.empty(len(encoded))
-        # not transformers' text-classification pipeline: it has a DataLoader, which draws from torch's global generator
-        # while another thread samples rollouts with it, so that a resumed run would sample something else
+        # not transformers' pipeline: its DataLoader draws from torch's global generator, as sampling does meanwhile
         for rows in lengths.argsort(descending=True, stable=True).split(self.batch_size):
             scores[rows] = self._scores([encoded[row] for row in rows])
         return scores.tolist()
@@ -88,9 +85,8 @@ class SequenceClassifierReward:
         """The classifier, ready to be called."""
         model, device = self._source, self._device
         if not isinstance(model, PreTrainedModel):
-            how = {} if self._dtype is None else {"dtype": self._dtype}
             with no_bars():
-                model = AutoModelForSequenceClassification.from_pretrained(model, **how)
+                model = AutoModelForSequenceClassification.from_pretrained(model, dtype=self._dtype or "auto")
             device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
         # decoders classify at the last token that is not this one
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -98,9 +94,8 @@ class SequenceClassifierReward:
 
     def _encoded(self, samples: list[str]) -> list[dict[str, list[int]]]:
         """The model's inputs for each sample, without padding."""
-        columns = self.tokenizer(
-            samples, truncation=self.max_length is not None, max_length=self.max_length, verbose=False
-        )
+        limit = {"truncation": self.max_length is not None, "max_length": self.max_length}
+        columns = self.tokenizer(samples, verbose=False, **limit)
         # a model needs a token, and an empty text has none unless the tokenizer adds special ones
         nothing = {**{name: [0] for name in columns}, "input_ids": [self.tokenizer.pad_token_id], "attention_mask": [1]}
         rows = [{name: columns[name][index] for name in columns} for index in range(len(samples))]

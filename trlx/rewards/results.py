@@ -32,13 +32,13 @@ def scored(parts: Sequence[Part], returned: Sequence[Any], asked: Arguments, ali
     """
     columns = []
     for part, value in zip(parts, returned, strict=True):
-        function, has_names = part.function, isinstance(value, Mapping)
+        has_names = isinstance(value, Mapping)
         if has_names and not (value and all(map(str, value))):
-            raise RewardError(f"{function.name} must return a dict of lists by name, got {repr(value)[:80]}")
+            raise RewardError(f"{part.name} must return a dict of lists by name, got {repr(value)[:80]}")
         for key, one in value.items() if has_names else [("", value)]:
-            name = "/".join(filter(None, (part.name, str(key))))
-            where = f"{function.name}'s {str(key)!r}" if has_names else function.name
-            align = None if "output_ids" in function.named else alignment
+            name = "/".join(filter(None, (part.key, str(key))))
+            where = f"{part.name}'s {str(key)!r}" if has_names else part.name
+            align = None if "output_ids" in part.named else alignment
             columns.append((name, part.weight, _scores(where, one, asked, align)))
     names, weights, scores = zip(*columns, strict=True)
     if "mean" in names:

@@ -22,21 +22,18 @@ from trlx.data.prompts import RESERVED
 from trlx.rewards.alignment import Alignment
 from trlx.rewards.calling import Arguments, RewardError, UserFunction, call_all, short
 from trlx.rewards.results import Scored, entries, is_number, plain, scored
-from trlx.rewards.weighted import WeightedRewards, parts_of
+from trlx.rewards.weighted import parts_of
 
 
 class Scorer:
-    """Calls reward_fn in a thread of its own and checks what it returns; docs/rewards.md says what that may be.
+    """Calls reward_fn in a thread of its own and checks what it returns.
 
+    reward_fn is a function, a list or dict of functions, or `WeightedRewards`; docs/rewards.md says what it may return.
     One call may take `timeout` seconds. In the samples, `separator` stands between prompt and output.
     """
 
     def __init__(
-        self,
-        reward_fn: Callable[..., Any] | Sequence[Callable[..., Any]] | WeightedRewards,
-        tokenizer: PreTrainedTokenizerBase,
-        timeout: float | None = None,
-        separator: str = "",
+        self, reward_fn: Any, tokenizer: PreTrainedTokenizerBase, timeout: float | None = None, separator: str = ""
     ):
         self._parts = parts_of(reward_fn)
         # fast tokenizers raise "Already borrowed" when one thread changes their padding while another decodes
@@ -52,7 +49,7 @@ class Scorer:
     def check(self, metadata: Iterable[str]) -> None:
         """See `UserFunction.check`."""
         for part in self._parts:
-            part.function.check(metadata)
+            part.check(metadata)
 
     def score(self, rollouts: Sequence[Rollout], step: int = 0, eos_in_outputs: bool = False) -> list[Scored]:
         """One `Scored` per rollout.
@@ -79,7 +76,7 @@ class Scorer:
     def _call(self, rollouts: list[Rollout], step: int, eos_in_outputs: bool, pending: Pending) -> list[Scored]:
         asked = Arguments(rollouts, self.tokenizer, step, self.separator, eos_in_outputs)
         pending.first_sample = short(asked.offered["samples"][0])
-        returned = call_all([part.function for part in self._parts], asked, self._runner)
+        returned = call_all(self._parts, asked, self._runner)
         return scored(self._parts, returned, asked, self._alignment)
 
 

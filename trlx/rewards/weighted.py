@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from trlx.data.prompts import RESERVED
@@ -12,14 +11,13 @@ from trlx.rewards.calling import UserFunction
 from trlx.tracebacks import short_errors
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One of the functions whose weighted sum is the score."""
+class Part(UserFunction):
+    """One of the functions whose weighted sum is the score, logged under `key`; "" if reward_fn is one function."""
 
-    name: str | None
-    """What it is logged under; None for a reward_fn that is one function."""
-    function: UserFunction
-    weight: float = 1.0
+    def __init__(self, fn: Callable[..., Any], key: str = "", weight: float = 1.0):
+        super().__init__(f"reward_fn's {key!r}" if key else "reward_fn", fn, unasked=RESERVED)
+        self.key = key
+        self.weight = weight
 
 
 class WeightedRewards:
@@ -45,10 +43,7 @@ class WeightedRewards:
                 pairs[_name(fn, pairs)] = fn, weight
         if not pairs:
             raise ValueError("There is no reward function in the list: pass at least one")
-        self.parts = [
-            Part(name, UserFunction(f"reward_fn's {name!r}", fn, unasked=RESERVED), weight)
-            for name, (fn, weight) in pairs.items()
-        ]
+        self.parts = [Part(fn, name, weight) for name, (fn, weight) in pairs.items()]
 
 
 def parts_of(reward_fn: Any) -> list[Part]:
@@ -57,7 +52,7 @@ def parts_of(reward_fn: Any) -> list[Part]:
         reward_fn = WeightedRewards(reward_fn)
     if isinstance(reward_fn, WeightedRewards):
         return reward_fn.parts
-    return [Part(None, UserFunction("reward_fn", reward_fn, unasked=RESERVED))]
+    return [Part(reward_fn)]
 
 
 def _pair(entry: Any) -> tuple[Callable[..., Any], float]:
