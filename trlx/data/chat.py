@@ -29,9 +29,8 @@ def is_chat(content: Any) -> bool:
 def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
     """The token ids of a chat up to the place where the assistant answers; only the template adds special tokens.
 
-    Raises:
-        ValueError, TypeError: there is no chat template, it refuses the chat, a message is wrong, or the last message
-            is the assistant's. The message calls the chat `name`, e.g. ``"Prompt 3"``.
+    Raises a ValueError or TypeError, which calls the chat `name`, if there is no chat template, if it refuses the chat,
+    or if a message is wrong or stands in a wrong place.
     """
     messages = _checked(messages, tokenizer, name)
     if messages[-1]["role"] == "assistant":
@@ -50,9 +49,7 @@ def chat_tokens(
     special token, one eos follows the last turn. A turn is what the template encloses in ``{% generation %}``. Without
     these marks it is what the message adds to the text of the messages before it with the generation prompt.
 
-    Raises:
-        ValueError, TypeError: as `chat_prompt`, but the last message must be the assistant's; or trlx cannot find where
-            a turn begins.
+    Raises errors as `chat_prompt`, and a ValueError if trlx cannot find where a turn begins.
     """
     messages = _checked(messages, tokenizer, name)
     if messages[-1]["role"] != "assistant":
@@ -138,10 +135,8 @@ def _end(ids: list[int], first: int, last: int, tokenizer, special: set[int], cl
 def _checked(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, name: str) -> list[dict[str, Any]]:
     """The messages without keys whose value is None: data sets add them, and templates would write them out."""
     if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{name} is a list of messages, but the tokenizer has no chat template: set tokenizer.chat_template, or "
-            "write prompts and samples as texts"
-        )
+        advice = "set tokenizer.chat_template, or write prompts and samples as texts"
+        raise ValueError(f"{name} is a list of messages, but the tokenizer has no chat template: {advice}")
     kept: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
         where, previous = f"{name}, message {index}", kept[-1]["role"] if kept else None

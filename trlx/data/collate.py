@@ -61,10 +61,7 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
     """Rows of prompt, response, padding. Masks come from lengths, so `pad_id` may be the eos token.
 
     A scalar score stands at the last trained response token. A dense score starts at the first response token; missing
-    numbers at its end are 0.
-
-    Raises:
-        ValueError: no rollouts, an empty prompt, nothing to train on, or a list that is longer than the response.
+    numbers at its end are 0. Raises a ValueError for no rollouts, and names a rollout that cannot be a row.
     """
     if not rollouts:
         raise ValueError("There are no rollouts to make a batch of")

@@ -32,10 +32,8 @@ def dialogues(
     With `special_tokens`, for encoder-decoder models, prompts and outputs get all special tokens of the tokenizer.
 
     Longer samples are cut on the tokenizer's truncation side, but keep a bos in front. Samples that lose all output
-    tokens are dropped with one warning, together with their `scores`.
-
-    Raises:
-        ValueError, TypeError: there are no samples, or one is none of these, or all lose their output tokens.
+    tokens are dropped with one warning, and their `scores` with them. Raises a ValueError or TypeError if there are no
+    samples, if one is none of these, or if all lose their output tokens.
     """
     samples = sample_list(samples)
     if not samples:

@@ -44,10 +44,8 @@ class PromptPipeline:
     these as "prompt" and any other keys, the same in all dicts; trlx does not change the dicts. Longer prompts are cut
     on the tokenizer's truncation side, with one warning for all. Chats are always cut on the left, as their end asks
     the assistant to answer. A bos in front stays. `add_special_tokens` adds all special tokens of the tokenizer, as
-    encoder-decoder models need them.
-
-    Raises:
-        ValueError, TypeError: there are no prompts, or one has no tokens, another type or other keys than the first.
+    encoder-decoder models need them. Raises a ValueError or TypeError if there are no prompts, or if one has no tokens,
+    a wrong type or other keys than the first.
     """
 
     def __init__(
@@ -85,9 +83,8 @@ class PromptPipeline:
 
     def digest(self) -> str:
         """A short hash of tokens and metadata. If a resumed run has another one, its prompts changed."""
-        rows = "".join(f"{prompt.ids}{prompt.metadata}" for prompt in self.prompts)
         # the repr of an object may hold its address, which differs between runs
-        rows = re.sub(r" at 0x[0-9a-fA-F]+", "", rows)
+        rows = re.sub(r" at 0x[0-9a-fA-F]+", "", "".join(f"{prompt.ids}{prompt.metadata}" for prompt in self.prompts))
         return hashlib.sha256(rows.encode(errors="replace")).hexdigest()[:16]
 
     def _tokenized(self, contents: list[Any]) -> list[list[int]]:

@@ -12,8 +12,7 @@ COLUMNS = (("messages",), ("text",), ("prompt", "completion"), ("prompt", "outpu
 def as_list(data: Any, name: str) -> list[Any]:
     """The rows of a list, a ``datasets.Dataset`` (as dicts), a pandas table (as dicts) or another sequence.
 
-    Raises:
-        TypeError: `data` is one text or dict, such as a ``DatasetDict``; the message calls the rows `name`.
+    Raises a TypeError, which calls the rows `name`, if `data` is one text or dict, such as a ``DatasetDict``.
     """
     if isinstance(data, (str, Mapping)):
         splits = ": pass one of its data sets" if hasattr(data, "column_names") else ""
@@ -27,10 +26,8 @@ def sample_list(samples: Any) -> list[Any]:
     """Samples as texts, dialogues and chats. Rows with columns become what their columns say.
 
     ``text`` is a text; ``prompt`` with ``completion``, ``output`` or ``response`` is a dialogue, or a chat if both are
-    lists of messages; ``messages`` is a chat. Other columns are ignored.
-
-    Raises:
-        ValueError: there is none of these columns, more than one way to read them, or a row without a value.
+    lists of messages; ``messages`` is a chat. Other columns are ignored. Raises a ValueError if the columns cannot be
+    read in exactly one way, or if a row lacks a value.
     """
     rows = as_list(samples, "samples")
     if not rows or not isinstance(rows[0], Mapping):

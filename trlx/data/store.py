@@ -58,10 +58,7 @@ def pass_order(num_rows: int, seed: int, number: int, together: int = 1) -> tupl
 
 @lru_cache(maxsize=2)  # one for prompts and one for rows; each is read to its end before the next
 def permutation(size: int, seed: int, stream: str, number: int) -> tuple[int, ...]:
-    """The `number`-th shuffled order of ``range(size)`` for a seed and a stream such as ``"prompts"``.
-
-    It neither reads nor changes global random state.
-    """
+    """The `number`-th shuffled order of ``range(size)`` for `seed` and `stream`; no global random state is used."""
     # a generator reads only 32 bits of its seed; the hash gives neighbouring seeds and numbers different ones
     digest = hashlib.sha256(f"{seed} {stream} {number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
@@ -69,10 +66,8 @@ def permutation(size: int, seed: int, stream: str, number: int) -> tuple[int, ..
 
 
 def own_rows(count: int, rank: int, size: int, together: int = 1) -> slice:
-    """The consecutive share of process `rank` of `size`, out of `count` rows in blocks of `together`.
-
-    All slices have the same length; the last ones may reach beyond `count`.
-    """
+    """The consecutive share of process `rank` of `size`, out of `count` rows in blocks of `together`. All slices have
+    the same length; the last ones may reach beyond `count`."""
     share = -(-count // (size * together)) * together
     return slice(rank * share, (rank + 1) * share)
 

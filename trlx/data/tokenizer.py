@@ -12,9 +12,6 @@ from trlx.data.hub import check_folder, first_line
 
 logger = logging.get_logger(__name__)
 
-SPACE = "\u2581"
-"""The character that sentencepiece writes for a space."""
-
 
 def load_tokenizer(
     path: str | PreTrainedTokenizerBase,
@@ -25,11 +22,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name or folder, or a copy of a tokenizer object. If it has no pad token, eos becomes that.
 
-    `extra` are further keyword arguments of ``from_pretrained``, e.g. ``{"eos_token": "</s>"}``.
-
-    Raises:
-        OSError: there is no tokenizer at `path`.
-        ValueError: there is no eos token, or both `extra` and a tokenizer object are given.
+    `extra` are further keyword arguments of ``from_pretrained``, e.g. ``{"eos_token": "</s>"}``. Raises an OSError if
+    there is no tokenizer at `path`, and a ValueError if it has no eos token or if an object is given with `extra`.
     """
     given = isinstance(path, PreTrainedTokenizerBase)
     if given and extra:
@@ -38,9 +32,7 @@ def load_tokenizer(
     tokenizer.padding_side, tokenizer.truncation_side = padding_side, truncation_side
     if tokenizer.eos_token_id is None:
         where = "tokenizer.tokenizer_extra_configs.eos_token, or set it on the tokenizer object"
-        raise ValueError(
-            f"The tokenizer has no eos token, so responses could not end: name one of its tokens in {where}"
-        )
+        raise ValueError(f"The tokenizer has no eos token, so no response could end: name one of its tokens in {where}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         logger.info(f"The tokenizer has no pad token; padding with its eos token {tokenizer.eos_token!r}")
@@ -54,7 +46,8 @@ def read_tokenizer(path: str, **how: Any) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, **how)
         # if files are missing, transformers may return a tokenizer that knows only special tokens
         special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-        problem = None if tokenizer.get_vocab().keys() - special - {SPACE} else "it has no words"
+        has_words = tokenizer.get_vocab().keys() - special - {"\u2581"}  # which sentencepiece writes for a space
+        problem = None if has_words else "it has no words"
     except Exception as error:  # of many kinds, TypeErrors among them
         problem = first_line(error)
     if problem is not None:
@@ -77,7 +70,9 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return front(tokenizer) or [eos if bos is None else bos]
 
 
-def prompt_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, special_tokens=False) -> list[list[int]]:
+def prompt_tokens(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False
+) -> list[list[int]]:
     """The token ids of prompts. Each begins with `front` once, even if the text brings it along; nothing is appended.
 
     With `special_tokens`, as encoders need it, they have all special tokens that the tokenizer adds.

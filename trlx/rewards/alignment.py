@@ -19,7 +19,7 @@ class Alignment:
     Such a function can count only the tokens of ``tokenizer(output)``. They may differ from the sampled tokens: the
     tokenizer may add bos, split the text in another way, or need three tokens for the sign of half a character. Each
     number is added to the sampled token that completes the same text. Numbers of special tokens that the tokenizer adds
-    before or behind the text go to the first or last sampled token, so no number is lost.
+    before or behind the text go to the first or last sampled token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -36,8 +36,10 @@ class Alignment:
         warning for all calls shows `name`, the function's.
         """
         rows = [row for row, score in enumerate(scores) if isinstance(score, list)]
-        lengths, aligned = [len(scores[row]) for row in rows], list(scores)
-        full, bare = self._tokens([outputs[row] for row in rows]), self._tokens([outputs[row] for row in rows], False)
+        if not rows:
+            return list(scores)
+        lengths, aligned, texts = [len(scores[row]) for row in rows], list(scores), [outputs[row] for row in rows]
+        full, bare = (self.tokenizer(texts, add_special_tokens=a, verbose=False)["input_ids"] for a in (True, False))
         fits_all = [tokens for tokens in (full, bare) if [*map(len, tokens)] == lengths]
         for index, row in enumerate(rows):
             possible = fits_all or ([full, bare] if lengths[index] > len(responses[row]) else [])
@@ -45,9 +47,6 @@ class Alignment:
             if counted is not None:
                 aligned[row] = self._moved(name, scores[row], counted, bare[index], responses[row])
         return aligned
-
-    def _tokens(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
 
     def _moved(
         self, name: str, numbers: list[float], counted: list[int], bare: list[int], response: list[int]

@@ -64,10 +64,7 @@ class UserFunction:
     """reward_fn or metric_fn, called with the arguments that its signature names.
 
     If it has ``**kwargs``, these get `unasked` and all metadata. A function whose signature Python cannot read (some
-    builtins) is called as if it had only ``**kwargs``.
-
-    Raises:
-        TypeError: `fn` is not callable; errors call it `name`.
+    builtins) is called as if it had only ``**kwargs``. Errors call it `name`.
     """
 
     def __init__(self, name: str, fn: Callable[..., Any], unasked: Sequence[str]):

@@ -28,6 +28,7 @@ class SequenceClassifierReward:
 
     The score is the logit of a model with one label, and the probability of `label` for a model with several. The
     policy's eos text at the end of a sample (train.eos_in_outputs) is removed, as the classifier does not know it.
+    Raises an OSError if there is no model of that name, and a ValueError if `label` or the tokenizer does not fit.
 
     Args:
         model: hub name or folder, loaded on the first call, so that only processes that score hold it; or a model.
@@ -38,10 +39,6 @@ class SequenceClassifierReward:
         label: index or name of the label whose probability is the score; not for models with one label.
         dtype: of the weights of a loaded model, e.g. ``torch.bfloat16``; by default as saved.
         truncation_side: where longer samples are cut: "left" (the response stays) or "right".
-
-    Raises:
-        OSError: there is no model of that name.
-        ValueError: `label` or the tokenizer does not fit; the message says what to write.
     """
 
     @short_errors

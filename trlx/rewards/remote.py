@@ -25,15 +25,12 @@ class RemoteReward:
     Retry-After says, else `backoff` seconds, then 2 and 4 times as long, each varied by half.
 
     Args:
-        url: http or https.
+        url: begins with http:// or https://; anything else is a ValueError.
         timeout: seconds of silence from the server that end an attempt; train.reward_timeout limits the whole call.
         retries: attempts after the first.
         backoff: seconds before the first retry.
         batch_size: samples per request; None: all in one.
         headers: further HTTP headers, e.g. ``{"Authorization": "Bearer ..."}``.
-
-    Raises:
-        ValueError: `url` does not begin with http:// or https://.
     """
 
     url: str

@@ -27,8 +27,7 @@ class Scored:
 def scored(parts: Sequence[Part], returned: Sequence[Any], asked: Arguments, alignment: Alignment) -> list[Scored]:
     """One `Scored` per rollout, from what each part returned. Dense scores of functions without output_ids are aligned.
 
-    Raises:
-        RewardError: a result has a wrong type or length, or is not finite; the message shows the sample.
+    Raises a RewardError, which shows the sample, if a result has a wrong type or length, or is not finite.
     """
     columns = []
     for part, value in zip(parts, returned, strict=True):

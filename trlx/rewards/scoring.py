@@ -54,9 +54,7 @@ class Scorer:
     def score(self, rollouts: Sequence[Rollout], step: int = 0, eos_in_outputs: bool = False) -> list[Scored]:
         """One `Scored` per rollout.
 
-        Raises:
-            RewardError: reward_fn raised (its exception is the cause), took too long, or returned something wrong. The
-                message shows the sample.
+        Raises a RewardError, which shows the sample, if reward_fn raises, takes too long, or returns something wrong.
         """
         return self.submit(rollouts, step, eos_in_outputs).result()
 

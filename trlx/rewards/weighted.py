@@ -27,10 +27,7 @@ class WeightedRewards:
 
     `rewards` is a dict of pairs (function, weight) by name, or a list of such pairs, which get the functions' names. A
     function without a weight has weight 1. Results are logged by name before they are multiplied, so weight 0 means:
-    only log it.
-
-    Raises:
-        ValueError, TypeError: there is no function, or an entry is neither a function nor such a pair.
+    only log it. Raises a ValueError if there is no function, and a TypeError if an entry is not such a pair.
     """
 
     @short_errors
