@@ -114,6 +114,10 @@ class PPOConfig(CollectionConfig):
         self.require_choice("kl_estimator", ["k1", "k2", "k3"])
 
 
+ILQL_SAMPLING = {"top_k": 20, "beta": 1}
+"""Defaults of settings that ILQL's gen_kwargs do not name."""
+
+
 @dataclass
 @register_method
 class ILQLConfig(MethodConfig):
@@ -136,7 +140,7 @@ class ILQLConfig(MethodConfig):
     """Optimizer steps between two target updates."""
     two_qs: bool = True
     """Two Q heads and their minimum as target, or one."""
-    gen_kwargs: dict[str, Any] = _sampling(max_new_tokens=56, top_k=20, beta=1, temperature=1.0)
+    gen_kwargs: dict[str, Any] = _sampling(max_new_tokens=56, **ILQL_SAMPLING, temperature=1.0)
     """Generation settings; ``beta`` adds beta (Q - V) to the policy's log-probabilities. Evaluations run once for each
     value of an entry that is a list."""
 

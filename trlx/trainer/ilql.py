@@ -12,14 +12,11 @@ from torch import Tensor
 from trlx.backends.base import ModelNeeds
 from trlx.batch import TokenBatch, TokenOutputs
 from trlx.data.dialogue import dialogues
-from trlx.method_configs import ILQLConfig
+from trlx.method_configs import ILQL_SAMPLING, ILQLConfig
 from trlx.methods.ilql import ilql_loss, normalize_returns
 from trlx.methods.masked import Metrics
 from trlx.sampling.settings import SamplingConfig
 from trlx.trainer.base import Trainer
-
-SAMPLING_DEFAULTS = {"beta": 1, "top_k": 20}
-"""Defaults of gen_kwargs."""
 
 
 class ILQLTrainer(Trainer):
@@ -43,7 +40,7 @@ class ILQLTrainer(Trainer):
         return ModelNeeds(value_head=True, q_heads=2 if method.two_qs else 1)
 
     def sampling(self, gen_kwargs: dict[str, Any], *where: str) -> SamplingConfig:
-        sampling = super().sampling({**SAMPLING_DEFAULTS, **gen_kwargs}, *where)
+        sampling = super().sampling({**ILQL_SAMPLING, **gen_kwargs}, *where)
         if self.logit_mask is None:
             return sampling
         return replace(sampling, extra={**sampling.extra, "logit_mask": self.logit_mask})
