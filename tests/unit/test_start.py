@@ -154,7 +154,7 @@ def test_a_model_with_an_encoder_is_taken_for_one(tmp_path, caplog):
     caplog.set_level("INFO")
     trainer = run("SFT", tmp_path, model={"model_path": T5}, train={"total_steps": 1})
     assert trainer.backend.row_format.separator == "<sep>"
-    assert "The model (t5) has an encoder: model.model_arch_type is taken for seq2seq" in caplog.text
+    assert "The model (t5) has an encoder: model.model_arch_type is read as seq2seq" in caplog.text
     trainer.backend.policy.model.save_pretrained(tmp_path / "t5")
     trainer = run(
         "SFT",

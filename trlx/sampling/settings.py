@@ -77,8 +77,8 @@ class SamplingConfig:
         name, values = sweep(given, where)
         if name is not None:
             raise ValueError(
-                f"{where}.{name} is the list {values}, but only evaluations sweep over values: give one value "
-                "here, or for PPO's rollouts other settings in method.gen_experience_kwargs"
+                f"{where}.{name} is the list {values}, but only evaluations sweep over values: write one value, e.g. "
+                f"{name}={values[-1]!r} in trainer.generate(...), or for rollouts method.gen_experience_kwargs.{name}"
             )
         if "max_new_tokens" not in given:
             raise ValueError(f"{where}.max_new_tokens is missing: write how many tokens a response may have, e.g. 40")
@@ -154,21 +154,6 @@ def sweep_variants(gen_kwargs: Mapping[str, Any]) -> list[tuple[str, dict[str, A
     if name is None:
         return [("", dict(gen_kwargs))]
     return [(f"@{name}={value}", {**gen_kwargs, name: value}) for value in values]
-
-
-def one_setting(gen_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`gen_kwargs` for ``trainer.generate``.
-
-    Raises:
-        ValueError: a setting has several values.
-    """
-    name, values = sweep(gen_kwargs)
-    if name is not None:
-        raise ValueError(
-            f"{GEN_KWARGS}.{name} is compared at {values} in evaluations: choose one of them for this call, e.g. "
-            f"trainer.generate(..., {name}={values[-1]!r})"
-        )
-    return gen_kwargs
 
 
 def check_rollouts(gen_kwargs: Mapping[str, Any], key: str) -> None:
@@ -249,7 +234,7 @@ def _shape(mask: Any) -> list[int] | str:
 
 def _checked(given: dict[str, Any], where: str) -> dict[str, Any]:
     least = {"max_new_tokens": 1, "min_new_tokens": 0, "top_k": 0}
-    for name in given.keys() & {*least, "temperature", "top_p"}:
+    for name in [name for name in (*least, "temperature", "top_p") if name in given]:
         value = given[name]
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ValueError(f"{where}.{name} must be a number, got {value!r}")

@@ -34,7 +34,7 @@ from trlx.run.display import Display
 from trlx.run.failures import rescuing
 from trlx.run.guards import Interrupts, SkippedSteps, check_weights, leave_if_asked
 from trlx.sampling.base import checked, sampler_for
-from trlx.sampling.settings import GEN_KWARGS, SamplingConfig, one_setting, sweep_variants
+from trlx.sampling.settings import GEN_KWARGS, SamplingConfig, sweep_variants
 from trlx.sampling.stopping import Stopper
 from trlx.sampling.texts import Respond
 from trlx.tracking import Tracker
@@ -237,7 +237,7 @@ class Trainer(OldNames, ABC):
             The response to a text, or a list of the responses to texts. For tokens int64 [B, T + new]: the prompts,
             padded on the tokenizer's padding side, each followed by its response, padded on the right.
         """
-        sampling = self.sampling(one_setting({**self.sampling_kwargs, **gen_kwargs}), "gen_kwargs")
+        sampling = self.sampling({**self.sampling_kwargs, **gen_kwargs}, "gen_kwargs")
         return Respond(self.draw, self.tokenizer, self.backend.row_format, sampling)(input_ids, attention_mask)
 
     def save_pretrained(
