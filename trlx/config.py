@@ -306,30 +306,26 @@ def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationResolutionError
+    from yaml import MarkedYAMLError
 
     register_resolvers()
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"The override {override!r} has no value; write it as section.key=value")
     _check_sections(override.partition("=")[0].split(".")[0] for override in overrides)
-    whole = OmegaConf.merge(*map(_sections_of, files), OmegaConf.from_dotlist(list(overrides)))
+    parts = []
+    for file in files:
+        try:
+            parts.append(OmegaConf.load(file))
+        except MarkedYAMLError as error:
+            raise ConfigError(f"{file}, line {error.problem_mark.line + 1}, is not YAML: {error.problem}") from None
+        if not OmegaConf.is_dict(parts[-1]):
+            raise ConfigError(f"{file} must have sections with settings, e.g. train: {{seed: 1}}")
+    whole = OmegaConf.merge(*parts, OmegaConf.from_dotlist(list(overrides)))
     try:
         return OmegaConf.to_container(whole, resolve=True)
     except InterpolationResolutionError as error:
         raise ConfigError(f"{', '.join(map(str, files))}: {error}") from error
-
-
-def _sections_of(file: str | Path) -> Any:
-    from omegaconf import OmegaConf
-    from yaml import MarkedYAMLError
-
-    try:
-        found = OmegaConf.load(file)
-    except MarkedYAMLError as error:
-        raise ConfigError(f"{file}, line {error.problem_mark.line + 1}, is not YAML: {error.problem}") from None
-    if not OmegaConf.is_dict(found):
-        raise ConfigError(f"{file} must have sections with settings, e.g. train: {{seed: 1}}")
-    return found
 
 
 def register_resolvers() -> None:

@@ -56,7 +56,7 @@ def used_modules(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute):
             yield ast.unparse(node) if ast.unparse(node).startswith("torch.") else ""
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("optional_import", "import_module")):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
 
 

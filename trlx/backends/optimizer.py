@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LR
 
 from trlx import logging
 from trlx.config import OptimizerConfig, SchedulerConfig
-from trlx.optional import optional_import
+from trlx.optional import is_available, require
 from trlx.strict import ConfigError, check_keywords, unknown_key
 
 logger = logging.get_logger(__name__)
@@ -75,17 +75,19 @@ def _eight_bit(name: str, kwargs: dict[str, Any], parameters: list[Parameter]) -
     if _are_sharded(parameters):
         raise ValueError(f"optimizer.name '{name}' does not work under FSDP, which shards its state: write adamw")
     # bitsandbytes itself keeps the state of small tensors and embeddings in 32 bits
-    optim = optional_import("bitsandbytes", extra="bnb").optim
+    require("bitsandbytes", extra="bnb", purpose=f"The optimizer {name}")
+    from bitsandbytes import optim
+
     return {"adam_8bit_bnb": optim.Adam8bit, "adamw_8bit_bnb": optim.AdamW8bit}[name]
 
 
 def _fused(name: str, kwargs: dict[str, Any], parameters: list[Parameter]) -> Callable[..., torch.optim.Optimizer]:
     """Apex's optimizer if it is installed and takes `kwargs`, or torch's. ``fused`` in `kwargs` asks for torch's."""
     on_gpu = all(parameter.is_cuda for parameter in parameters) and not _are_sharded(parameters)
-    if name != "sgd" and on_gpu and APEX_TAKES.issuperset(kwargs):
-        apex = optional_import("apex.optimizers", extra="apex")
-        if apex:
-            return partial(apex.FusedAdam, adam_w_mode=name == "adamw")
+    if name != "sgd" and on_gpu and APEX_TAKES.issuperset(kwargs) and is_available("apex.optimizers"):
+        from apex.optimizers import FusedAdam
+
+        return partial(FusedAdam, adam_w_mode=name == "adamw")
     # one pass over a parameter's memory instead of one per arithmetic operation
     kwargs.setdefault("fused", True)
     return OPTIMIZERS[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trlx.optional import optional_import
+from trlx.optional import require
 
 Series = list[tuple[int, float]]
 """(optimizer step, value) in the order of the run."""
@@ -35,7 +35,9 @@ def draw(metrics: dict[str, Series], title: str, path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed; the message says how to install it.
     """
-    figures = optional_import("matplotlib.figure", extra="report")
+    require("matplotlib", extra="report", purpose="A picture of curves")
+    from matplotlib import figure as figures
+
     evaluations = distinct({name: s for name, s in metrics.items() if name.startswith(("reward/mean", "metrics/"))})
     panels = _small_panels(metrics)
     rows = -(-len(panels) // 3)
