@@ -39,8 +39,8 @@ PROMPT_LEARNING = {
 class AdaptedPolicy(Policy):
     """A policy whose adapter and heads train. ``model`` is the model inside the adapter, with LoRA's layers."""
 
-    def __init__(self, adapter: PeftModel, separable: bool, **parts: Any):
-        super().__init__(adapter.get_base_model(), **parts)
+    def __init__(self, adapter: PeftModel, separable: bool, *parts: Any):
+        super().__init__(adapter.get_base_model(), *parts)
         self.adapter = adapter
         self.separable = separable
         """Whether switching the adapter off gives the logits of the original model."""
@@ -137,15 +137,8 @@ def build_adapted_policy(
     warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
     with adapter.disable_adapter():
         separable = torch.equal(before, _own_logits(architecture(model)))
-    value, q = make_heads(model, value_head, value_layers, q_heads)
-    return AdaptedPolicy(
-        adapter,
-        separable,
-        value_head=value,
-        q_heads=q,
-        temperature=temperature,
-        architecture=_architecture(adapter, architecture),
-    )
+    heads = make_heads(model, value_head, value_layers, q_heads)
+    return AdaptedPolicy(adapter, separable, *heads, temperature, _architecture(adapter, architecture))
 
 
 def adapted_model(model_path: Any) -> str | None:

@@ -120,8 +120,8 @@ def build_policy(
     freeze(model, num_layers_unfrozen)
     if not dropout:
         disable_dropout(model)
-    way = architecture(model)
-    return Policy(model, *make_heads(model, value_head, value_layers, q_heads), temperature, way)
+    built = architecture(model)  # before the heads: their check runs the model
+    return Policy(model, *make_heads(model, value_head, value_layers, q_heads), temperature, built)
 
 
 def make_heads(
@@ -201,14 +201,11 @@ def fitting_heads(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
         ValueError: heads of one kind have other sizes.
     """
     saved, own = ({name.partition(".")[0] for name in names} for names in (found, shapes))
-    taken, needed = (
-        {name: value for name, value in each.items() if name.partition(".")[0] in saved & own}
-        for each in (found, shapes)
-    )
+    taken = {name: weight for name, weight in found.items() if name.partition(".")[0] in own}
+    needed = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in saved}
     if {name: weight.shape for name, weight in taken.items()} != needed:
         raise ValueError(
-            f"The heads in {where} have other sizes than those this method needs: move the file away to start with new "
-            "heads"
+            f"The heads in {where} have other sizes than those this method needs: move the file to start with new ones"
         )
     if own and saved != own:
         said = {"takes": saved & own, "leaves out": saved - own, "makes new": own - saved}
