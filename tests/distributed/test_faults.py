@@ -46,13 +46,13 @@ def disk_is_full_and_nothing_ends(*args):
         raise
 
 
-def third_fails(call):
-    """The method `call`, whose third call fails."""
+def fails_later(call, number=3):
+    """The method `call`, whose call of this number fails."""
     calls = []
 
     def method(*args):
         calls.append(1)
-        return disk_is_full() if len(calls) == 3 else call(*args)
+        return disk_is_full() if len(calls) == number else call(*args)
 
     return method
 
@@ -66,13 +66,13 @@ def fails(folder, where, rank, train):
     distress.GRACE = 1.0
     if rank_in(folder) == rank:
         if where == "tracker":
-            Tracker.log = third_fails(Tracker.log)
+            Tracker.log = fails_later(Tracker.log)
         elif where == "step":
-            PPOTrainer.after_step = third_fails(PPOTrainer.after_step)
+            PPOTrainer.after_step = fails_later(PPOTrainer.after_step)
         elif where == "setup":
             PPOTrainer.add_eval_pipeline = disk_is_full_and_nothing_ends
         else:
-            PromptStream.take = third_fails(PromptStream.take)
+            PromptStream.take = fails_later(PromptStream.take, 2)  # the second collection
     import trlx
 
     trlx.train(config=tiny_config(folder, "PPO", train=train), metric_fn=length, **DATA["PPO"])
