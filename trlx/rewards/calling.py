@@ -25,9 +25,9 @@ class RewardError(RuntimeError):
 
 
 class Arguments:
-    """What reward_fn and metric_fn may ask about a batch of rollouts: `offered`, by the names of `OFFERED`, and
-    `metadata`, the other keys of the prompts, each a list with one entry per sample.
+    """What reward_fn and metric_fn may ask about a batch of rollouts.
 
+    `offered` has it by the names of `OFFERED`, and `metadata` has the other keys of the prompts, one entry per sample.
     Texts have no special tokens, and token ids are copies. A sample is prompt, `separator`, output. With
     `eos_in_outputs` the eos text follows each output whose response ended, as in CarperAI's rollouts.
     """

@@ -40,8 +40,9 @@ def scored(parts: Sequence[Part], returned: Sequence[Any], asked: Arguments, ali
             align = None if "output_ids" in part.named else alignment
             columns.append((name, part.weight, _scores(where, one, asked, align)))
     names, weights, scores = zip(*columns, strict=True)
-    if "mean" in names:
-        raise RewardError("No part of a reward can be called 'mean': reward/mean is the mean of the sum. Rename it")
+    for name in names:
+        if name == "mean" or names.count(name) > 1:
+            raise RewardError(f"No part of a reward can be called {name!r}: reward/{name} is another number. Rename it")
     return [
         Scored(
             _weighted_sum(weights, row, len(rollout.response)),
