@@ -66,7 +66,7 @@ def permutation(size: int, seed: int, stream: str, number: int) -> tuple[int, ..
 
 
 def own_rows(count: int, rank: int, size: int, together: int = 1) -> slice:
-    """The slice of `rank` among `count` rows in blocks of `together`. All have one length; the last may pass the end."""
+    """The slice of `rank` among `count` rows in blocks of `together`. All have one length; the last may be too long."""
     share = -(-count // (size * together)) * together
     return slice(rank * share, (rank + 1) * share)
 
