@@ -123,13 +123,11 @@ def default_run_name(model_path: Any, num_processes: int) -> str:
 
     `model_path` is a path or hub name, or the dict of a model's configuration.
     """
-    script = Path(sys.argv[0]).stem or "python"
     if isinstance(model_path, Mapping):
         model_path = model_path.get("_name_or_path") or model_path.get("model_type") or "model"
-    model = Path(model_path).name
     gpus = f"{num_processes}gpu{'s' if num_processes > 1 else ''}"
     branch = _git("branch", "--show-current")
-    return f"{script}/{model}/{gpus}" + (f":{branch}" if branch else "")
+    return f"{Path(sys.argv[0]).stem or 'python'}/{Path(model_path).name}/{gpus}" + (f":{branch}" if branch else "")
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> Path | None:

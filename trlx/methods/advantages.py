@@ -20,8 +20,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     δₜ = rₜ + γ Vₜ₊₁ − Vₜ,   Aₜ = δₜ + γλ Aₜ₊₁,   Rₜ = Aₜ + Vₜ
 
     All tensors [B, T]; entry t is about token t. Tokens with mask False are stepped over: the next response token
-    follows the last one, so tool output inside a response does not end the episode. Rewards and values there are not
-    read, and both results are 0 there. V after the last response token is 0.
+    follows the last one, so tool output inside a response does not end the episode. Rewards and values at masked tokens
+    are ignored, and both results are 0 there. V after the last response token is 0.
     """
     assert rewards.ndim == 2 and rewards.shape == values.shape == mask.shape
     advantages = torch.zeros_like(rewards)
@@ -43,7 +43,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
     variance),  k3 = r − 1 − log r (unbiased, never negative). Any shape; nats.
 
     Raises:
-        ValueError: `estimator` is none of them.
+        ValueError: `estimator` is none of these.
     """
     log_ratio = ref_logprobs - logprobs
     if estimator == "k1":
@@ -66,25 +66,25 @@ def token_rewards(
 
 @dataclass
 class ScoreScale:
-    """Clips scores, then divides them by a standard deviation; their mean stays.
+    """Clips scores, then divides them by a standard deviation; no mean is subtracted.
 
-    The deviation is that of clipped scores: a single outlier would make all others small for the rest of the run.
+    The standard deviation is that of clipped scores: one unclipped outlier would make all other scores small.
     """
 
     by: str | bool | None = None
-    """"running": the std of all scores so far; "ref": that of the first collection; anything else: 1."""
+    """"running": the std of all scores so far; "ref": that of the first collection; any other value: 1."""
     limit: float | None = None
-    """Scores are clipped to plus or minus this; None or 0: as they are."""
+    """Scores are clipped to plus or minus this; None or 0: not clipped."""
     ref_std: float | None = None
-    """For "ref", instead of the first collection's."""
+    """For "ref": the std to use instead of the first collection's."""
     moments: RunningMoments = field(default_factory=RunningMoments)
     first_std: float | None = None
-    """What "ref" divides by."""
+    """The std that "ref" divides by."""
     clipped_all: bool = False
     """Whether `limit` clipped every row of the last collection."""
 
     def __call__(self, scores: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The scores [B, T] of one whole collection, and statistics of their sums by row."""
+        """The clipped and divided scores [B, T] of a whole collection, and statistics of undivided row sums."""
         clipped = scores.clamp(-self.limit, self.limit) if self.limit else scores
         self.clipped_all = bool((clipped != scores).any(dim=1).all())
         mean, std = self.moments.update(clipped.sum(dim=1))
@@ -105,7 +105,7 @@ class ScoreScale:
 
 
 def missing_eos_penalty(scores: Tensor, tokens: Tensor, mask: Tensor, eos_ids: list[int], penalty: float) -> Tensor:
-    """`scores` less `penalty` at the last response token of every row where that is none of `eos_ids`."""
+    """`scores` minus `penalty` at the last response token of each row whose last response token is not in `eos_ids`."""
     assert scores.ndim == 2 and scores.shape == tokens.shape == mask.shape
     is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     return scores - penalty * (is_last & ~torch.isin(tokens, torch.tensor(eos_ids)))
@@ -113,24 +113,24 @@ def missing_eos_penalty(scores: Tensor, tokens: Tensor, mask: Tensor, eos_ids: l
 
 @dataclass
 class FixedKL:
-    """A KL coefficient that stays as it is."""
+    """A constant KL coefficient."""
 
     coef: float
 
     def update(self, kl: float, n: int) -> None:
-        """Hears the mean KL per sequence (nats) of the last `n` rollouts."""
+        """Is called with the mean KL per sequence (nats) of the last `n` rollouts; a fixed coefficient ignores it."""
 
     def state_dict(self) -> dict[str, float]:
         """Everything `load_state_dict` needs to go on from here."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restores what `state_dict` returned; a fixed coefficient stays what it was made with."""
+        """Ignores `state`: a fixed coefficient is the one in the config."""
 
 
 @dataclass
 class AdaptiveKL(FixedKL):
-    """A KL coefficient steered towards a KL per sequence of `target` nats (arXiv:1909.08593, section 2.2).
+    """A KL coefficient that moves the KL per sequence towards `target` nats (arXiv:1909.08593, section 2.2).
 
     coef ← coef · (1 + clip(KL / target − 1, ±0.2) · n / horizon), with `horizon` in rollouts.
     """

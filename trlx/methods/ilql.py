@@ -30,8 +30,8 @@ def ilql_loss(
     L_CQL = −Σ Σᵢ log softmax(Qᵢ)[a],   L_AWAC = −Σ log π(a) exp(β (Q_t − V))
     L = L_Q + L_V + cql_scale L_CQL + awac_scale L_AWAC
 
-    s′ is the state of the row's next response token, so later user turns are stepped over; V(s′) is 0 after the last.
-    Q̂, Q_t and the AWAC weight are constants: V learns from L_V alone, the policy from L_AWAC alone.
+    s′ is the state of the row's next response token, so later user turns are skipped; after the last one V(s′) is 0.
+    Q̂, Q_t and the AWAC weight have no gradient: V learns only from L_V, the policy only from L_AWAC.
     """
     mask = batch.response_mask
     logprobs, values, rewards = outputs.logprobs[mask], outputs.values[mask], batch.scores[mask]
@@ -69,18 +69,19 @@ def polyak_(target: nn.Module, source: nn.Module, alpha: float) -> None:
 
 
 def normalize_returns(returns: list[float]) -> list[float]:
-    """Returns of the whole data set, less their mean and divided by their unbiased std; all 0 where all are equal."""
+    """Returns of the whole data set minus their mean, divided by their unbiased std; all 0 if all are equal."""
     if len(set(returns)) < 2:
-        # Rounding of the mean, divided by a std of nearly 0, would otherwise come out as a large number.
+        # the rounding error of the mean, divided by a std of nearly 0, would be a large number
         return [0.0] * len(returns)
     x = torch.tensor(returns, dtype=torch.float64)
     return ((x - x.mean()) / x.std()).tolist()
 
 
 def shifted_logits(logits: Tensor, q_min: Tensor, v: Tensor, beta: float) -> Tensor:
-    """What ILQL samples from: log π(a) + β (Q(a) − V).
+    """The logits that ILQL samples from: log π(a) + β (Q(a) − V).
 
-    `logits` and `q_min` (the minimum over target heads) are [..., V], `v` is [...]. Top-k and temperature come after.
+    `logits` and `q_min` (the minimum over target heads) are [..., V], `v` is [...]. Top-k and temperature are applied
+    afterwards.
     """
     assert logits.shape == q_min.shape and v.shape == logits.shape[:-1]
     return logits.log_softmax(dim=-1) + beta * (q_min - v.unsqueeze(-1))

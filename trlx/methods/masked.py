@@ -1,7 +1,7 @@
-"""Numbers over the True entries of a mask, and metrics that add up over microbatches and processes.
+"""Statistics over the True entries of a mask, and metrics that can be added over microbatches and processes.
 
 A metric is a pair ``(sum, count)``, reported as their quotient, or a `Spread`, reported as mean, std, min and max.
-Neither is a mean yet, so that pieces of a batch, of whatever size, merge into the numbers of the whole.
+Both can be merged, so parts of a batch, of any size, give the statistics of the whole batch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 class Spread(NamedTuple):
-    """What mean, std and extremes of a set of numbers are made from; 0-d tensors. Empty: 0, 0, 0, inf, -inf."""
+    """What mean, std, min and max of a set of numbers are computed from; 0-d tensors. Empty: 0, 0, 0, inf, -inf."""
 
     count: Tensor
     sum: Tensor
     squares: Tensor
-    """Sum of squares, in float64: the difference of two large numbers is taken from it."""
+    """Sum of squares, in float64, because the std is the difference of two large numbers."""
     min: Tensor
     max: Tensor
 
@@ -37,7 +37,7 @@ def mean_of(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def means_of(columns: dict[str, Tensor]) -> Metrics:
-    """`mean_of` for many vectors [N] at once, in three operations however many there are."""
+    """`mean_of` for any number of vectors [N], in three operations."""
     stacked = torch.stack([column.detach() for column in columns.values()])
     count = stacked.new_full((), stacked.shape[1], dtype=torch.float64)
     sums = stacked.sum(dim=1, dtype=torch.float64).unbind()
@@ -55,9 +55,9 @@ def spread_of(x: Tensor, mask: Tensor | None = None) -> Spread:
 
 @torch.no_grad()
 def pack(metrics: Metrics) -> tuple[list[str], Tensor]:
-    """Names and one float64 tensor [M, 5] of rows (count, sum, squares, min, max): one thing to add up or send.
+    """Names and one float64 tensor [M, 5] with rows (count, sum, squares, min, max), to add up or send at once.
 
-    A pair has the extremes of an empty set, and by that `finish` tells it from a `Spread`.
+    A pair gets the min and max of an empty set, so `finish` can distinguish it from a `Spread`.
     """
     if not metrics:
         return [], torch.zeros(0, 5, dtype=torch.float64)
@@ -68,7 +68,7 @@ def pack(metrics: Metrics) -> tuple[list[str], Tensor]:
 
 
 def merge_packed(pieces: Tensor) -> Tensor:
-    """P packed pieces [P, M, 5] as one [M, 5]: sums are added, extremes compared."""
+    """Merges P packed pieces [P, M, 5] into one [M, 5]: adds the sums, compares min and max."""
     assert pieces.ndim == 3
     sums, low, high = pieces.split([3, 1, 1], dim=-1)
     return torch.cat([sums.sum(dim=0), low.amin(dim=0), high.amax(dim=0)], dim=-1)
@@ -78,7 +78,7 @@ def finish(names: Sequence[str], packed: Tensor) -> dict[str, float]:
     """The numbers to report from a packed tensor [M, 5].
 
     A pair "loss" becomes ``loss``; a Spread "values" becomes ``values/mean``, ``values/std`` (unbiased, 0 for a single
-    entry), ``values/min`` and ``values/max``. What was counted nowhere is left out.
+    entry), ``values/min`` and ``values/max``. Metrics with a count of 0 are left out.
     """
     numbers = {}
     for name, (count, total, squares, low, high) in zip(names, packed.tolist(), strict=True):
@@ -96,7 +96,7 @@ def finish(names: Sequence[str], packed: Tensor) -> dict[str, float]:
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-8) over entries where `mask` is True; 0 elsewhere.
 
-    The variance is the population's, so a single entry becomes 0 and a batch repeated changes nothing.
+    The variance is the population's, so a single entry becomes 0, and repeating a batch changes nothing.
     """
     assert x.shape == mask.shape
     chosen = x[mask].double()
@@ -123,7 +123,7 @@ class RunningMoments:
         return _unbiased_std(self.deviations, self.count)
 
     def update(self, x: Tensor | Sequence[float]) -> tuple[float, float]:
-        """Takes in one whole global batch, at least one number. Returns the mean and unbiased std of `x` alone."""
+        """Adds one global batch of at least one number. Returns the mean and unbiased std of `x` alone."""
         x = torch.as_tensor(x, dtype=torch.float64).flatten()
         count, mean = x.numel(), float(x.mean())
         deviations = float((x - mean).square().sum())
@@ -148,5 +148,5 @@ def _chosen(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _unbiased_std(deviations: float, count: float) -> float:
-    # Rounding can leave a tiny negative; the order of max's arguments lets a NaN through instead of hiding it.
+    # rounding can give a tiny negative number; max in this order returns a NaN instead of hiding it
     return math.sqrt(max(deviations, 0.0) / (count - 1)) if count > 1 else 0.0

@@ -25,8 +25,8 @@ def ppo_loss(
     ρ = π / π_old,   L_π = Σ max(−A ρ, −A clip(ρ, 1−c, 1+c))
     L_V = ½ Σ max((V − R)², (V_clip − R)²),   V_clip = V_old + clip(V − V_old, ±c_V),   L = L_π + vf_coef L_V
 
-    `dual_clip` d > 1 bounds the loss by −A d where A < 0 (arXiv:1912.09729), however large ρ is. Advantages are used
-    as they are: they were whitened over the whole collection.
+    `dual_clip` d > 1 bounds the loss by −A d where A < 0 (arXiv:1912.09729), for any ρ. Advantages are not whitened
+    here: they were whitened over the whole collection.
 
     Returns the sum and its metrics; ``policy/ratio_deviation/max`` is max |ρ − 1|, 0 on a collection's first update.
     """
@@ -39,7 +39,7 @@ def ppo_loss(
     policy_plain, policy_clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     policy_loss = torch.maximum(policy_plain, policy_clipped)
     if dual_clip is not None:
-        # Where A >= 0 the loss is not above 0, so this bound acts on A < 0 alone.
+        # where A >= 0 the loss is at most 0, so this bound changes only tokens with A < 0
         policy_loss = policy_loss.minimum(advantages.abs() * dual_clip)
 
     clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)

@@ -1,4 +1,4 @@
-"""Rejection fine-tuning (arXiv:2308.01825) with a rising threshold (arXiv:2308.08998): learn from one's best."""
+"""Rejection fine-tuning (arXiv:2308.01825) with a rising threshold (arXiv:2308.08998)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _MARGIN = 1e-3
 def select(
     prompts: Sequence[Hashable], outputs: Sequence[Hashable], scores: Sequence[float], percentile: float
 ) -> list[int]:
-    """Indices, in order, of samples that score at least their prompt's threshold; of equal samples only the first.
+    """Indices, in order, of samples whose score reaches their prompt's threshold; only the first of equal samples.
 
-    The three lists have one entry per sample; prompts and outputs are text, or tuples of ids.
+    The three lists have one entry per sample; prompts and outputs are texts, or tuples of ids.
     """
     threshold = thresholds(prompts, scores, percentile)
     chosen: dict[tuple[Hashable, Hashable], int] = {}
@@ -25,11 +25,11 @@ def select(
 
 
 def thresholds(prompts: Sequence[Hashable], scores: Sequence[float], percentile: float) -> dict[Hashable, float]:
-    """For each prompt, the quantile of its own scores (linear between two), repeated samples included.
+    """For each prompt, the quantile of its own scores (linear interpolation), repeated samples included.
 
-    Quantiles are then brought between the lowest + 0.001 and the highest − 0.001 of all prompts. This is for rewards of
-    few levels: prompts stuck at the lowest level give nothing, and those at the highest keep what reaches it. Where the
-    two bounds cross, as with a single prompt, the upper one holds.
+    Quantiles are then clipped to [lowest + 0.001, highest − 0.001] of all prompts' quantiles. This matters for rewards
+    with few levels: samples of prompts at the lowest level are not selected, and those at the highest level are. Where
+    the two bounds cross, as with a single prompt, the upper bound is used.
     """
     by_prompt: dict[Hashable, list[float]] = {}
     for prompt, score in zip(prompts, scores, strict=True):
@@ -42,7 +42,7 @@ def thresholds(prompts: Sequence[Hashable], scores: Sequence[float], percentile:
 
 
 def percentile_at(step: int, start: float, end: float, n_improve_steps: int) -> float:
-    """Percentile of improvement step `step`: from `start` in `n_improve_steps` equal steps towards `end`, then anew.
+    """Percentile of improvement step `step`: `n_improve_steps` equal steps from `start` towards `end`, then again.
 
     start + (end − start) / n · (step mod n), so the last step of a round is one step short of `end`.
     """
