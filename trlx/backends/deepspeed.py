@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from trlx.backends.sharding import MakeOptimizer, Replicated, trainable, whole_on_main, with_own_settings
+from trlx.backends.sharding import MakeOptimizer, Replicated, refuse, trainable, whole_on_main, with_own_settings
 from trlx.batch import TokenOutputs
 from trlx.models.policy import Policy
 from trlx.optional import require
@@ -60,9 +60,7 @@ def zero_for(accelerator: Accelerator, max_grad_norm: float) -> Zero2:
         "train.max_grad_norm instead of gradient_clipping": plugin.gradient_clipping != "auto",
         "train.mixed_precision: bf16": accelerator.mixed_precision == "fp16",
     }
-    wanted = [setting for setting, is_refused in refused.items() if is_refused]
-    if wanted:
-        raise ValueError(f"DeepSpeed is not supported as it is configured: set {'; '.join(wanted)}")
+    refuse("DeepSpeed", refused)
     return STAGES[plugin.zero_stage](accelerator, max_grad_norm)
 
 

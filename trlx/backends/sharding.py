@@ -126,9 +126,7 @@ class Sharded(Replicated):
             ),
             "train.mixed_precision: bf16": accelerator.mixed_precision == "fp16",
         }
-        wanted = [setting for setting, is_refused in refused.items() if is_refused]
-        if wanted:
-            raise ValueError(f"FSDP is not supported as it is configured: set {'; '.join(wanted)}")
+        refuse("FSDP", refused)
         self.reshards = plugin.reshard_after_forward
 
     def prepare(self, policy: Policy, make_optimizer: MakeOptimizer) -> Optimizer:
@@ -210,6 +208,13 @@ class Sharded(Replicated):
 
     def _fsdp_modules(self) -> list[FSDPModule]:
         return [module for module in self.wrapped.modules() if isinstance(module, FSDPModule)]
+
+
+def refuse(launcher: str, settings: dict[str, bool]) -> None:
+    """Raises ValueError if a value of `settings` is True; their names say what to set instead."""
+    wanted = [setting for setting, is_refused in settings.items() if is_refused]
+    if wanted:
+        raise ValueError(f"{launcher} is not supported as it is configured: set {'; '.join(wanted)}")
 
 
 def trainable(policy: Policy) -> list[Parameter]:
