@@ -125,7 +125,7 @@ def test_a_pipeline_of_something_else_than_prompts_is_refused_before_training(tm
             return {"input_ids": self.prompts[index].ids}
 
     config = tiny_config(tmp_path, "PPO", train={"pipeline": "OfDicts"})
-    with pytest.raises(TypeError, match=r"OfDicts\[0\] must be a trlx\.data\.prompts\.Prompt and is a dict"):
+    with pytest.raises(TypeError, match=r"OfDicts\[0\] must be a trlx\.data\.prompts\.Prompt, got a dict"):
         trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config)
 
 
