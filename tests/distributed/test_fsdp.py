@@ -136,6 +136,23 @@ def test_the_exported_model_is_whole(tmp_path):
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")  # tied
 
 
+def gathered(folder):
+    """Compares what a sampler with a copy is given with what was exported."""
+    os.environ.update(launched("fsdp2"))
+    trainer = run("SFT", folder, train={"total_steps": 1})
+    found = dict(trainer.backend.weights_by_name())
+    if not trainer.backend.is_main:
+        assert not found
+        return
+    exported = AutoModelForCausalLM.from_pretrained(newest(folder) / "hf_model")
+    wanted = dict(exported.named_parameters())
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_sampler_with_a_copy_gets_whole_weights_on_one_process(tmp_path):
+    together(2, gathered, tmp_path)
+
+
 def evaluate_one_prompt(folder):
     """The second process has nothing to generate; sampled lengths are different everywhere."""
     import trlx

@@ -76,6 +76,13 @@ def test_a_pair_is_never_split(printed):
     first, second = (shard(trainer.samples, list(range(14)), rank, 2, together=2) for rank in (0, 1))
     assert (len(first), len(second)) == (8, 8)
     assert [int(Unit.PAIR.count(batch)) for batch in (first, second)] == [4, 3]
+    # and of the six rows that are left behind a batch of eight the first takes four
+    trainer.backend.data_size = trainer.schedule.data_size = 2
+    trainer.schedule.rows_done = 8
+    taken = []
+    for trainer.backend.data_rank in (0, 1):
+        taken.append(int(trainer._next_batch().response_mask.any(dim=1).sum()))
+    assert taken == [4, 2]
 
 
 def test_samples_of_a_prompt_are_compared_with_each_other(printed, monkeypatch):

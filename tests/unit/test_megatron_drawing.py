@@ -61,6 +61,11 @@ def test_top_p_leaves_the_likeliest_that_reach_it():
     assert tokens(QUARTERS, [0.33, 0.34, 0.99], top_p=0.6) == [0, 1, 1]
 
 
+def test_top_k_comes_before_top_p():
+    # of the two likeliest the second token has 2/3, which is enough; of all tokens it has 1/2, which is not
+    assert tokens(QUARTERS, [0.01, 0.99], top_k=2, top_p=0.6) == [1, 1]
+
+
 def test_temperature_comes_before_top_p():
     # token 1 has .5, at temperature 1/2 .73, and at temperature 2 .37
     assert tokens(QUARTERS, [0.01, 0.99], temperature=0.5, top_p=0.7) == [1, 1]

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ import torch
 from tests.builders import tiny_gpt2_config
 from tests.fake_backend import FakeBackend, FakePPOTrainer
 from tests.runs import tiny_config
-from trlx.batch import Sample, TokenBatch, TokenOutputs
+from trlx.backends.base import ModelNeeds
+from trlx.batch import Rollout, Sample, TokenBatch, TokenOutputs
 from trlx.data.prompts import PromptPipeline
+from trlx.sampling.stopping import Stopper
 
 EOS = 2
 RESPONSES = {(10,): [4, EOS], (11,): [5, 6, 7], (12,): [8, EOS]}
@@ -127,6 +130,31 @@ def test_what_is_logged_of_a_collection_by_hand(tmp_path):
     # 0.3459580 / 0.3 - 1 = 0.1531933, by 3 rollouts of a horizon of 30
     assert trainer.kl.coef == near(0.2 * (1 + 0.1531933 / 10))
     assert trainer.collect() is not None and trainer.pending["kl_ctl_value"] == near(0.2030639)
+
+
+def test_the_log_probabilities_of_a_sampler_are_compared_with_the_policys_as_far_as_it_gives_them(tmp_path):
+    # the first response is 1/4 and 0 away, the second 1/2: behind it an eos stands for the stop sequence "cd"
+    given = {10: [-0.75, -1.0], 11: [-2.5, -9.0, -9.0], 12: None}
+    trainer = trainer_of(tmp_path)
+    trainer.rollout_sampling = replace(trainer.rollout_sampling, stop=Stopper(trainer.tokenizer, ["cd"]))
+    trainer.sampler.generate = lambda prompts, _: [Sample(RESPONSES[tuple(p)], given[p[0]]) for p in prompts]
+    trainer.collect()
+    found = [trainer.pending[f"rollouts/logprob_gap/{name}"] for name in ("mean", "min", "max")]
+    assert found == near([0.25, 0.0, 0.5])
+
+
+def test_what_a_method_does_not_need_is_not_evaluated(tmp_path, monkeypatch):
+    asked = []
+    evaluate = FakeBackend.evaluate
+    monkeypatch.setattr(FakeBackend, "evaluate", lambda *args, **named: asked.append(named) or evaluate(*args, **named))
+    trainer = trainer_of(tmp_path)
+    for needs, times in ((ModelNeeds(), 1), (ModelNeeds(value_head=True), 1), (ModelNeeds(reference=True), 2)):
+        trainer.model_needs = needs
+        asked.clear()
+        rollouts = [Rollout([10], [4, EOS])]
+        batch = trainer._with_model_columns(trainer.backend.row_format.collate(rollouts, 0))
+        assert (batch.old_values is not None, batch.ref_logprobs is not None) == (needs.value_head, needs.reference)
+        assert len(asked) == times
 
 
 def test_a_fixed_coefficient_stays_as_it_is(tmp_path):
@@ -242,6 +270,57 @@ def test_evaluations_generate_for_as_many_prompts_at_once_as_rollouts_do(tmp_pat
     trainer.sampler.generate = lambda prompts, _: sizes.append(len(prompts)) or [Sample([4])] * len(prompts)
     trainer.evaluate()
     assert sizes == [2, 1]  # method.chunk_size is 2, train.batch_size 4
+
+
+def test_evaluations_draw_by_step_and_data_rank_whatever_was_drawn_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeBackend, "data_size", 2)
+    drawn = {}
+    for rank in range(2):
+        monkeypatch.setattr(FakeBackend, "data_rank", rank)
+        trainer = trainer_of(tmp_path)
+        trainer.add_eval_pipeline(PromptPipeline([[10], [11], [12]], 8, trainer.tokenizer))
+        numbers = drawn[rank] = []
+
+        def generate(prompts, sampling, numbers=numbers):
+            numbers.append(torch.rand(()).item())
+            return [Sample([4])] * len(prompts)
+
+        trainer.sampler.generate = generate
+        for trainer.schedule.step in (0, 1, 0):
+            trainer.evaluate()
+    assert all(numbers[0] == numbers[2] for numbers in drawn.values())
+    assert len({*drawn[0], *drawn[1]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk_size", "per_prompt", "groups"),
+    [
+        # three prompts: in one chunk, in chunks of two, and shared by two processes in chunks of two and one
+        (1, 8, 2, [[0, 0, 1, 1, 2, 2]]),
+        (1, 4, 2, [[0, 0, 1, 1, 2, 2]]),
+        (2, 1, 1, [[0, 2], [1]]),
+        (2, 8, 2, [[0, 0, 1, 1], [2, 2]]),
+    ],
+)
+def test_samples_of_a_prompt_are_neighbours_with_a_number_that_no_other_prompt_has(
+    tmp_path, monkeypatch, size, chunk_size, per_prompt, groups
+):
+    monkeypatch.setattr(FakeBackend, "data_size", size)
+    monkeypatch.setattr(FakePPOTrainer, "samples_per_prompt", per_prompt)
+    for rank in range(size):
+        monkeypatch.setattr(FakeBackend, "data_rank", rank)
+        trainer = trainer_of(tmp_path, chunk_size=chunk_size)
+        rollouts = trainer.sample(trainer.stream.take(3))
+        assert [rollout.group for rollout in rollouts] == groups[rank]
+        prompts = [rollout.prompt for rollout in rollouts]
+        assert prompts[::per_prompt] == prompts[per_prompt - 1 :: per_prompt]
+
+
+def test_a_collection_is_whole_groups_and_the_same_number_of_them_on_every_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(FakePPOTrainer, "samples_per_prompt", 3)
+    assert trainer_of(tmp_path, num_rollouts=7).rows_per_epoch == 9
+    monkeypatch.setattr(FakeBackend, "data_size", 2)
+    assert trainer_of(tmp_path, num_rollouts=7).rows_per_epoch == 12
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,24 @@ def test_a_folder_that_does_not_exist_yet_is_resumed_as_auto_is(tmp_path, caplog
     assert steps(tmp_path / "run") == [1, 2, 3] and not (tmp_path / "run" / "earlier.1").exists()
 
 
+def test_steps_that_changed_nothing_are_counted_on_in_a_resumed_run(tmp_path):
+    trainer = run("SFT", tmp_path, train={"total_steps": 1})
+    trainer.skipped.total = 3
+    trainer.save(tmp_path / "saved")
+    run("SFT", tmp_path, train={"total_steps": 2, "resume_from_checkpoint": str(tmp_path / "saved")})
+    assert [line["skipped_steps"] for line in metrics(tmp_path) if "grad_norm" in line] == [0, 3]
+
+
+def test_what_is_trained_on_is_collected_again_after_a_load(tmp_path, monkeypatch):
+    trainer = run("SFT", tmp_path, train={"total_steps": 1})
+    collected = []
+    monkeypatch.setattr(trainer, "collect", lambda: collected.append(trainer.schedule.rows_done) or trainer.samples)
+    trainer.load(tmp_path / "checkpoint_1")
+    trainer.config.train.total_steps = 2
+    trainer.learn()
+    assert collected == [4]  # in the middle of a pass
+
+
 def test_learning_twice_goes_on(tmp_path):
     trainer = sft(tmp_path, [0.0, 1.0, 2.0, 3.0, 0.5], total_steps=2)
     trainer.config.train.total_steps = 3

@@ -38,15 +38,15 @@ class CopyingSampler(Sampler):
 
 def test_a_sampler_with_a_copy_of_the_weights_gets_those_of_every_version(tmp_path):
     method = {"num_rollouts": 4, "chunk_size": 4, "ppo_epochs": 1}
-    train = {"total_steps": 2, "sampler": {"engine": "copying", "token": 6}, "eval_interval": 10}
+    train = {"total_steps": 4, "batch_size": 2, "sampler": {"engine": "copying", "token": 6}, "eval_interval": 10}
     config = tiny_config(tmp_path, "PPO", method=method, train=train)
     trainer = trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config)
     copies = trainer.sampler.copies
-    assert list(copies) == [0, 1, 2]  # two collections, and the evaluation at the end
+    assert list(copies) == [0, 2, 4]  # two collections of two steps each, and the evaluation at the end
     policy = dict(trainer.backend.policy.model.named_parameters())
-    assert copies[2].keys() == policy.keys()
-    assert all(torch.equal(copies[2][name], weight) for name, weight in policy.items())
-    assert not torch.equal(copies[0]["transformer.wte.weight"], copies[1]["transformer.wte.weight"])
+    assert copies[4].keys() == policy.keys()
+    assert all(torch.equal(copies[4][name], weight) for name, weight in policy.items())
+    assert not torch.equal(copies[0]["transformer.wte.weight"], copies[2]["transformer.wte.weight"])
     assert trainer.generate([[4, 5]]).tolist() == [[4, 5, 6, 5]]
     sampler = trainer.sampler
     assert not sampler.is_closed

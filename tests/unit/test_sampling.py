@@ -1,7 +1,10 @@
 import pytest
 
+from tests.builders import VOCABULARY, tiny_gpt2
+from tests.builders import responses as drawn
 from trlx.batch import Sample
 from trlx.data.prompts import Prompt
+from trlx.models.policy import build_policy
 from trlx.sampling.settings import SamplingConfig, check_rollouts, cut_at_eos, sweep, sweep_variants
 from trlx.sampling.stopping import Stopper
 
@@ -174,3 +177,47 @@ def test_a_response_ended_by_an_eos_or_a_stop_sequence_and_not_where_tokens_ran_
     assert [rollout.response for rollout in rollouts] == [[5, 8], [5, 2], [5, 2], []]
     assert [rollout.ended for rollout in rollouts] == [True, True, False, False]
     assert [rollout.metadata["label"] for rollout in rollouts] == [0, 1, 2, 3]
+
+
+PENALTY = {"repetition_penalty": 5.0}
+"""Keeps the greedy responses of a tiny model from being one token over and over."""
+
+
+def test_every_eos_of_a_list_ends_a_response(model):
+    policy, prompts = build_policy(model), [[4], [9, 10]]
+    first, second = drawn(policy, prompts, SamplingConfig(6, do_sample=False, extra=PENALTY))
+    assert len({*first, *second, 35}) == 12  # of 11 tokens that come no other is one of these three
+    sampling = SamplingConfig(6, do_sample=False, eos_token_id=[35, second[3], first[1]], extra=PENALTY)
+    assert drawn(policy, prompts, sampling) == [first[:2], second[:4]]
+
+
+def test_the_least_number_of_tokens_does_not_count_the_prompt(model):
+    # every token but 7 ends a response
+    eos = [token for token in range(VOCABULARY) if token != 7]
+    for least in (0, 1, 3):
+        sampling = SamplingConfig(6, least, do_sample=False, eos_token_id=eos, extra=PENALTY)
+        for row in drawn(build_policy(model), [[4], [9, 10]], sampling):
+            assert row[:least] == [7] * least and len(row) == least + 1
+
+
+def test_padding_and_other_prompts_are_not_taken_for_what_a_row_said(model):
+    policy = build_policy(model)
+    for prompts, settings in (([[4], [9, 10]], {}), ([[4], [9]], {"num_beams": 2})):
+        sampling = SamplingConfig(6, do_sample=False, pad_token_id=10, extra={**PENALTY, **settings})
+        alone = [drawn(policy, [prompt], sampling)[0] for prompt in prompts]
+        assert alone[0][0] == 10 or settings  # which stands in front of the shorter prompt
+        assert drawn(policy, prompts, sampling) == alone
+
+
+def test_responses_are_drawn_without_dropout_whatever_mode_the_model_is_in():
+    policy = build_policy(tiny_gpt2(resid_pdrop=0.5))
+    sampling = SamplingConfig(6, do_sample=False, extra=PENALTY)
+    assert drawn(policy.train(), [[4]], sampling) == drawn(policy.eval(), [[4]], sampling)
+
+
+def test_a_models_own_generation_settings_change_nothing_and_stay_as_they_are(model):
+    policy, sampling = build_policy(model), SamplingConfig(6, do_sample=False)
+    before = drawn(policy, [[4]], sampling)
+    model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1)
+    assert drawn(policy, [[4]], sampling) == before
+    assert model.generation_config.repetition_penalty == 5.0

@@ -16,6 +16,7 @@ from trlx.presets import load_preset
 from trlx.registry import register_method
 from trlx.sampling.stopping import Stopper
 from trlx.strict import ConfigError
+from trlx.trainer.schedule import Schedule
 
 
 def test_a_config_may_be_a_dict_over_the_preset_that_the_arguments_ask_for(tmp_path):
@@ -97,6 +98,15 @@ def test_epochs_alone_may_decide_how_long_a_run_is(tmp_path):
     trainer = run("RFT", tmp_path / "rft", train=train)
     assert (trainer.total_steps, trainer.schedule.epoch) == (None, 2)
     assert (tmp_path / "rft" / f"checkpoint_{trainer.schedule.step:06d}").is_dir()
+
+
+def test_the_last_step_counts_every_pass_and_the_short_batch_at_its_end(tmp_path):
+    train = tiny_config(tmp_path, "SFT", train={"epochs": 2, "total_steps": None, "batch_size": 4}).train
+    schedule = Schedule(train, passes_per_epoch=3, data_size=2)
+    # nine rows are a batch of eight and one of one
+    assert (schedule.last_step(9), schedule.last_step(8), schedule.last_step(None)) == (12, 6, None)
+    train.total_steps = 7
+    assert (schedule.last_step(9), schedule.last_step(8), schedule.last_step(None)) == (7, 6, 7)
 
 
 def test_rollouts_are_logged_into_a_folder_that_need_not_exist(tmp_path):

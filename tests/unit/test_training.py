@@ -11,8 +11,10 @@ from tests.builders import char_tokenizer, tiny_gpt2, tiny_gpt2_config
 from tests.runs import PROMPTS, TEXTS, length, metrics, run, share_of_a, tiny_config, weights
 from trlx import checkpoint
 from trlx.backends.accelerate import AccelerateBackend
+from trlx.methods.units import Unit
 from trlx.rewards.scoring import RewardError
 from trlx.run.guards import SkippedSteps
+from trlx.trainer.accelerate import AccelerateSFTTrainer
 from trlx.trainer.evaluate import EvaluationResult
 
 
@@ -145,8 +147,10 @@ def test_a_failing_reward_stops_the_run_and_loses_nothing(tmp_path):
             raise ZeroDivisionError("division by zero")
         return share_of_a(samples, prompts, outputs)
 
+    # the second collection fails half way, at a step that has no checkpoint yet
+    config = tiny_config(tmp_path / "a", "PPO", train={"checkpoint_interval": 100})
     with pytest.raises(RewardError, match="ZeroDivisionError"):
-        trlx.train(config=tiny_config(tmp_path / "a", "PPO"), reward_fn=failing, prompts=PROMPTS, metric_fn=length)
+        trlx.train(config=config, reward_fn=failing, prompts=PROMPTS, metric_fn=length)
     assert checkpoint.read_state(checkpoint.newest(tmp_path / "a"))[0]["schedule"]["step"] == 4
     run("PPO", tmp_path / "a", train={"resume_from_checkpoint": "auto"})
     run("PPO", tmp_path / "whole")
@@ -173,6 +177,20 @@ def test_metadata_reaches_reward_and_metric_and_the_callers_dicts_stay(tmp_path)
     assert seen["metric"] == [0, 1, 2, 0, 1, 2] and set(seen["reward"]) == set(range(8))
     evaluation = metrics(tmp_path)[0]
     assert (evaluation["metrics/number"], evaluation["metrics/constant"], evaluation["reward/mean"]) == (1.0, 2.5, 1.0)
+
+
+def test_reward_fn_is_told_the_step_of_a_collection_and_of_an_evaluation(tmp_path):
+    steps = []
+
+    def reward(outputs, step):
+        steps.append(step)
+        return [0.0] * len(outputs)
+
+    method = {"num_rollouts": 8, "chunk_size": 8, "ppo_epochs": 1}
+    config = tiny_config(tmp_path, "PPO", method=method, train={"total_steps": 3, "eval_interval": 10})
+    trlx.train(config=config, reward_fn=reward, prompts=PROMPTS)
+    # the first evaluation, a collection for two steps, the next one, and the last evaluation
+    assert steps == [0, 0, 2, 3]
 
 
 def test_dense_rewards_land_on_their_tokens(tmp_path):
@@ -278,6 +296,19 @@ def test_microbatches_change_nothing(tmp_path):
     assert furthest(trained[1, 4], trained[3, 4]) > 0.1
     for size in (1, 2):
         assert furthest(trained[3, 4], trained[3, size]) < 1e-6
+
+
+def test_a_loss_is_divided_by_the_number_of_units_that_its_trainer_names(tmp_path, monkeypatch):
+    # eight texts of 46 characters in all, and 8 eos
+    changes = {"model": {"model_path": tiny_gpt2_config()}, "optimizer": {"kwargs": {"lr": 0.0}}}
+    norms = {}
+    for unit in Unit:
+        monkeypatch.setattr(AccelerateSFTTrainer, "unit", unit)
+        run("SFT", tmp_path / unit.name, train={"batch_size": 8, "total_steps": 1}, **changes)
+        (norms[unit],) = [line["grad_norm"] for line in metrics(tmp_path / unit.name) if "grad_norm" in line]
+    # one sum over 54 tokens, 8 texts or 4 pairs
+    assert norms[Unit.SEQUENCE] == pytest.approx(norms[Unit.PAIR] * 4 / 8, rel=1e-5)
+    assert norms[Unit.TOKEN] == pytest.approx(norms[Unit.PAIR] * 4 / 54, rel=1e-5)
 
 
 def furthest(first, second):

@@ -15,7 +15,8 @@ from trlx.sampling.settings import SamplingConfig
 from trlx.strict import check_keywords
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Returns (Hugging Face name, whole tensor) of each weight of the language model; called on every process."""
+"""Returns (Hugging Face name, whole tensor) of each weight of the language model, on one process alone. Every process
+calls it and reads it to its end, as all of them gather the weights together."""
 
 
 class Sampler(ABC):
