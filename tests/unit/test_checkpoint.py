@@ -223,13 +223,21 @@ def test_trainer_state_comes_back_equal(tmp_path):
 
 
 def test_rollouts_come_back_equal(tmp_path):
-    batch = TokenBatch(
-        torch.tensor([[1, 2]]), torch.tensor([[True, True]]), torch.tensor([[False, True]]), torch.rand(1, 2)
-    )
-    batch = batch.replace(old_values=torch.rand(2, 1).T)
+    mask = torch.tensor([[False, True], [False, True]])
+    batch = TokenBatch(torch.tensor([[1, 2], [3, 4]]), mask | True, mask, torch.rand(2, 2))
+    batch = batch.replace(old_values=torch.rand(2, 2).T)
+    assert not batch.old_values.is_contiguous()
     checkpoint.write_state(tmp_path, {"rollouts": batch.columns()}, {})
     again = TokenBatch(**checkpoint.read_state(tmp_path)[0]["rollouts"])
     assert again.ref_logprobs is None and torch.equal(again.scores, batch.scores)
+    assert torch.equal(again.old_values, batch.old_values)
+
+
+def test_tensors_come_back_to_where_they_were_however_deep(tmp_path):
+    state = {name: {"average": {"of": torch.tensor([number])}} for name, number in (("first", 1.0), ("second", 2.0))}
+    checkpoint.write_state(tmp_path, state, {})
+    again, _ = checkpoint.read_state(tmp_path)
+    assert [again[name]["average"]["of"].item() for name in ("first", "second")] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])

@@ -31,6 +31,8 @@ def test_samples_grow_every_n_improve_steps_epochs_and_the_threshold_rises_betwe
     assert trainer.schedule.epoch == 5
     assert [percentile for _, percentile, _ in selections(tmp_path)] == pytest.approx([0.5, 0.7, 0.5, 0.7, 0.5])
     assert len(trainer.history) == 3 * 4 * 3  # growths at epochs 0, 2 and 4
+    versions = [rollout.version for rollout in trainer.history]
+    assert versions == sorted(versions) and len(set(versions)) == 3
     in_order = [prompt for prompt in PROMPTS[:4] for _ in range(3)]
     evaluations = 2 * 4  # at the start and at the end
     assert calls == PROMPTS[:4] + 3 * in_order + PROMPTS[:4] and len(calls) == 36 + evaluations

@@ -55,6 +55,11 @@ def test_a_sampler_with_a_copy_of_the_weights_gets_those_of_every_version(tmp_pa
     assert sampler.is_closed
 
 
+def test_an_argument_that_a_registered_sampler_does_not_take_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="train.sampler.tokens.*token"):
+        run("PPO", tmp_path, train={"sampler": {"engine": "copying", "tokens": 6}})
+
+
 def test_rollouts_know_the_weights_that_drew_them(tmp_path):
     seen = []
     config = tiny_config(tmp_path, "PPO", method={"num_rollouts": 4, "ppo_epochs": 2}, train={"total_steps": 4})

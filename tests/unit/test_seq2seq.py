@@ -196,6 +196,15 @@ def test_sampling_draws_from_the_distribution_that_is_scored(name):
             assert policy.logits(states)[0, :-1].argmax(-1).tolist() == response
 
 
+def test_tokens_of_the_encoders_prompt_were_not_said_by_the_decoder():
+    policy, every = tiny_policy("t5"), list(range(VOCABULARY))
+    plain = SamplingConfig(max_new_tokens=1, do_sample=False)
+    once = SamplingConfig(max_new_tokens=1, do_sample=False, extra={"no_repeat_ngram_size": 1})
+    (likeliest,) = sampled(policy, [every], plain)
+    assert likeliest != [policy.architecture.start_id]
+    assert sampled(policy, [every], once) == [likeliest]
+
+
 @pytest.mark.parametrize(("name", "layers"), [("t5", -1), ("t5", 0), ("t5_untied", 1), ("bart", -1), ("bart", 1)])
 def test_ppo_starts_at_the_reference_trains_and_saves(tmp_path, name, layers):
     trainer = run_of(name, "PPO", tmp_path, {"num_layers_unfrozen": layers}, train={"total_steps": 3})

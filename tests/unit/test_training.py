@@ -193,6 +193,17 @@ def test_reward_fn_is_told_the_step_of_a_collection_and_of_an_evaluation(tmp_pat
     assert steps == [0, 0, 2, 3]
 
 
+def test_a_metric_that_changes_its_tokenizer_changes_no_other(tmp_path):
+    def spoiling(samples, tokenizer):
+        tokenizer.pad_token_id = 9
+        return {"length": [len(sample) for sample in samples]}
+
+    trainer = trlx.train(
+        config=tiny_config(tmp_path, "SFT", train={"total_steps": 0}), metric_fn=spoiling, samples=TEXTS
+    )
+    assert trainer.evaluate() and trainer.tokenizer.pad_token_id == 0
+
+
 def test_dense_rewards_land_on_their_tokens(tmp_path):
     def dense(samples, prompts, outputs, tokenizer, **kwargs):
         return [[0.5] * len(tokenizer(output)["input_ids"]) for output in outputs]
