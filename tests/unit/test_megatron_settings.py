@@ -189,7 +189,7 @@ def test_a_mapping_an_omegaconf_config_and_a_presets_name_are_read_alike():
     ("source", "words"),
     [
         ("megatron_20", "Unknown preset 'megatron_20'. Did you mean 'megatron_20b'"),
-        ("no/such/megatron_20b.yaml", "There is no file megatron_20b.yaml in .*/no/such, and that folder does not exist"),
+        ("no/such/megatron_20b.yaml", "no file megatron_20b.yaml in .*/no/such, and that folder does not exist"),
         ("megatron_7b.yaml", f"There is no file megatron_7b.yaml in {Path.cwd()}$"),
         ({"model": {"num_layers": "${.layers}"}}, "train.trainer_kwargs.megatron_cfg: Interpolation key '.?layers'"),
         ({"modl": {}}, "Unknown key 'megatron_cfg.modl'. Did you mean 'model'\\?"),
