@@ -45,6 +45,9 @@ def multiplied(monkeypatch):
 def test_ppo_in_bf16_starts_at_the_reference_with_a_ratio_of_one(tmp_path, multiplied):
     trainer = run("PPO", tmp_path, **BF16)
     assert torch.bfloat16 in multiplied and trainer.backend.precision is torch.bfloat16
+    multiplied.clear()
+    trainer.generate("ab")
+    assert multiplied == {torch.bfloat16}
     first = next(line for line in metrics(tmp_path) if "policy/kl" in line)
     assert first["policy/kl"] == 0.0
     assert first["policy/ratio_deviation/max"] < 1e-5

@@ -10,6 +10,7 @@ from tests.runs import PROMPTS, metrics, run, share_of_a, tiny_config, weights
 from trlx import checkpoint
 from trlx.methods.rft import thresholds
 from trlx.rewards.scoring import RewardError
+from trlx.sampling.generate import TransformersSampler
 
 
 def selections(folder):
@@ -36,6 +37,21 @@ def test_samples_grow_every_n_improve_steps_epochs_and_the_threshold_rises_betwe
     in_order = [prompt for prompt in PROMPTS[:4] for _ in range(3)]
     evaluations = 2 * 4  # at the start and at the end
     assert calls == PROMPTS[:4] + 3 * in_order + PROMPTS[:4] and len(calls) == 36 + evaluations
+
+
+def test_as_many_responses_as_a_batch_has_rows_are_sampled_at_once_and_scored_at_temperature_1(tmp_path, monkeypatch):
+    sizes, generate = [], TransformersSampler.generate
+
+    def counted(self, prompts, sampling):
+        sizes.append((len(prompts), sampling.temperature))
+        return generate(self, prompts, sampling)
+
+    monkeypatch.setattr(TransformersSampler, "generate", counted)
+    method = {"n_generations_per_prompt": 2, "gen_kwargs": {"temperature": 0.5}}
+    trainer = run("RFT", tmp_path, method=method, train={"total_steps": 1})
+    # the evaluations have four prompts, the collection between them eight with two responses each
+    assert sizes == [(4, 0.5)] * (1 + 4 + 1)
+    assert trainer.model_needs.temperature == trainer.backend.policy.temperature == 1.0
 
 
 def test_training_ends_with_the_last_epoch_evaluated_and_saved(tmp_path):

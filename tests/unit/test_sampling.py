@@ -188,7 +188,10 @@ def test_every_eos_of_a_list_ends_a_response(model):
     first, second = drawn(policy, prompts, SamplingConfig(6, do_sample=False, extra=PENALTY))
     assert len({*first, *second, 35}) == 12  # of 11 tokens that come no other is one of these three
     sampling = SamplingConfig(6, do_sample=False, eos_token_id=[35, second[3], first[1]], extra=PENALTY)
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
     assert drawn(policy, prompts, sampling) == [first[:2], second[:4]]
+    assert len(passes) == 4  # and none after the end of the longer one
 
 
 def test_the_least_number_of_tokens_does_not_count_the_prompt(model):

@@ -24,11 +24,13 @@ def same(first, second):
 
 
 def test_before_the_first_update_kl_is_0_and_the_ratio_is_1(tmp_path):
-    run("PPO", tmp_path, train={"total_steps": 2})
+    trainer = run("PPO", tmp_path, train={"total_steps": 2})
     first = next(line for line in metrics(tmp_path) if "ratio" in line)
     assert first["step"] == 1
     assert first["policy/kl"] == 0.0 and first["policy/kl_per_token"] == 0.0 and first["policy/sqrt_kl"] == 0.0
     assert abs(first["ratio"] - 1) < 1e-5 and first["policy/ratio_deviation/max"] < 1e-5
+    said = [trainer.backend.evaluate(trainer.store.rows([0]), reference=reference) for reference in (False, True)]
+    assert [outputs.values is None for outputs in said] == [False, True]  # the reference has no values
 
 
 def test_ppo_learns_what_the_reward_asks_for(tmp_path):
