@@ -352,6 +352,16 @@ def test_steps_with_gradients_that_are_not_finite_change_nothing_and_are_counted
             trainer.generate("ab", do_sample=do_sample)
 
 
+def test_a_step_that_changes_something_ends_a_row_of_those_that_do_not():
+    guard, rows, totals = SkippedSteps(), [], []
+    for skipped in (1.0, 1.0, 0.0, 1.0):
+        metrics = {"skipped_steps": skipped}
+        guard.count(metrics, 1)
+        rows.append(guard.in_a_row)
+        totals.append(metrics["skipped_steps"])
+    assert (rows, totals) == ([1, 2, 0, 1], [1, 2, 2, 3])
+
+
 def test_a_run_ends_where_no_step_changes_anything(tmp_path, monkeypatch, caplog):
     broken = {"loss": 1.0, "grad_norm": float("nan"), "skipped_steps": 1.0}
     monkeypatch.setattr(AccelerateBackend, "train_step", lambda self, *args: dict(broken))
