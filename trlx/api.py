@@ -147,6 +147,8 @@ def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards) -> None:
     else:
         data = [samples] if rewards is None else [samples, rewards]
         trainer.make_experience(*data, trainer.config.train.seq_length)
+        if type(trainer).collect is Trainer.collect and not hasattr(trainer, "samples"):
+            raise TypeError(f"{type(trainer).__name__}.make_experience must call self.learn_from(rollouts)")
         prompts = [trainer.tokenizer.bos_token or trainer.tokenizer.eos_token] * global_batch
     trainer.add_eval_pipeline(_pipeline(prompts[:global_batch] if eval_prompts is None else eval_prompts, trainer))
 

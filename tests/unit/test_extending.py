@@ -98,7 +98,7 @@ def test_samples_of_a_prompt_are_compared_with_each_other(printed, monkeypatch):
         scores.setdefault(step, []).extend(zip(prompts, found, strict=True))
         return found
 
-    method = {"name": "LeaveOneOutConfig", "num_rollouts": 6, "samples_per_prompt": 3, "chunk_size": 4}
+    method = {"name": "LeaveOneOutConfig", "num_rollouts": 6, "samples_per_prompt": 3, "chunk_size": 2}
     train = {"trainer": "AccelerateLeaveOneOutTrainer", "total_steps": 1, "batch_size": 3, "epochs": 1}
     settings = tiny_config(printed / "out", "PPO", train=train).to_dict()
     settings["method"] = {**method, "gen_kwargs": {"max_new_tokens": 6, "temperature": 0.5}}
@@ -107,7 +107,11 @@ def test_samples_of_a_prompt_are_compared_with_each_other(printed, monkeypatch):
     with monkeypatch.context() as forgotten, pytest.raises(TypeError, match="advantages must return a TokenBatch"):
         forgotten.setattr(type(trainer), "advantages", lambda self, batch: None)
         trainer.collect()
-    batch = trainer.store
+    batch, sizes = trainer.store, []
+    generate = trainer.sampler.generate
+    trainer.sampler.generate = lambda prompts, sampling: sizes.append(len(prompts)) or generate(prompts, sampling)
+    trainer.collect()
+    assert sizes == [2, 1, 2, 1]  # a group of three in draws of at most method.chunk_size
     assert batch.group.tolist() == [0, 0, 0, 1, 1, 1] and batch.old_values is None and batch.ref_logprobs is None
     prompts = [ids[~mask][:1].tolist() for ids, mask in zip(batch.tokens, batch.response_mask, strict=True)]
     assert prompts[0] == prompts[1] == prompts[2] != prompts[3] == prompts[4] == prompts[5]

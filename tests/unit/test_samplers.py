@@ -72,10 +72,15 @@ def test_rollouts_know_the_weights_that_drew_them(tmp_path):
 @pytest.mark.parametrize(
     ("samples", "words"),
     [
-        ([Sample([4])], "CopyingSampler.generate returned 1 samples for 2 prompts"),
-        ([Sample([4]), Sample([])], r"returned the ids \[\] as sample 1: return at least one id"),
-        ([Sample([4]), Sample([5, 38])], r"returned the ids \[5, 38\] as sample 1: .* from 0 to 37"),
-        ([Sample([4], [-1.0, -2.0]), Sample([4])], "returned 2 logprobs for the 1 ids of sample 0"),
+        ([Sample([4])], "CopyingSampler.generate returned 1 for 2 prompts: return a list with one Sample for each"),
+        (None, "CopyingSampler.generate returned NoneType for 2 prompts"),
+        ([Sample([4]), Sample([])], r"returned sample 1 with the ids \[\]: return at least one id, each from 0 to 37"),
+        ([Sample([4]), Sample([5, 38])], r"returned sample 1 with the ids \[5, 38\]"),
+        ([Sample([4] * 7), Sample([5])], r"returned sample 0 with 7 ids: return at most max_new_tokens \(6\)"),
+        ([Sample([4]), Sample([2, 0])], r"returned sample 1 with ids after the eos, \[2, 0\]"),
+        ([Sample([4], [-1.0, -2.0]), Sample([4])], "returned sample 0 with 2 logprobs for 1 ids"),
+        ([Sample([4], [0.5]), Sample([4])], "returned sample 0 with logprobs that are not finite or above 0"),
+        ([Sample([4], [float("nan")]), Sample([4])], "returned sample 0 with logprobs that are not finite or above 0"),
     ],
 )
 def test_what_a_sampler_returns_is_checked(tmp_path, monkeypatch, samples, words):
@@ -83,6 +88,32 @@ def test_what_a_sampler_returns_is_checked(tmp_path, monkeypatch, samples, words
     config = tiny_config(tmp_path, "SFT", train={"sampler": "copying", "total_steps": 0})
     with pytest.raises(ValueError, match=words):
         trlx.train(samples=["ab"], eval_prompts=["a", "b"], config=config)
+
+
+def test_a_sampler_that_is_far_from_the_policy_is_warned_of_once(tmp_path, monkeypatch, caplog):
+    far = lambda self, prompts, sampling: [Sample([4, 5], [-9.0, -9.0]) for _ in prompts]  # noqa: E731
+    monkeypatch.setattr(CopyingSampler, "generate", far)
+    method = {"num_rollouts": 4, "ppo_epochs": 1}
+    config = tiny_config(tmp_path, "PPO", method=method, train={"sampler": "copying", "total_steps": 2})
+    trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config)
+    assert caplog.text.count("The log-probabilities of CopyingSampler are") == 1
+
+
+def test_a_class_that_is_no_sampler_or_lacks_an_argument_is_refused(tmp_path):
+    from trlx.registry import trainers
+
+    class NoSampler:
+        def __init__(self, backend, tokenizer, path):
+            pass
+
+    register_sampler("none")(NoSampler)
+    for sampler, words in (
+        ({"engine": "none"}, "train.sampler: .* missing 1 required positional argument: 'path'"),
+        ({"engine": "none", "path": "x"}, "train.sampler: NoSampler must subclass trlx.sampling.base.Sampler"),
+    ):
+        config = tiny_config(tmp_path, "SFT", train={"sampler": sampler})
+        with pytest.raises(ValueError, match=words):
+            trainers.get(config.train.trainer)(config)
 
 
 def test_an_adapter_has_no_weights_to_copy(tmp_path):

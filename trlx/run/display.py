@@ -8,15 +8,13 @@ import time
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from trlx import logging
-
-if TYPE_CHECKING:
-    from trlx.trainer.base import Trainer
+from trlx.run import Trainer
 
 logger = logging.get_logger(__name__)
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from trlx import checkpoint, logging
 from trlx.backends.distress import Interrupted, is_shared, report, shared, watching
+from trlx.run import Trainer
 from trlx.tracebacks import short_errors
-
-if TYPE_CHECKING:
-    from trlx.trainer.base import Trainer
 
 logger = logging.get_logger(__name__)
 

@@ -12,14 +12,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from trlx import checkpoint, logging
 from trlx.config import TrainConfig
+from trlx.run import Trainer
 from trlx.tracking import RUN_FILES, set_aside
-
-if TYPE_CHECKING:
-    from trlx.trainer.base import Trainer
 
 logger = logging.get_logger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trlx.batch import Sample
 from trlx.registry import samplers
-from trlx.sampling.settings import SamplingConfig
-from trlx.strict import check_keywords
+from trlx.sampling.settings import SamplingConfig, cut_at_eos
+from trlx.strict import check_keywords, suggestion
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Returns (Hugging Face name, whole tensor) of each weight of the language model, on one process alone. Every process
@@ -48,23 +49,37 @@ class Sampler(ABC):
         """Stops what the sampler has started. Called when the trainer is deleted, and at the end of the program."""
 
 
-def checked(sampler: Sampler, samples: list[Sample], count: int, vocab_size: int) -> list[Sample]:
-    """The samples that `sampler` drew for `count` prompts.
+def drawn(sampler: Sampler, prompts: list[list[int]], sampling: SamplingConfig, vocab_size: int) -> list[Sample]:
+    """The samples that `sampler` draws.
 
     Raises:
-        ValueError: the number of samples, a token id or the number of log-probabilities is wrong.
+        ValueError: they are not what `Sampler.generate` promises; the message names the sampler.
     """
+    samples = sampler.generate(prompts, sampling)
     returned = f"{type(sampler).__name__}.generate returned"
-    if len(samples) != count:
-        raise ValueError(f"{returned} {len(samples)} samples for {count} prompts: return one for each")
-    for index, (ids, logprobs) in enumerate((sample.ids, sample.logprobs) for sample in samples):
-        if not ids or not all(0 <= token < vocab_size for token in ids):
-            wanted = f"return at least one id, each from 0 to {vocab_size - 1}"
-            raise ValueError(f"{returned} the ids {ids[:8]} as sample {index}: {wanted}")
-        if logprobs is not None and len(logprobs) != len(ids):
-            wanted = "return one for each, or None"
-            raise ValueError(f"{returned} {len(logprobs)} logprobs for the {len(ids)} ids of sample {index}: {wanted}")
+    if not (isinstance(samples, list) and len(samples) == len(prompts)):
+        count = len(samples) if isinstance(samples, list) else type(samples).__name__
+        raise ValueError(f"{returned} {count} for {len(prompts)} prompts: return a list with one Sample for each")
+    for index, sample in enumerate(samples):
+        problem = _problem(sample, sampling, vocab_size)
+        if problem:
+            raise ValueError(f"{returned} sample {index} {problem}")
     return samples
+
+
+def _problem(sample: Sample, sampling: SamplingConfig, vocab_size: int) -> str | None:
+    ids, logprobs = sample.ids, sample.logprobs
+    if not ids or not all(0 <= token < vocab_size for token in ids):
+        return f"with the ids {ids[:8]}: return at least one id, each from 0 to {vocab_size - 1}"
+    if len(ids) > sampling.max_new_tokens:
+        return f"with {len(ids)} ids: return at most max_new_tokens ({sampling.max_new_tokens})"
+    if cut_at_eos(ids, sampling.eos_token_ids) != ids:
+        return f"with ids after the eos, {ids[-8:]}: let the first eos end it, without padding"
+    if logprobs is not None and len(logprobs) != len(ids):
+        return f"with {len(logprobs)} logprobs for {len(ids)} ids: return one for each, or None"
+    if logprobs is not None and not all(-math.inf < number < 1e-3 for number in logprobs):
+        return "with logprobs that are not finite or above 0: return the log-probability of each id"
+    return None
 
 
 def sampler_for(settings: Any, backend: Any, tokenizer: PreTrainedTokenizerBase) -> Sampler:
@@ -82,6 +97,15 @@ def sampler_for(settings: Any, backend: Any, tokenizer: PreTrainedTokenizerBase)
     if engine == "auto":
         check_keywords(backend.sampler, arguments, "train.sampler")
         return backend.sampler()
+    if engine.lower() not in map(str.lower, samplers.names()):
+        known = ["auto", *samplers.names()]
+        raise ValueError(f"Unknown sampler {engine!r}.{suggestion(engine, known)} Known: {', '.join(known)}")
     cls = samplers.get(engine)
     check_keywords(cls, arguments, "train.sampler", ours=("backend", "tokenizer"))
-    return cls(backend=backend, tokenizer=tokenizer, **arguments)
+    try:
+        sampler = cls(backend=backend, tokenizer=tokenizer, **arguments)
+    except TypeError as error:
+        raise ValueError(f"train.sampler: {error}") from error
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"train.sampler: {cls.__name__} must subclass trlx.sampling.base.Sampler")
+    return sampler

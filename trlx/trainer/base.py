@@ -8,6 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,6 @@ from trlx.backends.distress import watching
 from trlx.batch import Rollout, Sample, TokenBatch, TokenOutputs
 from trlx.checkpoint import RandomState, own_randomness, seed_everything
 from trlx.compat.attributes import OldNames
-from trlx.compat.hooks import check_hooks
 from trlx.config import TRLConfig
 from trlx.data.prompts import PromptPipeline
 from trlx.data.store import RolloutStore, Store, shard
@@ -33,11 +33,12 @@ from trlx.run.changes import changes, identity, keeps_averages
 from trlx.run.display import Display
 from trlx.run.failures import rescuing
 from trlx.run.guards import Interrupts, SkippedSteps, check_weights, leave_if_asked
-from trlx.sampling.base import checked, sampler_for
+from trlx.sampling.base import drawn, sampler_for
 from trlx.sampling.settings import GEN_KWARGS, SamplingConfig, sweep_variants
 from trlx.sampling.stopping import Stopper
 from trlx.sampling.texts import Respond
 from trlx.tracking import Tracker
+from trlx.trainer.contract import check_class, check_rollouts_given, checked_loss
 from trlx.trainer.evaluate import Evaluator
 from trlx.trainer.schedule import Schedule, check_blocks
 
@@ -63,8 +64,6 @@ class Trainer(OldNames, ABC):
     """Passes over what `collect` returns."""
 
     def __init__(self, config: TRLConfig, reward_fn=None, metric_fn=None, stop_sequences=None):
-        check_hooks("trainer", type(self))
-        check_hooks("method", type(config.method))
         config.check()
         self.config, self.method = config, config.method
         self.reward_fn, self.metric_fn = reward_fn, metric_fn
@@ -103,8 +102,7 @@ class Trainer(OldNames, ABC):
         self.pending: dict[str, float] = {}  # collect() measured these; the next step logs them
         self.saved: tuple[Path, int] | None = None  # the last checkpoint to resume from, and its step
         self.at_boundary = True  # between two steps, where a checkpoint can be resumed exactly
-        self.best_reward: float | None = None
-        self.best_step: int | None = None
+        self.best_reward, self.best_step = None, None
         self.tracker_state: dict[str, Any] = {}
         self.skipped = SkippedSteps()
         self._probe: TokenBatch | None = None  # a row of the last step
@@ -117,9 +115,7 @@ class Trainer(OldNames, ABC):
         Raises:
             ValueError: the trainer cannot work with them.
         """
-        if not isinstance(self.method, self.method_class):
-            wanted = f"method.name {self.method_class.__name__}"
-            raise ValueError(f"{type(self).__name__} needs {wanted}, got {self.method.name}")
+        check_class(self)
 
     @staticmethod
     def needs(method: Any) -> ModelNeeds:
@@ -135,6 +131,7 @@ class Trainer(OldNames, ABC):
 
     def learn_from(self, rollouts: list[Rollout]) -> None:
         """Sets what every epoch of an offline method trains on."""
+        check_rollouts_given(type(self).__name__, rollouts, self.rows_together)
         self.samples = self.store = RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.row_format)
 
     def collect(self) -> Store:
@@ -328,7 +325,7 @@ class Trainer(OldNames, ABC):
         """Samples from the present policy, see `Sampler.generate`. Call it on every process."""
         self.backend.check_prompts(prompts, sampling.max_new_tokens)
         self.sampler.sync(self.schedule.step, self.backend.weights_by_name)
-        return checked(self.sampler, self.sampler.generate(prompts, sampling), len(prompts), self.backend.vocab_size)
+        return drawn(self.sampler, prompts, sampling, self.backend.vocab_size)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates, logs the result, and keeps the best checkpoint. Random number generators stay as they were."""
@@ -370,7 +367,8 @@ class Trainer(OldNames, ABC):
         began = time.perf_counter()
         tokens = self.store.num_tokens(self.schedule.rows(len(self.store)))
         self.at_boundary = False
-        metrics = self.backend.train_step(batch, self.loss, self.unit)
+        loss = self.loss if self._probe else partial(checked_loss, type(self).__name__, self.loss)
+        metrics = self.backend.train_step(batch, loss, self.unit)
         self._probe = batch.rows(slice(0, 1))
         if self.schedule.advance(len(self.store)) and self.online:
             self.store = None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trlx import logging
-from trlx.batch import Rollout, TokenBatch
+from trlx.batch import Rollout, Sample, TokenBatch
 from trlx.config import TRLConfig
 from trlx.data.prompts import Prompt, PromptPipeline, PromptStream
 from trlx.data.store import Store, own_rows
@@ -25,9 +25,12 @@ from trlx.run.guards import check_first_kl, interruptible, leave_if_asked
 from trlx.sampling.settings import SamplingConfig, check_rollouts
 from trlx.tracking import Tracker
 from trlx.trainer.base import Trainer
+from trlx.trainer.contract import check_collection
 
 logger = logging.get_logger(__name__)
 
+LARGE_GAP = 0.05
+"""Nats between log-probabilities of sampler and policy; bfloat16 explains about 0.01."""
 SAMPLES_ON_DISK = 8
 """Rollouts of each collection that are written as text."""
 
@@ -42,11 +45,11 @@ class OnlineTrainer(Trainer):
     online = True
     method_class = OnlineConfig
     samples_per_prompt: int = 1
-    """Responses to each prompt. They form one group: one process samples them at once, as neighbouring rows."""
+    """Responses to each prompt. They form one group: one process samples them, and they are neighbouring rows."""
 
     def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None):
         self.stream: PromptStream | None = None
-        self._has_warned = False
+        self._has_warned = self._warned_of_gap = False
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
         self.scale = self.score_scale()
         self.sampler.check(self.rollout_sampling)
@@ -110,10 +113,9 @@ class OnlineTrainer(Trainer):
         rollouts = self.sample(self.stream.take(self.rows_per_epoch // self.samples_per_prompt))
         batch = self.backend.row_format.collate(rollouts, self.tokenizer.pad_token_id)
         batch = self._with_model_columns(batch)
-        self.pending |= _logprob_gap(rollouts, batch)
-        batch = self.advantages(self._with_scaled_scores(batch))
-        if not isinstance(batch, TokenBatch):
-            raise TypeError(f"{type(self).__name__}.advantages must return a TokenBatch, got {type(batch).__name__}")
+        self._compare(rollouts, batch)
+        batch = self._with_scaled_scores(batch)
+        batch = check_collection(type(self).__name__, batch, self.advantages(batch))
         self.pending["time/rollout_time"] = time.perf_counter() - began
         return batch
 
@@ -164,9 +166,11 @@ class OnlineTrainer(Trainer):
         super().load_state_dict(state)
         self.scale.load_state_dict(state["scale"])
         self.stream.position = state["prompts_drawn"]
+        needs, rollouts = self.model_needs, state["rollouts"]
         # at another temperature the log-probabilities belong to another policy
-        same = state["temperature"] == self.logprob_temperature
-        self.store = TokenBatch(**state["rollouts"]) if state["rollouts"] and same else None
+        fits = rollouts and state["temperature"] == self.logprob_temperature
+        fits = fits and ("ref_logprobs" in rollouts or not needs.reference)
+        self.store = TokenBatch(**rollouts) if fits and ("old_values" in rollouts or not needs.value_head) else None
         if self.store is None:
             self.schedule.restart_epoch()
         elif self.schedule.settle(len(self.store)):
@@ -182,7 +186,11 @@ class OnlineTrainer(Trainer):
         mine = own_rows(len(prompts), self.backend.data_rank, self.backend.data_size)
         groups = enumerate(prompts[mine], first_group + mine.start)
         asked = [(group, prompt) for group, prompt in groups for _ in range(self.samples_per_prompt)]
-        drawn = self.draw([prompt.ids for _, prompt in asked], self.rollout_sampling)
+        drawn: list[Sample] = []
+        # every process draws equally often; a group larger than `rows_at_once` takes several draws
+        for start in range(0, (mine.stop - mine.start) * self.samples_per_prompt, self.rows_at_once):
+            rows = asked[start : start + self.rows_at_once]
+            drawn += self.draw([prompt.ids for _, prompt in rows], self.rollout_sampling)
         pairs = zip(asked, drawn, strict=True)
         return [self.rollout_sampling.rollout(prompt, sample, group) for (group, prompt), sample in pairs]
 
@@ -247,12 +255,20 @@ class OnlineTrainer(Trainer):
             scores = missing_eos_penalty(scores, batch.tokens, batch.response_mask, ends, penalty)
         return batch.replace(scores=scores)
 
-
-def _logprob_gap(rollouts: list[Rollout], batch: TokenBatch) -> dict[str, float]:
-    """Difference between the log-probabilities of sampler and policy, if the sampler gives them."""
-    own = zip(rollouts, batch.old_logprobs, batch.response_mask, strict=True)
-    gaps = [row[mask][: len(r.logprobs)] - torch.tensor(r.logprobs) for r, row, mask in own if r.logprobs]
-    return finish(*pack({"rollouts/logprob_gap": spread_of(torch.cat(gaps).abs())})) if gaps else {}
+    def _compare(self, rollouts: list[Rollout], batch: TokenBatch) -> None:
+        """Logs how far the sampler's log-probabilities are from the policy's, and warns once if that is far."""
+        rows = zip(rollouts, batch.old_logprobs, batch.response_mask, strict=True)
+        gaps = [row[mask][: len(r.logprobs)] - torch.tensor(r.logprobs) for r, row, mask in rows if r.logprobs]
+        if not gaps:
+            return
+        self.pending |= finish(*pack({"rollouts/logprob_gap": spread_of(torch.cat(gaps).abs())}))
+        mean = self.pending["rollouts/logprob_gap/mean"]
+        if mean > LARGE_GAP and not self._warned_of_gap:
+            self._warned_of_gap = True
+            logger.warning(
+                f"The log-probabilities of {type(self.sampler).__name__} are {mean:.2g} nats from the policy's in the "
+                "mean: it samples from other weights or at another temperature"
+            )
 
 
 class RolloutLog:
