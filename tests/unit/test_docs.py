@@ -10,7 +10,10 @@ import pytest
 import trlx
 from docs.config_reference import MARK, page
 from tests.runs import DATA, length, share_of_a, tiny_config
+from trlx.batch import Sample
 from trlx.compat.imports import OLD_PATHS
+from trlx.registry import register_sampler
+from trlx.sampling.base import Sampler
 
 DOCS = Path(__file__).parents[2] / "docs"
 CODE = re.compile(r"`([^`\n]+)`")
@@ -37,6 +40,17 @@ def brief(outputs):
     return [-float(len(output)) for output in outputs]
 
 
+@register_sampler("telling")
+class TellingSampler(Sampler):
+    """Tells the log-probabilities of what it draws."""
+
+    def __init__(self, backend, tokenizer):
+        pass
+
+    def generate(self, prompts, sampling):
+        return [Sample([4, 5], logprobs=[-3.6, -3.6]) for _ in prompts]
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> dict[str, set[str]]:
     """By algorithm, the names that a run writes, without the suffix of a sweep."""
@@ -44,7 +58,8 @@ def logged(tmp_path_factory) -> dict[str, set[str]]:
     for algorithm in DATA:
         folder = tmp_path_factory.mktemp(algorithm)
         in_parts = {"reward_fn": [share_of_a, brief]} if "reward_fn" in DATA[algorithm] else {}
-        config = tiny_config(folder, algorithm, train={"total_steps": 2, "eval_interval": 2})
+        train = {"total_steps": 2, "eval_interval": 2, "sampler": "telling" if algorithm == "PPO" else "auto"}
+        config = tiny_config(folder, algorithm, train=train)
         trlx.train(config=config, metric_fn=length, **DATA[algorithm] | in_parts)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         names[algorithm] = {name.split("@")[0] for line in lines for name in json.loads(line)}
