@@ -108,6 +108,16 @@ def test_other_data_start_the_pass_anew(tmp_path, rows_read, monkeypatch):
     assert (trainer.schedule.epoch, trainer.schedule.rows_done) == (1, 0)
 
 
+def test_other_prompts_are_mentioned_and_drawn_from_in_the_next_collection(tmp_path, monkeypatch, caplog):
+    run("PPO", tmp_path, train={"total_steps": 1})
+    monkeypatch.setitem(runs.DATA, "PPO", {**runs.ONLINE, "prompts": ["zz"]})
+    trainer = run("PPO", tmp_path, train={"total_steps": 5, **AUTO})
+    assert ADAPTED["data"] in caplog.text
+    # steps 2 to 4 are on the old rollouts, step 5 on new ones
+    assert trainer.stream.position == 16
+    assert {tuple(row[:2].tolist()) for row in trainer.store.tokens} == {(29, 29)}
+
+
 # two steps are a pass over the eight rollouts of a collection; five steps in are two passes and a half
 @pytest.mark.parametrize(
     ("ppo_epochs", "position", "collections"),

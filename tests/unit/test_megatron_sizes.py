@@ -1,13 +1,17 @@
 """Parallel sizes are checked against the model and the processes before the model is built."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from tests.unit.megatron_configs import SMALL, model, read
 from trlx.backends.megatron.settings import ParallelSizes, Recompute
 from trlx.backends.megatron.size_checks import check_sizes
+from trlx.batch import Rollout
+from trlx.data.collate import collate
 from trlx.strict import ConfigError
+from trlx.trainer.nemo import megatron_backend
 
 
 def check(vocab_size=None, sizes=(1, 1, None, False), batch_size=8, world_size=8, trainer=None, **changes):
@@ -81,3 +85,13 @@ def test_all_that_does_not_fit_is_said_at_once():
 def test_devices_left_to_the_launcher_are_not_compared():
     check(trainer={"devices": "auto", "num_nodes": 4})
     check(trainer={"devices": 2})
+
+
+def test_interleaved_stages_get_microbatches_of_whole_pairs_that_count_nothing():
+    # six rows in microbatches of four, over three stages: one microbatch is missing
+    parallel = SimpleNamespace(sizes=ParallelSizes(1, 3, 2, False))
+    backend = SimpleNamespace(microbatch_size=4, divisor=1, device="cpu", parallel=parallel)
+    batch = collate([Rollout([1], [2, 3]) for _ in range(6)], 0)
+    found = megatron_backend()._microbatches(backend, batch, together=2)
+    assert [len(rows) for rows in found] == [4, 2, 2]
+    assert [int(rows.response_mask.sum()) for rows in found] == [8, 4, 0]

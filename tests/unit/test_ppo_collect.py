@@ -316,6 +316,17 @@ def test_samples_of_a_prompt_are_neighbours_with_a_number_that_no_other_prompt_h
         assert prompts[::per_prompt] == prompts[per_prompt - 1 :: per_prompt]
 
 
+@pytest.mark.parametrize("is_main", [True, False])
+def test_rollouts_are_logged_by_the_main_process_alone(tmp_path, monkeypatch, is_main):
+    monkeypatch.setattr(FakeBackend, "is_main", is_main)
+    monkeypatch.setattr(FakeBackend, "leads", True)
+    trainer, logged = trainer_of(tmp_path), []
+    trainer.config.train.reward_on = "each_rank"
+    trainer.log.write = lambda *_: logged.append(1)
+    trainer.collect()
+    assert len(logged) == is_main
+
+
 def test_a_collection_is_whole_groups_and_the_same_number_of_them_on_every_process(tmp_path, monkeypatch):
     monkeypatch.setattr(FakePPOTrainer, "samples_per_prompt", 3)
     assert trainer_of(tmp_path, num_rollouts=7).rows_per_epoch == 9

@@ -148,6 +148,15 @@ def test_what_is_trained_on_is_collected_again_after_a_load(tmp_path, monkeypatc
     assert collected == [4]  # in the middle of a pass
 
 
+def test_offline_too_every_epoch_trains_on_what_is_collected_at_its_beginning(tmp_path, monkeypatch):
+    trainer = run("SFT", tmp_path, train={"total_steps": 0})
+    collected = []
+    monkeypatch.setattr(trainer, "collect", lambda: collected.append(trainer.schedule.step) or trainer.samples)
+    trainer.config.train.total_steps = 5
+    trainer.learn()
+    assert collected == [0, 2, 4]  # two batches of the eight texts are an epoch
+
+
 def test_learning_twice_goes_on(tmp_path):
     trainer = sft(tmp_path, [0.0, 1.0, 2.0, 3.0, 0.5], total_steps=2)
     trainer.config.train.total_steps = 3

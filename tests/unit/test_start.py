@@ -100,6 +100,18 @@ def test_epochs_alone_may_decide_how_long_a_run_is(tmp_path):
     assert (tmp_path / "rft" / f"checkpoint_{trainer.schedule.step:06d}").is_dir()
 
 
+def test_what_reward_fn_asks_for_must_be_in_the_prompts_too_and_not_only_in_those_of_evaluations(tmp_path):
+    seen = []
+
+    def reward(outputs, label):
+        seen.append(label)
+
+    evaluated = [{"prompt": "a", "label": 1}]
+    with pytest.raises(ValueError, match="reward_fn asks for 'label', which nothing provides"):
+        trlx.train(reward_fn=reward, prompts=["a"], eval_prompts=evaluated, config=tiny_config(tmp_path, "PPO"))
+    assert not seen
+
+
 def test_the_last_step_counts_every_pass_and_the_short_batch_at_its_end(tmp_path):
     train = tiny_config(tmp_path, "SFT", train={"epochs": 2, "total_steps": None, "batch_size": 4}).train
     schedule = Schedule(train, passes_per_epoch=3, data_size=2)
