@@ -194,8 +194,8 @@ def refused_at_construction(folder) -> None:
         ("PPO", {"method": {"gen_kwargs": {"temperature": 0}}}, "asks for the likeliest token always"),
         (
             "PPO",
-            {"method": {"gen_experience_kwargs": {"max_new_tokens": 6, "typical_p": 0.9}}},
-            "typical_p does not work",
+            {"method": {"gen_experience_kwargs": {"max_new_tokens": 6, "guidance_scale": 1.5}}},
+            "guidance_scale does not work",
         ),
         ("SFT", {"method": {"gen_kwargs": {"num_beams": 2}}}, "gen_kwargs.num_beams does not work with a NeMo"),
         ("SFT", {"method": {"gen_kwargs": {"beta": 1}}}, "gen_kwargs.beta is 1, but only ILQL has the Q heads"),
