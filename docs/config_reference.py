@@ -22,6 +22,7 @@ SECTIONS = (
     config.OptimizerConfig,
     config.SchedulerConfig,
     method_configs.PPOConfig,
+    method_configs.GRPOConfig,
     method_configs.ILQLConfig,
     method_configs.SFTConfig,
     method_configs.RFTConfig,

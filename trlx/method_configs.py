@@ -120,6 +120,54 @@ ILQL_SAMPLING = {"top_k": 20, "beta": 1}
 
 @dataclass
 @register_method
+class GRPOConfig(CollectionConfig):
+    """Group relative policy optimization (arXiv:2402.03300); `advantage` and `loss_type` choose its relatives."""
+
+    name: str = "GRPOConfig"
+    num_generations: int = 8
+    """Samples of each prompt, which are compared with each other."""
+    num_iterations: int = 1
+    """Passes over one collection of rollouts."""
+    advantage: str = "grpo"
+    """grpo (mean and std of the group), dr_grpo (mean of the group), rloo (mean of the other samples), reinforce++
+    (rewards to go, whitened over the collection), reinforce++_baseline (mean of the group, then whitened)."""
+    loss_type: str = "grpo"
+    """grpo (mean of each sequence), dr_grpo (sum by max_new_tokens), dapo (mean of all tokens), gspo (ratio of the
+    sequence)."""
+    cliprange: float = 0.2
+    """Clip range of the probability ratio below 1, and above it if cliprange_high is null."""
+    cliprange_high: float | None = None
+    """Clip range of the probability ratio above 1 (arXiv:2503.14476); null: cliprange."""
+    kl_coef: float = 0.04
+    """Coefficient of the KL to the first policy; 0: no KL, and no reference policy is kept."""
+    kl_in: str = "loss"
+    """loss (estimator k3) or reward (estimator k1)."""
+    overlong_buffer: int = 0
+    """Over this many tokens before max_new_tokens the penalty rises from 0 to overlong_penalty; 0: no penalty."""
+    overlong_penalty: float = 1.0
+    """Subtracted from the score of a response of max_new_tokens tokens."""
+    max_resamplings: int = 0
+    """How often groups whose scores are all equal are replaced by samples of other prompts (arXiv:2503.14476)."""
+
+    def check(self) -> None:
+        super().check()
+        for name, least in (("num_iterations", 1), ("overlong_buffer", 0), ("max_resamplings", 0), ("kl_coef", 0)):
+            self.require(getattr(self, name) >= least, name, f"be {least} or more")
+        self.require_choice("advantage", ["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"])
+        self.require_choice("loss_type", ["grpo", "dr_grpo", "dapo", "gspo"])
+        self.require_choice("kl_in", ["loss", "reward"])
+        least = 1 if self.advantage == "reinforce++" else 2
+        self.require(self.num_generations >= least, "num_generations", f"be at least {least} with this advantage")
+        self.require(self.num_rollouts >= self.num_generations, "num_rollouts", "be at least method.num_generations")
+        self.require(self.cliprange > 0, "cliprange", "be positive")
+        high = self.cliprange_high
+        self.require(high is None or high > 0, "cliprange_high", "be positive, or null for method.cliprange")
+        longest = self.sampling.get("max_new_tokens") or 0
+        self.require(self.overlong_buffer <= longest, "overlong_buffer", f"be at most max_new_tokens ({longest})")
+
+
+@dataclass
+@register_method
 class ILQLConfig(MethodConfig):
     """Implicit language Q-learning (arXiv:2206.11871)."""
 

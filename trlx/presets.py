@@ -14,7 +14,7 @@ from trlx.tracebacks import short_errors
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-METHODS = ("ppo", "ilql", "sft", "rft")
+METHODS = ("ppo", "grpo", "ilql", "sft", "rft")
 """Presets with the default configuration of a method."""
 MEGATRON = "megatron_"
 """Presets that begin so describe a model and how it is divided over GPUs; they are merged over a method's preset."""
@@ -91,7 +91,7 @@ def preset_path(name: str | Path) -> Path:
 
 # under the names that they have in CarperAI's trlx
 default_ppo_config, default_ilql_config, default_sft_config, default_rft_config = (
-    partial(load_preset, name) for name in METHODS
+    partial(load_preset, name) for name in ("ppo", "ilql", "sft", "rft")
 )
 
 

@@ -64,6 +64,43 @@ def token_rewards(
     return rewards.masked_fill(~mask, 0.0)
 
 
+def group_advantages(scores: Tensor, group: Tensor, kind: str) -> Tensor:
+    """How much better each sample is than the others of its group, from `scores` [B] and `group` int64 [B]; result [B].
+
+    - "grpo" (arXiv:2402.03300): (score − mean) / (std + 1e-4) of the group, with the unbiased std.
+    - "dr_grpo" (arXiv:2503.20783): score − mean of the group.
+    - "rloo" (arXiv:2402.14740): score − mean of the **others** of the group.
+
+    Raises:
+        ValueError: `kind` is none of them.
+    """
+    assert scores.ndim == 1 and scores.shape == group.shape
+    same = (group[:, None] == group[None, :]).double()
+    size, x = same.sum(dim=1), scores.double()
+    centred = x - same @ x / size
+    if kind == "rloo":
+        centred = centred * size / (size - 1).clamp(min=1)
+    elif kind == "grpo":
+        centred = centred / ((same @ centred.square() / (size - 1).clamp(min=1)).sqrt() + 1e-4)
+    elif kind != "dr_grpo":
+        raise ValueError(f"An advantage of groups must be grpo, dr_grpo or rloo, not {kind!r}")
+    return centred.to(scores.dtype)
+
+
+def rewards_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
+    """The sum of the rewards from each response token to the last one; 0 elsewhere. All tensors [B, T]."""
+    assert rewards.ndim == 2 and rewards.shape == mask.shape
+    return rewards.masked_fill(~mask, 0.0).flip(1).cumsum(1).flip(1).masked_fill(~mask, 0.0)
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
+    """DAPO's soft penalty for long responses (arXiv:2503.14476, eq. 13): `lengths` [B] to numbers from −1 to 0, [B].
+
+    It is 0 up to max_length − buffer tokens, falls by 1 / buffer with each token after that, and is −1 at max_length.
+    """
+    return -((lengths - (max_length - buffer)) / buffer).clamp(0.0, 1.0)
+
+
 @dataclass
 class ScoreScale:
     """Clips scores, then divides them by a standard deviation; no mean is subtracted.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trlx.backends.accelerate import AccelerateBackend
 from trlx.registry import register_trainer
+from trlx.trainer.grpo import GRPOTrainer
 from trlx.trainer.ilql import ILQLTrainer
 from trlx.trainer.ppo import PPOTrainer
 from trlx.trainer.rft import RFTTrainer
@@ -13,6 +14,13 @@ from trlx.trainer.sft import SFTTrainer
 @register_trainer
 class AcceleratePPOTrainer(PPOTrainer):
     """PPO on Hugging Face models."""
+
+    backend_class = AccelerateBackend
+
+
+@register_trainer
+class AccelerateGRPOTrainer(GRPOTrainer):
+    """GRPO and its relatives on Hugging Face models."""
 
     backend_class = AccelerateBackend
 

@@ -9,6 +9,7 @@ from trlx.optional import require
 from trlx.registry import register_trainer
 from trlx.strict import check_keywords
 from trlx.trainer.base import OURS
+from trlx.trainer.grpo import GRPOTrainer
 from trlx.trainer.ilql import ILQLTrainer
 from trlx.trainer.ppo import PPOTrainer
 from trlx.trainer.sft import SFTTrainer
@@ -45,6 +46,11 @@ class OnMegatron:
 @register_trainer
 class NeMoPPOTrainer(OnMegatron, PPOTrainer):
     """PPO with tensor and pipeline parallelism."""
+
+
+@register_trainer
+class NeMoGRPOTrainer(OnMegatron, GRPOTrainer):
+    """GRPO and its relatives with tensor and pipeline parallelism."""
 
 
 @register_trainer

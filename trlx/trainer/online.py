@@ -109,8 +109,9 @@ class OnlineTrainer(Trainer):
         return self.prompt_digest
 
     def collect(self) -> Store:
-        began = time.perf_counter()
+        began, self.pending = time.perf_counter(), {}
         rollouts = self.sample(self.stream.take(self.rows_per_epoch // self.samples_per_prompt))
+        self.report(rollouts)
         batch = self.backend.row_format.collate(rollouts, self.tokenizer.pad_token_id)
         batch = self._with_model_columns(batch)
         self._compare(rollouts, batch)
@@ -143,16 +144,19 @@ class OnlineTrainer(Trainer):
         self.display.working("waiting for scores")
         for rollout, scored in zip(rollouts, self._wait(jobs), strict=True):
             rollout.score, rollout.parts = scored.score, scored.parts
-        self.pending = {
+        for name, seconds in (("generate", generating), ("score", time.perf_counter() - began)):
+            self.pending[f"time/rollout_{name}"] = self.pending.get(f"time/rollout_{name}", 0.0) + seconds
+        return rollouts
+
+    def report(self, rollouts: list[Rollout]) -> None:
+        """Logs means of new rollouts, and writes some of them to disk."""
+        self.pending |= {
             **{f"rollout_scores/{name}/mean": mean for name, mean in means(r.parts for r in rollouts).items()},
-            "time/rollout_generate": generating,
-            "time/rollout_score": time.perf_counter() - began,
             "rollouts/response_length": sum(len(r.response) for r in rollouts) / len(rollouts),
             "rollouts/ended": sum(r.ended for r in rollouts) / len(rollouts),
         }
         if self.backend.is_main:
             self.log.write(rollouts, self.tracker, self.schedule.step)
-        return rollouts
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {

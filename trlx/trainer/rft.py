@@ -59,9 +59,11 @@ class RFTTrainer(OnlineTrainer):
     def collect(self) -> RolloutStore:
         began = time.perf_counter()
         if self.schedule.epoch % self.method.n_improve_steps == 0:
+            self.pending = {}
             grown = self.sample([self.pipeline[i] for i in range(len(self.pipeline))])
             for rollout in grown:
                 rollout.score = total(rollout.score)
+            self.report(grown)
             self.history = self.history + grown
             self.pending["time/rollout_time"] = time.perf_counter() - began
         chosen = self._selected()
