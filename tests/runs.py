@@ -59,6 +59,7 @@ _METHODS: dict[str, dict[str, Any]] = {
         "target": 1.0,
         "scale_reward": "running",
     },
+    "GRPO": {"num_rollouts": 8, "chunk_size": 4, "num_generations": 4, "num_iterations": 2, "kl_coef": 0.05},
     "SFT": {},
     "ILQL": {
         "alpha": 0.5,
@@ -82,6 +83,7 @@ def length(samples, **kwargs) -> dict[str, list[int]]:
 ONLINE = {"reward_fn": share_of_a, "prompts": PROMPTS}
 DATA: dict[str, dict[str, Any]] = {
     "PPO": ONLINE,
+    "GRPO": ONLINE,
     "SFT": {"samples": TEXTS, "eval_prompts": PROMPTS},
     "ILQL": {"samples": DIALOGUES, "rewards": REWARDS, "eval_prompts": PROMPTS},
     "RFT": ONLINE,

@@ -15,8 +15,8 @@ from trlx import checkpoint
 pytestmark = pytest.mark.distributed
 
 KILLS = 6
-"""For each kind of run, 36 in all."""
-RUNS = [("PPO", 1), ("PPO", 2), ("SFT", 1), ("SFT", 2), ("ILQL", 1), ("RFT", 1)]
+"""For each kind of run, 42 in all."""
+RUNS = [("PPO", 1), ("PPO", 2), ("GRPO", 2), ("SFT", 1), ("SFT", 2), ("ILQL", 1), ("RFT", 1)]
 """Method and number of processes."""
 SETTINGS = {"checkpoint_interval": 1, "eval_interval": 3, "total_steps": 24, "epochs": 100}
 

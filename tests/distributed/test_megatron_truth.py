@@ -21,6 +21,7 @@ from trlx.batch import Rollout, TokenBatch
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.data.collate import collate
 from trlx.data.store import shard
+from trlx.methods.grpo import grpo_loss
 from trlx.methods.ilql import ilql_loss
 from trlx.methods.masked import mean_of
 from trlx.methods.ppo import ppo_loss
@@ -55,11 +56,13 @@ NEEDS = {
     "PPO": ModelNeeds(value_head=True, reference=True, dropout=False, temperature=0.7),
     "ILQL": ModelNeeds(value_head=True, q_heads=2, dropout=False),
     "SFT": ModelNeeds(dropout=False),
+    "GRPO": ModelNeeds(reference=True, dropout=False),
 }
 LOSSES = {
     "PPO": partial(ppo_loss, cliprange=0.2, cliprange_value=0.2, vf_coef=1.0, dual_clip=None),
     "ILQL": partial(ilql_loss, tau=0.7, gamma=0.9, cql_scale=0.1, awac_scale=1.0, beta=0.5),
     "SFT": sft_loss,
+    "GRPO": partial(grpo_loss, kind="gspo", cliprange=0.2, cliprange_high=0.3, max_length=8, kl_coef=0.1),
 }
 
 
@@ -72,7 +75,8 @@ def pair_loss(outputs, batch):
 
 def steps(algorithm: str) -> list[tuple]:
     # a loss of pairs that uses no heads
-    return [(LOSSES[algorithm], Unit.TOKEN)] * 3 + [(pair_loss, Unit.PAIR)] * (algorithm == "SFT")
+    unit = Unit.SEQUENCE if algorithm == "GRPO" else Unit.TOKEN
+    return [(LOSSES[algorithm], unit)] * 3 + [(pair_loss, Unit.PAIR)] * (algorithm == "SFT")
 
 
 MAIN = ("gpt2", "llama", "qwen2")
@@ -112,7 +116,7 @@ def rows() -> TokenBatch:
     batch = collate([Rollout([EOS, *ids(5)], [*ids(8), EOS], 1.0 - i / 4) for i in range(ROWS)], EOS)
     columns = {
         name: torch.randn(batch.tokens.shape, generator=draw) * batch.response_mask
-        for name in ("old_values", "advantages", "returns")
+        for name in ("old_values", "advantages", "returns", "ref_logprobs")
     }
     return batch.replace(**columns)
 

@@ -99,7 +99,7 @@ def test_rft_selects_the_same_on_both_processes_also_where_a_share_is_empty(tmp_
     assert first == second and len(first) > 0
 
 
-@pytest.mark.parametrize("method", ["PPO", "SFT", "ILQL", "RFT"])
+@pytest.mark.parametrize("method", ["PPO", "GRPO", "SFT", "ILQL", "RFT"])
 def test_two_processes_resume_bit_for_bit(tmp_path, method):
     every = {"checkpoint_interval": 1}
     together(2, run, method, tmp_path / "whole", train=every)
