@@ -34,7 +34,7 @@ EXTRAS = {
     "nemo": ["megatron-core>=0.16.1,<0.17", "einops>=0.8"],
     # only to prove that `.nemo` archives are NeMo's: tests/toolkit/exchange.sh, in an environment of its own
     "nemo-toolkit": ["nemo_toolkit[core]==3.0.0"],
-    "bench": ["matplotlib>=3.8"],
+    "bench": ["matplotlib>=3.8", "trl>=1.16,<2"],
 }
 EXTRAS["dev"] = [
     *(
