@@ -17,8 +17,17 @@ class MethodConfig(Section, section="method"):
     """Registered name of the section's class; chooses the class when a config is read from YAML."""
 
 
-get_method = methods.get
-"""The method section registered under a name, in any case."""
+def get_method(name: str) -> type:
+    """The method section registered under a name, in any case.
+
+    Raises:
+        ValueError: the name is unknown.
+        TypeError: the class names settings, but is no dataclass, which would ignore them.
+    """
+    cls = methods.get(name)
+    if vars(cls).get("__annotations__") and "__dataclass_fields__" not in vars(cls):
+        raise TypeError(f"{cls.__name__} has settings but is no dataclass: write @dataclass above @register_method")
+    return cls
 
 
 def _sampling(**changes: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 from trlx.compat.hooks import check_hooks
@@ -20,7 +21,7 @@ class Registry:
         """By name in lower case, the name as it was written and the class."""
 
     def register(self, target: type | str | None = None) -> type | Callable[[type], type]:
-        """Adds a class under its own name, or under the name given.
+        """Adds a class under its own name, or under the name given; warns if the name was another class's.
 
         Raises:
             TypeError: the class has a method that CarperAI's trlx called and this library does not, see `check_hooks`.
@@ -46,6 +47,10 @@ class Registry:
 
     def _add(self, name: str, cls: type) -> type:
         check_hooks(self.kind, cls)
+        before = self._classes.get(name.lower(), (name, cls))[1]
+        if (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
+            places = [f"{each.__module__}.{each.__qualname__}" for each in (cls, before)]
+            warnings.warn(f"{self.kind} {name!r} is {places[0]} from now on, not {places[1]}", stacklevel=3)
         self._classes[name.lower()] = name, cls
         return cls
 

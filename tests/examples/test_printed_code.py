@@ -20,8 +20,8 @@ from trlx.method_configs import MethodConfig
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {
-    "method": {"num_rollouts": 2, "chunk_size": 2, "ppo_epochs": 1, "gen_kwargs": {"max_new_tokens": 4}},
-    "train": {"total_steps": 1, "eval_interval": 1, "batch_size": 2, "tracker": None},
+    "method": {"num_rollouts": 2, "num_generations": 2, "chunk_size": 2, "ppo_epochs": 1},
+    "train": {"total_steps": 1, "eval_interval": 1, "batch_size": 2, "minibatch_size": None, "tracker": None},
 }
 
 
@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
     config = tiny_gpt2(tokenizer)
-    for name in ("gpt2", "lvwerra/gpt2-imdb", "meta-llama/Llama-3.1-8B"):
+    for name in ("gpt2", "lvwerra/gpt2-imdb", "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-0.6B"):
         GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     for name, labels in (("lvwerra/distilbert-imdb", ["NEGATIVE", "POSITIVE"]), ("my/reward-model", ["LABEL_0"])):
@@ -56,7 +56,8 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def shortened(config: trlx.TRLConfig) -> trlx.TRLConfig:
     """One step of `config`, on the backend that divides no model."""
-    config = config.evolve(**SHORT)
+    method = {name: value for name, value in SHORT["method"].items() if hasattr(config.method, name)}
+    config = config.evolve(method=method | {"gen_kwargs": {"max_new_tokens": 4}}, train=SHORT["train"])
     config.train.trainer = config.train.trainer.replace("NeMo", "Accelerate")
     config.train.trainer_kwargs, config.train.mixed_precision = {}, None
     return config

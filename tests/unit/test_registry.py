@@ -45,6 +45,32 @@ def test_an_own_method_section_is_chosen_by_its_name():
     assert get_method("myownconfig") is MyOwnConfig
 
 
+def test_an_own_method_section_that_is_no_dataclass_is_refused():
+    @trlx.register_method
+    class Undecorated(MethodConfig):
+        strength: float = 1.0
+
+    with pytest.raises(TypeError, match="Undecorated has settings but is no dataclass: write @dataclass above"):
+        get_method("Undecorated")
+
+
+def test_a_class_that_takes_the_name_of_another_is_announced_but_its_new_definition_is_not():
+    def define(registry):
+        @registry.register("Tool")
+        class Tool:
+            pass
+
+        return Tool
+
+    registry = Registry("thing")
+    define(registry)
+    newest = define(registry)
+    assert registry.get("tool") is newest
+    with pytest.warns(UserWarning, match="thing 'tool' is builtins.int from now on, not tests.unit.test_registry"):
+        registry.register("tool")(int)
+    assert registry.get("tool") is int
+
+
 def test_the_nemo_trainers_are_always_registered():
     import trlx.trainer.nemo  # noqa: F401
     from trlx.registry import trainers
