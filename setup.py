@@ -59,7 +59,7 @@ EDITABLE = "editable_wheel" in sys.argv
 setup(
     name="trlx",
     version=VERSION,
-    description="Reinforcement learning from human feedback for language models: PPO, ILQL, SFT and RFT",
+    description="Reinforcement learning from human feedback for language models: PPO, ILQL, DPO, SFT and RFT",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

@@ -26,6 +26,7 @@ SECTIONS = (
     method_configs.ILQLConfig,
     method_configs.SFTConfig,
     method_configs.RFTConfig,
+    method_configs.DPOConfig,
 )
 SAID_BY_THE_NAME = {
     "project_name": "Project in Weights & Biases.",

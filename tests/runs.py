@@ -20,6 +20,7 @@ DIALOGUES = [
     ["fed", "cab"],
     ["g", "e"],
 ]
+PAIRS = [{"prompt": p, "chosen": p + "a", "rejected": "b" * (1 + i % 3)} for i, p in enumerate(PROMPTS[:7])]
 REWARDS = [0.5, 0.0, 1.0, 1.0, 0.7, 0.3, 0.0]
 
 
@@ -66,6 +67,7 @@ _METHODS: dict[str, dict[str, Any]] = {
         "steps_for_target_q_sync": 2,
         "gen_kwargs": {"max_new_tokens": 6, "beta": [0, 2], "top_k": 10},
     },
+    "DPO": {"beta": 0.5},
     "RFT": {"n_improve_steps": 2, "n_generations_per_prompt": 4, "start_percentile": 0.5},
 }
 
@@ -87,6 +89,7 @@ DATA: dict[str, dict[str, Any]] = {
     "SFT": {"samples": TEXTS, "eval_prompts": PROMPTS},
     "ILQL": {"samples": DIALOGUES, "rewards": REWARDS, "eval_prompts": PROMPTS},
     "RFT": ONLINE,
+    "DPO": {"samples": PAIRS, "eval_prompts": PROMPTS},
 }
 """What each algorithm learns from in these runs."""
 

@@ -12,7 +12,7 @@ import trlx.trainer.nemo  # noqa: F401  registers its trainers, as the line abov
 from trlx import logging
 from trlx.config import TrainConfig, TRLConfig, read_yaml
 from trlx.data.prompts import Prompt, PromptPipeline
-from trlx.data.rows import as_list
+from trlx.data.rows import as_list, columns_of
 from trlx.presets import load_preset, over_preset
 from trlx.registry import pipelines, trainers
 from trlx.rewards.weighted import WeightedRewards
@@ -48,13 +48,15 @@ def train(
             dict of these by name. May be ``async def``, a list or dict of functions, or ``trlx.WeightedRewards``. See
             docs/rewards.md.
         dataset: deprecated; ``(samples, rewards)``.
-        samples: texts, dialogues (lists of alternating prompts and outputs), chats (lists of messages), or a data set.
-        rewards: one number per sample (ILQL); without them samples are imitated (SFT).
+        samples: texts, dialogues (lists of alternating prompts and outputs), chats (lists of messages), pairs (dicts
+            with "prompt", "chosen" and "rejected"), or a data set. See docs/data.md.
+        rewards: one number per sample (ILQL); without them samples are imitated (SFT), or compared (DPO).
         prompts: texts, chats, or dicts with "prompt" and further keys, which reach reward_fn as keyword lists.
         eval_prompts: the same for evaluations; by default the first of `prompts`.
         metric_fn: called like reward_fn, at evaluations; returns a dict of numbers or of lists, one number per sample.
         config: a TRLConfig, a preset's name, or a dict or YAML file of settings that are merged over the preset of PPO
-            (with reward_fn), ILQL (with rewards) or SFT (otherwise), see `over_preset`. None: that preset.
+            (with reward_fn), ILQL (with rewards), DPO (with pairs) or SFT (otherwise), see `over_preset`. None: that
+            preset.
         stop_sequences: texts that end a response and are cut off it.
 
     Returns:
@@ -68,7 +70,7 @@ def train(
     if dataset is not None:
         warnings.warn("train(dataset=...) is now train(samples=..., rewards=...)", DeprecationWarning, stacklevel=3)
         samples, rewards = dataset
-    config = _config(config, model_path, reward_fn, rewards)
+    config = _config(config, model_path, reward_fn, rewards, samples)
     trainer_class = _trainer_class(config.train, reward_fn, prompts, samples, rewards)
     check_folders(config.train)
     functions = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences or []}
@@ -85,14 +87,15 @@ def _refuse(others: Iterable[str]) -> None:
         raise TypeError(f"train() has no argument {name!r}.{advice}")
 
 
-def _config(config: Any, model_path, reward_fn, rewards) -> TRLConfig:
+def _config(config: Any, model_path, reward_fn, rewards, samples=None) -> TRLConfig:
     if config is None:
         logger.warning("No config: using the preset of the method that the arguments ask for")
         config = {}
     if isinstance(config, (str, Path)):
         config = read_yaml(config) if Path(config).is_file() else load_preset(str(config))
     if isinstance(config, Mapping):
-        offline = "sft" if rewards is None else "ilql"
+        imitated = "dpo" if {"chosen", "rejected"} <= columns_of(samples) else "sft"
+        offline = imitated if rewards is None else "ilql"
         config = over_preset(config, offline if reward_fn is None else "ppo")
     elif not isinstance(config, TRLConfig):
         raise TypeError(f"config must be a TRLConfig, a dict, or the name of a preset or file, got {config!r}")

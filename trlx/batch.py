@@ -58,6 +58,8 @@ class Rollout:
     """The sampler's log-probabilities of the tokens it drew: an eos that replaces a stop sequence has none."""
     version: int = 0
     """See `Sample`."""
+    ref_logprobs: list[float] | None = None
+    """Log-probabilities of the response tokens under the frozen reference policy, where a method keeps them."""
 
 
 @dataclass(slots=True)

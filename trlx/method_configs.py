@@ -218,6 +218,34 @@ class SFTConfig(MethodConfig):
 
 @dataclass
 @register_method
+class DPOConfig(MethodConfig):
+    """Direct preference optimization (arXiv:2305.18290): pairs of answers, without a reward model."""
+
+    name: str = "DPOConfig"
+    loss_type: str = "sigmoid"
+    """sigmoid (arXiv:2305.18290), hinge (arXiv:2305.10425) or ipo (arXiv:2310.12036)."""
+    beta: float = 0.1
+    """Multiplies log-ratios of policy and reference; the larger, the closer the policy stays to the reference."""
+    label_smoothing: float = 0.0
+    """Share of the pairs whose label is taken to be wrong (loss_type sigmoid)."""
+    sft_coef: float = 0.0
+    """Weight of the cross-entropy of the chosen answer, a mean over its tokens."""
+    length_normalized: bool = False
+    """Divides the log-probabilities of an answer by the number of its tokens."""
+    gen_kwargs: dict[str, Any] = _sampling(max_new_tokens=40, top_k=0, top_p=1.0, do_sample=True)
+    """Generation settings; evaluations run once for each value of an entry that is a list."""
+
+    def check(self) -> None:
+        self.require_choice("loss_type", ["sigmoid", "hinge", "ipo"])
+        self.require_positive("beta")
+        self.require_range(0, "sft_coef")
+        self.require(0 <= self.label_smoothing < 0.5, "label_smoothing", "be at least 0 and less than 0.5")
+        smooth = self.label_smoothing == 0 or self.loss_type == "sigmoid"
+        self.require(smooth, "label_smoothing", "be 0 unless method.loss_type is sigmoid")
+
+
+@dataclass
+@register_method
 class RFTConfig(OnlineConfig):
     """Rejection fine-tuning: the policy learns from its own best samples, with a rising threshold."""
 

@@ -60,6 +60,13 @@ def test_ilql_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
     close(weights(tmp_path / "one"), weights(tmp_path / "two"))
 
 
+def test_dpo_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
+    # 7 pairs in batches of 4 rows: each process has a pair, and of the last batch the second one none
+    together(1, run, "DPO", tmp_path / "one", train={"batch_size": 4}, optimizer=CALM)
+    together(2, run, "DPO", tmp_path / "two", train={"batch_size": 2}, optimizer=CALM)
+    close(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
 def check_gradients(folder):
     for unit, (gradient, loss) in gradients_of_six(folder).items():
         assert gradient == pytest.approx(EXPECTED_OF_SIX[unit], abs=1e-5), unit
@@ -99,7 +106,7 @@ def test_rft_selects_the_same_on_both_processes_also_where_a_share_is_empty(tmp_
     assert first == second and len(first) > 0
 
 
-@pytest.mark.parametrize("method", ["PPO", "GRPO", "SFT", "ILQL", "RFT"])
+@pytest.mark.parametrize("method", ["PPO", "GRPO", "SFT", "ILQL", "RFT", "DPO"])
 def test_two_processes_resume_bit_for_bit(tmp_path, method):
     every = {"checkpoint_interval": 1}
     together(2, run, method, tmp_path / "whole", train=every)

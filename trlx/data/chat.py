@@ -40,14 +40,15 @@ def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedToke
 
 
 def chat_tokens(
-    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str, context: int = 0
 ) -> tuple[list[int], list[bool]]:
     """(token ids, which of them to train on) of a chat that ends with the assistant's last turn.
 
-    All turns of the assistant are trained, each with the special token that ends it: the model must learn to stop. What
-    the template writes after the last of these tokens (a line break) is left out. If the template ends turns without a
-    special token, one eos follows the last turn. A turn is what the template encloses in ``{% generation %}``. Without
-    these marks it is what the message adds to the text of the messages before it with the generation prompt.
+    All turns of the assistant but those among the first `context` messages are trained, each with the special token
+    that ends it: the model must learn to stop. What the template writes after the last of these tokens (a line break)
+    is left out. If the template ends turns without a special token, one eos follows the last turn. A turn is what the
+    template encloses in ``{% generation %}``. Without these marks it is what the message adds to the text of the
+    messages before it with the generation prompt.
 
     Raises errors as `chat_prompt`, and a ValueError if trlx cannot find where a turn begins.
     """
@@ -65,7 +66,7 @@ def chat_tokens(
     # no header follows the last turn, so a special token right after it is the one that ends turns
     closing = {tokenizer.eos_token_id, *ids[turns[-1][1] : turns[-1][1] + 1]} & special
     trained = [False] * len(ids)
-    for first, last in turns:
+    for first, last in turns[sum(message["role"] == "assistant" for message in messages[:context]) :]:
         end = _end(ids, first, last, tokenizer, special, closing)
         trained[first:end] = [True] * (end - first)
     ids, trained = ids[:end], trained[:end]

@@ -68,12 +68,14 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
     for index, rollout in enumerate(rollouts):
         _check(index, rollout)
     tokens, mask = right_pad([[*r.prompt, *r.response] for r in rollouts], pad_id)
+    known = rollouts[0].ref_logprobs is not None
     return TokenBatch(
         tokens=tokens,
         attention_mask=mask.bool(),
         response_mask=_padded([[False] * len(r.prompt) + _trained(r) for r in rollouts], False),
         scores=_padded([[0.0] * len(r.prompt) + _token_scores(r) for r in rollouts], 0.0),
         group=torch.tensor([r.group for r in rollouts]),
+        ref_logprobs=_padded([[0.0] * len(r.prompt) + r.ref_logprobs for r in rollouts], 0.0) if known else None,
     )
 
 

@@ -22,6 +22,8 @@ def dialogues(
     max_length: int,
     scores: Sequence[float] | None = None,
     special_tokens: bool = False,
+    context: Sequence[int] | None = None,
+    together: int = 1,
 ) -> list[Rollout]:
     """Tokenizes samples, or a data set with columns of them (see `sample_list`), to at most `max_length` tokens each.
 
@@ -29,11 +31,12 @@ def dialogues(
     the first output are the prompt of the rollout, all others its response, in which only outputs are trained. A list
     of messages is a chat (see `chat_tokens`). `front` stands before the first prompt; `beginning` is the prompt of a
     sample that begins with an output. One eos ends each sample; a chat may end with a token of its template instead.
-    With `special_tokens`, for encoder-decoder models, prompts and outputs get all special tokens of the tokenizer.
+    With `special_tokens`, for encoder-decoder models, prompts and outputs get all special tokens of the tokenizer. The
+    first ``context[i]`` messages of chat i are not trained.
 
     Longer samples are cut on the tokenizer's truncation side, but keep a bos in front. Samples that lose all output
-    tokens are dropped with one warning, and their `scores` with them. Raises a ValueError or TypeError if there are no
-    samples, if one is none of these, or if all lose their output tokens.
+    tokens are dropped with one warning, and with each all of its block of `together` consecutive samples. Raises a
+    ValueError or TypeError if there are no samples, if one is none of these, or if all lose their output tokens.
     """
     samples = sample_list(samples)
     if not samples:
@@ -41,15 +44,20 @@ def dialogues(
     for index, sample in enumerate(samples):
         _check(index, sample)
     start, rollouts = beginning(tokenizer), []
-    for index, tokens in enumerate(_tokenized(samples, tokenizer, special_tokens)):
+    context = context or [0] * len(samples)
+    for index, tokens in enumerate(_tokenized(samples, tokenizer, special_tokens, context, together)):
         ids, trained = zip(*_cut(tokens, start, tokenizer.truncation_side, max_length), strict=True)
         if True in trained:
             first = trained.index(True)
             flags = None if all(trained[first:]) else list(trained[first:])
             score = 0.0 if scores is None else scores[index]
             rollouts.append(Rollout(prompt=list(ids[:first]), response=list(ids[first:]), score=score, trained=flags))
-    _report_dropped(len(samples) - len(rollouts), len(samples), max_length)
-    return rollouts
+        else:
+            rollouts.append(None)
+    blocks = [rollouts[at : at + together] for at in range(0, len(rollouts), together)]
+    kept = [block for block in blocks if None not in block]
+    _report_dropped(len(blocks) - len(kept), len(blocks), max_length, together)
+    return [rollout for block in kept for rollout in block]
 
 
 def _check(index: int, sample: Any) -> None:
@@ -63,7 +71,11 @@ def _check(index: int, sample: Any) -> None:
 
 
 def _tokenized(
-    samples: list[Any], tokenizer: PreTrainedTokenizerBase, special_tokens: bool
+    samples: list[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    special_tokens: bool,
+    context: Sequence[int],
+    together: int,
 ) -> Iterator[list[tuple[int, bool]]]:
     """For each sample its tokens as pairs (id, whether it is an output's)."""
     dialogues = [("", sample) if isinstance(sample, str) else () if is_chat(sample) else sample for sample in samples]
@@ -72,7 +84,7 @@ def _tokenized(
     in_front, alone = [] if special_tokens else front(tokenizer), beginning(tokenizer)
     for index, sample in enumerate(samples):
         if is_chat(sample):
-            yield list(zip(*chat_tokens(sample, tokenizer, f"Sample {index}"), strict=True))
+            yield list(zip(*chat_tokens(sample, tokenizer, f"Sample {index // together}", context[index]), strict=True))
             continue
         turns = [next(ids) for _ in dialogues[index]]
         first = next((number for number, turn in enumerate(turns) if turn), 1)
@@ -93,12 +105,13 @@ def _cut(tokens: list[tuple[int, bool]], start: list[int], side: str, max_length
     return [(token, False) for token in start] + shorten(tokens, max(max_length - len(start), 0), side)
 
 
-def _report_dropped(dropped: int, total: int, max_length: int) -> None:
+def _report_dropped(dropped: int, total: int, max_length: int, together: int) -> None:
     advice = "raise train.seq_length, or write left in tokenizer.truncation_side to cut the beginning instead"
     if dropped == total:
         raise ValueError(f"No sample has an output token within train.seq_length ({max_length}): {advice}")
     if dropped:
+        whose = "their" if together == 1 else "one answer's"
         logger.warning(
-            f"{dropped} of {total} samples were dropped, because none of their output tokens lies within "
+            f"{dropped} of {total} samples were dropped, because none of {whose} output tokens lies within "
             f"train.seq_length ({max_length}): {advice}"
         )

@@ -22,6 +22,23 @@ def as_list(data: Any, name: str) -> list[Any]:
     return list(data) if isinstance(data, Iterable) else [data[index] for index in range(len(data))]
 
 
+def columns_of(data: Any) -> set[str]:
+    """The columns of a data set or table, or the keys of a list's first row; none if its rows are no dicts."""
+    first = data[0] if isinstance(data, (list, tuple)) and data else None
+    return set(getattr(data, "column_names", getattr(data, "columns", first if isinstance(first, Mapping) else ())))
+
+
+def check_columns(rows: list[Any], columns: Iterable[str], why: str = "") -> None:
+    """Checks that each row is a dict with a value for all `columns`.
+
+    Raises:
+        ValueError: a row is not; the message ends the sentence "Sample 3 must have ..." with `why`.
+    """
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping) or any(row.get(column) is None for column in columns):
+            raise ValueError(f"Sample {index} must have {' and '.join(columns)}{why}, got {repr(row)[:80]}")
+
+
 def sample_list(samples: Any) -> list[Any]:
     """Samples as texts, dialogues and chats. Rows with columns become what their columns say.
 
@@ -40,9 +57,7 @@ def sample_list(samples: Any) -> list[Any]:
             '"response", or "messages"'
         )
     content, *answer = found[0]
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping) or any(row.get(column) is None for column in found[0]):
-            raise ValueError(f"Sample {index} must have {' and '.join(found[0])} as sample 0 has, got {repr(row)[:80]}")
+    check_columns(rows, found[0], " as sample 0 has")
     if not answer:
         return [row[content] for row in rows]
     pairs = [(row[content], row[answer[0]]) for row in rows]

@@ -7,6 +7,7 @@ from trlx.registry import register_trainer
 from trlx.trainer.grpo import GRPOTrainer
 from trlx.trainer.ilql import ILQLTrainer
 from trlx.trainer.ppo import PPOTrainer
+from trlx.trainer.preferences import DPOTrainer
 from trlx.trainer.rft import RFTTrainer
 from trlx.trainer.sft import SFTTrainer
 
@@ -42,5 +43,12 @@ class AccelerateILQLTrainer(ILQLTrainer):
 @register_trainer
 class AccelerateRFTTrainer(RFTTrainer):
     """Rejection fine-tuning of Hugging Face models."""
+
+    backend_class = AccelerateBackend
+
+
+@register_trainer
+class AccelerateDPOTrainer(DPOTrainer):
+    """Direct preference optimization of Hugging Face models."""
 
     backend_class = AccelerateBackend

@@ -12,6 +12,7 @@ from trlx.trainer.base import OURS
 from trlx.trainer.grpo import GRPOTrainer
 from trlx.trainer.ilql import ILQLTrainer
 from trlx.trainer.ppo import PPOTrainer
+from trlx.trainer.preferences import DPOTrainer
 from trlx.trainer.sft import SFTTrainer
 
 TOOLKIT = ("megatron.core", "einops")
@@ -61,3 +62,8 @@ class NeMoILQLTrainer(OnMegatron, ILQLTrainer):
 @register_trainer
 class NeMoSFTTrainer(OnMegatron, SFTTrainer):
     """Supervised fine-tuning with tensor and pipeline parallelism."""
+
+
+@register_trainer
+class NeMoDPOTrainer(OnMegatron, DPOTrainer):
+    """Direct preference optimization with tensor and pipeline parallelism."""

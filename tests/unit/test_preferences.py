@@ -1,0 +1,193 @@
+"""Pairs of answers: the losses by hand, what becomes of samples, and the reference that reads them once."""
+
+import math
+
+import pytest
+import torch
+
+import trlx
+from tests.builders import char_tokenizer
+from tests.runs import PAIRS, PROMPTS, metrics, run, tiny_config
+from tests.unit.test_chat import MARKED, PLAIN, chat, with_template
+from trlx.api import _config
+from trlx.backends.accelerate import AccelerateBackend
+from trlx.batch import Rollout, TokenOutputs
+from trlx.data.collate import collate
+from trlx.data.preferences import pairs
+from trlx.methods.masked import finish, pack
+from trlx.methods.preferences import dpo_loss
+from trlx.methods.units import Unit
+
+
+def one_pair():
+    """The chosen answer is by 1 nat likelier than under the reference, the rejected one less likely by 1."""
+    chosen = Rollout([4], [5, 6], ref_logprobs=[-1.5, -2.5])
+    rejected = Rollout([4], [7], ref_logprobs=[-2.0])
+    batch = collate([chosen, rejected, chosen, rejected], pad_id=0)
+    mask = batch.response_mask.clone()
+    mask[2:] = False  # a pair that only fills up a share
+    logprobs = torch.tensor([[0.0, -1.0, -2.0], [0.0, -3.0, 0.0], [0.0] * 3, [0.0] * 3], requires_grad=True)
+    return TokenOutputs(logprobs), batch.replace(response_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "chosen", "rejected"),
+    [
+        # h = 2, so with beta 0.5 the margin is 1: log(1 + 1/e), and 0.5 sigmoid(-1)
+        ({"kind": "sigmoid", "beta": 0.5}, 0.313262, -0.134471, 0.134471),
+        # 0.9 log(1 + 1/e) + 0.1 log(1 + e), and 0.5 (0.9 sigmoid(-1) - 0.1 sigmoid(1))
+        ({"kind": "sigmoid", "beta": 0.5, "label_smoothing": 0.1}, 0.413262, -0.084471, 0.084471),
+        # the means are 0.5 and -1, so the margin is 0.75; each of the two chosen tokens counts half
+        ({"kind": "sigmoid", "beta": 0.5, "length_normalized": True}, 0.386871, -0.080205, 0.160411),
+        # minus the mean of -1 and -2, twice
+        ({"kind": "sigmoid", "beta": 0.5, "sft_coef": 2.0}, 3.313262, -1.134471, 0.134471),
+        ({"kind": "hinge", "beta": 0.25}, 0.5, -0.25, 0.25),
+        ({"kind": "hinge", "beta": 1.0}, 0.0, 0.0, 0.0),
+        # (2 - 1 / (2 * 0.5))^2: further apart than asked for
+        ({"kind": "ipo", "beta": 0.5}, 1.0, 2.0, -2.0),
+        ({"kind": "ipo", "beta": 0.5, "length_normalized": True}, 0.25, 0.5, -1.0),
+    ],
+)
+def test_each_loss_and_its_gradient(settings, loss, chosen, rejected):
+    outputs, batch = one_pair()
+    summed, found = dpo_loss(outputs, batch, **settings)
+    summed.backward()
+    assert summed.item() == pytest.approx(loss, abs=1e-6)
+    expected = [[0, chosen, chosen], [0, rejected, 0], [0] * 3, [0] * 3]
+    assert outputs.logprobs.grad.flatten().tolist() == pytest.approx(sum(expected, []), abs=1e-6)
+    assert finish(*pack(found))["loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_statistics_are_means_over_pairs_and_rewards_are_beta_times_log_ratios():
+    outputs, batch = one_pair()
+    names = {"rewards/chosen": 0.5, "rewards/rejected": -0.5, "margin": 1, "accuracy": 1, "losses/sft": 1.5}
+    names |= {"logprobs/chosen": -3, "logprobs/rejected": -3, "loss": math.log(1 + math.exp(-1))}
+    assert finish(*pack(dpo_loss(outputs, batch, kind="sigmoid", beta=0.5)[1])) == pytest.approx(names)
+    other = TokenOutputs(torch.zeros(4, 3))
+    assert finish(*pack(dpo_loss(other, batch.replace(ref_logprobs=torch.zeros(4, 3)), "ipo", 1.0)[1]))["accuracy"] == 0
+
+
+def texts(rollouts, tokenizer):
+    return [tuple(map(tokenizer.decode, (rollout.prompt, rollout.response))) for rollout in rollouts]
+
+
+def test_a_pair_of_texts_is_two_rows_chosen_first():
+    tokenizer = char_tokenizer()
+    rows = [
+        {"prompt": "ab", "chosen": "c", "rejected": "de", "source": 7},
+        {"prompt": "", "chosen": "a", "rejected": "b"},
+    ]
+    found = texts(pairs(rows, tokenizer, 9), tokenizer)
+    assert found == [("ab", "c</s>"), ("ab", "de</s>"), ("<s>", "a</s>"), ("<s>", "b</s>")]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt", "answers"),
+    [
+        ("q: ab a: cd", "q: ab a: ce", "q: ab a:", (" cd", " ce")),
+        ("is it so", "is it", "is it", (" so", "")),
+        ("ab cd", "ab  cd", "ab", (" cd", "  cd")),
+        ("word", "wordy", "", ("word", "wordy")),
+    ],
+)
+def test_without_a_prompt_it_is_the_whole_words_that_both_texts_begin_with(chosen, rejected, prompt, answers):
+    tokenizer = char_tokenizer()
+    found = texts(pairs([{"chosen": chosen, "rejected": rejected}], tokenizer, 30), tokenizer)
+    assert found == [(prompt or "<s>", f"{answer}</s>") for answer in answers]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+@pytest.mark.parametrize("implicit", [False, True])
+def test_of_chats_only_the_answers_are_trained_and_a_common_beginning_is_the_prompt(template, implicit):
+    tokenizer = with_template(template)
+    whole = [chat("a", "b", "c", "d"), chat("a", "b", "c", "e", "f", "g")]
+    row = {"chosen": whole[0], "rejected": whole[1]}
+    if not implicit:
+        row = {"prompt": whole[0][:3], "chosen": whole[0][3:], "rejected": whole[1][3:]}
+    chosen, rejected = pairs([row], tokenizer, 99)
+    begins = "u:a<|end|>\na:b<|end|>\nu:c<|end|>\na:"
+    first, second = texts([chosen, rejected], tokenizer)
+    assert first == (begins, "d<|end|>") and second == (begins, "e<|end|>\nu:f<|end|>\na:g<|end|>")
+    assert chosen.trained is None and rejected.trained == [True] * 2 + [False] * 8 + [True] * 2
+
+
+def test_a_pair_without_room_for_its_answers_is_dropped_whole(caplog):
+    rows = [{"prompt": "abcd", "chosen": "a", "rejected": "b"}, {"prompt": "ab", "chosen": "cd", "rejected": "e"}]
+    tokenizer = char_tokenizer()
+    assert texts(pairs(rows, tokenizer, 4), tokenizer) == [("ab", "cd"), ("ab", "e</s>")]
+    (record,) = caplog.records
+    assert "1 of 2 samples were dropped, because none of one answer's output tokens lies" in record.message
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("abc", "Sample 1 must have prompt and chosen and rejected, got 'abc'"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "Sample 1 must have prompt and chosen and rejected"),
+        ({"prompt": "a", "chosen": chat("a", "b")[1:], "rejected": "c"}, "of one kind; got str, list, str"),
+        ({"prompt": chat("a"), "chosen": chat("b"), "rejected": chat("c")}, "Sample 1, message 1: a message of user"),
+    ],
+)
+def test_what_is_no_pair_is_named(row, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        pairs([PAIRS[0], row], with_template(PLAIN), 30)
+
+
+def test_chats_without_a_common_beginning_need_a_prompt():
+    with pytest.raises(ValueError, match="Sample 0: chosen and rejected begin with different messages"):
+        pairs([{"chosen": chat("a", "b"), "rejected": chat("c", "d")}], with_template(PLAIN), 30)
+
+
+def test_the_reference_reads_every_answer_once_and_a_run_begins_without_a_margin(tmp_path, monkeypatch):
+    calls, evaluate = [], AccelerateBackend.evaluate
+    monkeypatch.setattr("trlx.trainer.preferences.ROWS_AT_ONCE", 6)
+
+    def counting(self, batch, reference=False):
+        calls.append((len(batch), reference))
+        return evaluate(self, batch, reference)
+
+    monkeypatch.setattr(AccelerateBackend, "evaluate", counting)
+    method = {"beta": 0.5, "label_smoothing": 0.25, "sft_coef": 0.5}
+    trainer = run("DPO", tmp_path, method=method, train={"total_steps": 8, "eval_interval": 8, "minibatch_size": 2})
+    assert [call for call in calls if call[1]] == [(6, True), (6, True), (2, True)]  # 7 pairs, and two epochs of them
+    first, *_, last = [line for line in metrics(tmp_path) if "loss" in line]
+    assert first["margin"] == pytest.approx(0, abs=1e-6)
+    assert first["loss"] == pytest.approx(math.log(2) + 0.5 * first["losses/sft"], abs=1e-5)
+    assert last["margin"] > 0.1 and last["accuracy"] == 1
+    # of the policy that has learnt; the rows still hold what it was at first
+    batch = trainer.store.rows(slice(None))
+    with torch.no_grad():
+        again = evaluate(trainer.backend, batch, reference=True).logprobs
+    assert torch.allclose(batch.ref_logprobs, again, atol=1e-6)
+    assert not torch.allclose(evaluate(trainer.backend, batch).logprobs, again, atol=1e-2)
+    settings = {"kind": "sigmoid", **method}
+    outputs = evaluate(trainer.backend, batch)
+    assert trainer.loss(outputs, batch)[0] == dpo_loss(outputs, batch, **settings)[0] and trainer.unit is Unit.PAIR
+
+
+def test_pairs_choose_the_method(tmp_path):
+    table = pytest.importorskip("datasets").Dataset.from_list(PAIRS)
+    for samples in (PAIRS, [{"chosen": "a", "rejected": "b"}], table):
+        assert _config({}, None, None, None, samples).train.trainer == "AccelerateDPOTrainer"
+    for samples in (["text"], [{"text": "a"}], [[{"role": "user"}]], [], None):
+        assert _config({}, None, None, None, samples).method.name == "SFTConfig"
+    config = tiny_config(tmp_path, "DPO", train={"total_steps": 0})
+    trainer = trlx.train(config=config, samples=table, eval_prompts=PROMPTS)
+    assert [rollout.prompt for rollout in trainer.store.rollouts[:4]] == [[4, 5], [4, 5], [5], [5]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "words"),
+    [
+        ({"method": {"loss_type": "sigmod"}}, {}, "method.loss_type: unknown value 'sigmod'. Did you mean 'sigmoid'"),
+        ({"method": {"loss_type": "ipo", "label_smoothing": 0.1}}, {}, "must be 0 unless method.loss_type is sigmoid"),
+        ({"method": {"label_smoothing": 0.5}}, {}, "must be at least 0 and less than 0.5, got 0.5"),
+        ({"method": {"beta": 0.0}}, {}, "method.beta must be positive"),
+        ({"train": {"batch_size": 3}}, {}, "keeps rows together by 2"),
+        ({}, {"rewards": [1.0] * 7}, "AccelerateDPOTrainer does not use rewards"),
+        ({}, {"samples": ["abc"]}, "Sample 0 must have chosen and rejected, got 'abc'"),
+    ],
+)
+def test_wrong_settings_and_samples_are_refused(tmp_path, changes, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        trlx.train(config=tiny_config(tmp_path, "DPO", **changes), **{"samples": PAIRS, **arguments})

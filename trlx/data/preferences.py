@@ -1,0 +1,76 @@
+"""Pairs of answers to a prompt, of which one was chosen, as rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import takewhile
+from os.path import commonprefix
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from trlx.batch import Rollout
+from trlx.data.chat import is_chat
+from trlx.data.dialogue import dialogues
+from trlx.data.rows import as_list, check_columns
+
+
+def pairs(
+    samples: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, special_tokens: bool = False
+) -> list[Rollout]:
+    """Tokenizes pairs of answers: rollout 2i is the chosen answer of row i, rollout 2i + 1 the rejected one.
+
+    Args:
+        samples: rows ``{"prompt", "chosen", "rejected"}``, or a data set with these columns; all texts or all chats
+            (lists of messages). Without "prompt", the prompt is what both answers begin with: whole messages of chats,
+            whole words of texts.
+
+    Only answers are trained. Prompt and answer together are cut to `max_length` tokens as in `dialogues`. A pair of
+    which one answer has no token left is dropped, with one warning for all.
+
+    Raises:
+        ValueError, TypeError: there are no pairs, or a row is none.
+    """
+    rows = as_list(samples, "samples")
+    columns = ("prompt", "chosen", "rejected")
+    check_columns(rows, columns if rows and isinstance(rows[0], Mapping) and "prompt" in rows[0] else columns[1:])
+    turns: list[Any] = []
+    context: list[int] = []
+    for index, row in enumerate(rows):
+        prompt, *answers = _parts(row, index)
+        is_text = isinstance(prompt, str)
+        turns += [[prompt, answer] if is_text else [*prompt, *answer] for answer in answers]
+        context += [0 if is_text else len(prompt)] * 2
+    return dialogues(turns, tokenizer, max_length, special_tokens=special_tokens, context=context, together=2)
+
+
+def _parts(row: Mapping[str, Any], index: int) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected), all texts or all lists of messages."""
+    given = [row[name] for name in ("prompt", "chosen", "rejected") if name in row]
+    if not (all(isinstance(part, str) for part in given) or all(map(is_chat, given))):
+        kinds = f"{', '.join(type(part).__name__ for part in given)}"
+        raise TypeError(
+            f"Sample {index}: prompt, chosen and rejected must be texts, or lists of messages "
+            f'{{"role": ..., "content": ...}}, and all of one kind; got {kinds}'
+        )
+    if "prompt" in row:
+        return tuple(given)
+    chosen, rejected = given
+    shared = _shared_words(chosen, rejected) if isinstance(chosen, str) else _shared_messages(chosen, rejected)
+    if not shared and not isinstance(chosen, str):
+        raise ValueError(f"Sample {index}: chosen and rejected begin with different messages: pass the prompt")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _shared_words(chosen: str, rejected: str) -> int:
+    """The length of the common beginning, without a word that has begun; white space belongs to what follows it."""
+    end = len(commonprefix([chosen, rejected]))
+    while end and any(text[end:] and not text[end].isspace() for text in (chosen, rejected)):
+        end -= 1
+    return end
+
+
+def _shared_messages(chosen: list[Any], rejected: list[Any]) -> int:
+    """The number of messages that both begin with; each keeps at least one of its own."""
+    alike = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
+    return min(alike, len(chosen) - 1, len(rejected) - 1)

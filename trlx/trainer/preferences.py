@@ -1,0 +1,75 @@
+"""Learning from preferences: which of two answers to a prompt was chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from trlx import logging
+from trlx.backends.base import Backend, ModelNeeds
+from trlx.batch import Rollout, TokenBatch, TokenOutputs
+from trlx.data.preferences import pairs
+from trlx.data.store import RolloutStore, own_rows, shard
+from trlx.method_configs import DPOConfig
+from trlx.methods.masked import Metrics
+from trlx.methods.preferences import dpo_loss
+from trlx.methods.units import Unit
+from trlx.trainer.base import Trainer
+
+logger = logging.get_logger(__name__)
+
+ROWS_AT_ONCE = 1024
+"""Rows that a process gives the reference at once; with sharded weights, each time gathers them."""
+
+
+class DPOTrainer(Trainer):
+    """Direct preference optimization, and the losses that differ from it in one line.
+
+    The reference policy, which is the model before training, reads every answer once, before the first step.
+    """
+
+    method_class = DPOConfig
+    unit = Unit.PAIR
+
+    @staticmethod
+    def needs(method: DPOConfig) -> ModelNeeds:
+        # with dropout the policy would differ from the reference before it has learnt anything
+        return ModelNeeds(reference=True, dropout=False)
+
+    def make_experience(self, samples: Any, seq_length: int) -> None:
+        """Tokenizes pairs, see `trlx.data.preferences.pairs`; at most `seq_length` tokens for prompt and answer."""
+        self.learn_from(pairs(samples, self.tokenizer, seq_length, self.backend.row_format.special_tokens))
+
+    def learn_from(self, rollouts: list[Rollout]) -> None:
+        """Sets the pairs, and adds the reference's log-probabilities of their tokens. Call it on every process."""
+        super().learn_from(rollouts)
+        add_reference(self.backend, self.samples)
+
+    def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        method = self.method
+        return dpo_loss(
+            outputs,
+            batch,
+            kind=method.loss_type,
+            beta=method.beta,
+            label_smoothing=method.label_smoothing,
+            sft_coef=method.sft_coef,
+            length_normalized=method.length_normalized,
+        )
+
+
+def add_reference(backend: Backend, store: RolloutStore) -> None:
+    """Writes the reference's log-probabilities on every rollout; the processes share the rows."""
+    logger.info(f"The reference policy reads {len(store)} answers")
+    found = []
+    for first in range(0, len(store), ROWS_AT_ONCE * backend.data_size):
+        rows = list(range(len(store)))[first : first + ROWS_AT_ONCE * backend.data_size]
+        batch = shard(store, rows, backend.data_rank, backend.data_size)
+        logprobs = backend.evaluate(batch, reference=True).logprobs.tolist()
+        ends = batch.attention_mask.sum(dim=1).tolist()
+        mine = rows[own_rows(len(rows), backend.data_rank, backend.data_size)]
+        for index, row, end in zip(mine, logprobs, ends, strict=False):  # other rows only fill up a short share
+            found.append((index, row[end - len(store.rollouts[index].response) : end]))
+    for index, numbers in backend.gather_objects(found):
+        store.rollouts[index].ref_logprobs = numbers
