@@ -44,7 +44,7 @@ class DPOTrainer(Trainer):
     def learn_from(self, rollouts: list[Rollout]) -> None:
         """Sets the pairs, and adds the reference's log-probabilities of their tokens. Call it on every process."""
         super().learn_from(rollouts)
-        add_reference(self.backend, self.samples)
+        add_reference(self.backend, self.samples, self.rows_together)
 
     def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         method = self.method
@@ -59,16 +59,16 @@ class DPOTrainer(Trainer):
         )
 
 
-def add_reference(backend: Backend, store: RolloutStore) -> None:
-    """Writes the reference's log-probabilities on every rollout; the processes share the rows."""
+def add_reference(backend: Backend, store: RolloutStore, together: int = 1) -> None:
+    """Writes the reference's log-probabilities on every rollout; the processes share blocks of `together` rows."""
     logger.info(f"The reference policy reads {len(store)} answers")
     found = []
     for first in range(0, len(store), ROWS_AT_ONCE * backend.data_size):
         rows = list(range(len(store)))[first : first + ROWS_AT_ONCE * backend.data_size]
-        batch = shard(store, rows, backend.data_rank, backend.data_size)
+        batch = shard(store, rows, backend.data_rank, backend.data_size, together)
         logprobs = backend.evaluate(batch, reference=True).logprobs.tolist()
         ends = batch.attention_mask.sum(dim=1).tolist()
-        mine = rows[own_rows(len(rows), backend.data_rank, backend.data_size)]
+        mine = rows[own_rows(len(rows), backend.data_rank, backend.data_size, together)]
         for index, row, end in zip(mine, logprobs, ends, strict=False):  # other rows only fill up a short share
             found.append((index, row[end - len(store.rollouts[index].response) : end]))
     for index, numbers in backend.gather_objects(found):
