@@ -259,7 +259,9 @@ def test_ilql_samples_with_its_q_heads(tmp_path):
     assert all(rollout.prompt[-1] == 2 for rollout in trainer.store.rollouts)
 
 
-@pytest.mark.parametrize(("name", "algorithm"), [("t5", "PPO"), ("bart", "PPO"), ("t5", "SFT"), ("t5", "ILQL")])
+@pytest.mark.parametrize(
+    ("name", "algorithm"), [("t5", "PPO"), ("bart", "PPO"), ("t5", "SFT"), ("t5", "ILQL"), ("t5", "DPO")]
+)
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, name, algorithm):
     every = {"checkpoint_interval": 1, "total_steps": 4, "eval_interval": 2}
     run_of(name, algorithm, tmp_path / "whole", train=every)
