@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import softplus
 from transformers import AutoModelForCausalLM
 
 from tests.builders import VOCABULARY, char_tokenizer, tiny_gpt2_config
@@ -23,8 +22,8 @@ from trlx.data.collate import collate
 from trlx.data.store import shard
 from trlx.methods.grpo import grpo_loss
 from trlx.methods.ilql import ilql_loss
-from trlx.methods.masked import mean_of
 from trlx.methods.ppo import ppo_loss
+from trlx.methods.preferences import dpo_loss
 from trlx.methods.sft import sft_loss
 from trlx.methods.units import Unit
 
@@ -64,19 +63,13 @@ LOSSES = {
     "SFT": sft_loss,
     "GRPO": partial(grpo_loss, kind="gspo", cliprange=0.2, cliprange_high=0.3, max_length=8, kl_coef=0.1),
 }
-
-
-def pair_loss(outputs, batch):
-    """Rows 2i and 2i + 1 are a pair."""
-    sums = outputs.logprobs.sum(dim=1)
-    loss = softplus(0.1 * (sums[1::2] - sums[0::2]))
-    return loss.sum(), {"loss": mean_of(loss)}
+PAIR_LOSS = partial(dpo_loss, kind="sigmoid", beta=0.1)
 
 
 def steps(algorithm: str) -> list[tuple]:
     # a loss of pairs that uses no heads
     unit = Unit.SEQUENCE if algorithm == "GRPO" else Unit.TOKEN
-    return [(LOSSES[algorithm], unit)] * 3 + [(pair_loss, Unit.PAIR)] * (algorithm == "SFT")
+    return [(LOSSES[algorithm], unit)] * 3 + [(PAIR_LOSS, Unit.PAIR)] * (algorithm == "SFT")
 
 
 MAIN = ("gpt2", "llama", "qwen2")
