@@ -89,7 +89,7 @@ DATA: dict[str, dict[str, Any]] = {
     "SFT": {"samples": TEXTS, "eval_prompts": PROMPTS},
     "ILQL": {"samples": DIALOGUES, "rewards": REWARDS, "eval_prompts": PROMPTS},
     "RFT": ONLINE,
-    "DPO": {"samples": PAIRS, "eval_prompts": PROMPTS},
+    "DPO": {"samples": PAIRS, "eval_prompts": PROMPTS, "eval_samples": PAIRS[:3]},
 }
 """What each algorithm learns from in these runs."""
 

@@ -36,6 +36,7 @@ def train(
     metric_fn: Callable[..., Any] | None = None,
     config: TRLConfig | Mapping[str, Any] | str | Path | None = None,
     stop_sequences: list[str] | None = None,
+    eval_samples: list[Any] | None = None,
     **others: Any,
 ) -> Trainer:
     """Fine-tunes a language model: online with a reward function, or offline on samples.
@@ -58,6 +59,7 @@ def train(
             (with reward_fn), ILQL (with rewards), DPO (with pairs) or SFT (otherwise), see `over_preset`. None: that
             preset.
         stop_sequences: texts that end a response and are cut off it.
+        eval_samples: samples like `samples` that are not trained on; evaluations log the loss of them (SFT, DPO).
 
     Returns:
         The trainer, after training: ``.generate``, ``.save_pretrained``, ``.evaluate``.
@@ -72,10 +74,14 @@ def train(
         samples, rewards = dataset
     config = _config(config, model_path, reward_fn, rewards, samples)
     trainer_class = _trainer_class(config.train, reward_fn, prompts, samples, rewards)
+    if eval_samples is not None and not hasattr(trainer_class, "add_eval_samples"):
+        raise ValueError(f"{trainer_class.__name__} is not evaluated on samples: leave out eval_samples")
     check_folders(config.train)
     functions = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences or []}
     trainer = trainer_class(config=config, **functions, **config.train.trainer_kwargs)
     _feed(trainer, prompts, eval_prompts, samples, rewards)
+    if eval_samples is not None:
+        trainer.add_eval_samples(eval_samples, config.train.seq_length)
     trainer.learn()
     return trainer
 

@@ -141,6 +141,7 @@ def test_chats_without_a_common_beginning_need_a_prompt():
 def test_the_reference_reads_every_answer_once_and_a_run_begins_without_a_margin(tmp_path, monkeypatch):
     calls, evaluate = [], AccelerateBackend.evaluate
     monkeypatch.setattr("trlx.trainer.preferences.ROWS_AT_ONCE", 6)
+    monkeypatch.setattr("trlx.trainer.evaluate.ROWS_AT_ONCE", 4)
 
     def counting(self, batch, reference=False):
         calls.append((len(batch), reference))
@@ -149,11 +150,20 @@ def test_the_reference_reads_every_answer_once_and_a_run_begins_without_a_margin
     monkeypatch.setattr(AccelerateBackend, "evaluate", counting)
     method = {"beta": 0.5, "label_smoothing": 0.25, "sft_coef": 0.5}
     trainer = run("DPO", tmp_path, method=method, train={"total_steps": 8, "eval_interval": 8, "minibatch_size": 2})
-    assert [call for call in calls if call[1]] == [(6, True), (6, True), (2, True)]  # 7 pairs, and two epochs of them
+    # once 7 pairs to train on and 3 held-out ones; then the policy reads those at both evaluations
+    read = [(6, True), (6, True), (2, True), (6, True)]
+    assert [call for call in calls if call[1]] == read
+    assert [rows for rows, reference in calls if not reference and rows > 1] == [4, 2, 4, 2]
     first, *_, last = [line for line in metrics(tmp_path) if "loss" in line]
     assert first["margin"] == pytest.approx(0, abs=1e-6)
     assert first["loss"] == pytest.approx(math.log(2) + 0.5 * first["losses/sft"], abs=1e-5)
     assert last["margin"] > 0.1 and last["accuracy"] == 1
+    evaluations = [line for line in metrics(tmp_path) if "eval/loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 8]
+    assert evaluations[0]["eval/margin"] == pytest.approx(0, abs=1e-6) and evaluations[1]["eval/accuracy"] == 1
+    seen = trainer.evaluator.held_out.store.rows(slice(None))
+    found = finish(*pack(dpo_loss(evaluate(trainer.backend, seen), seen, "sigmoid", **method)[1]))
+    assert evaluations[1] == pytest.approx(evaluations[1] | {f"eval/{name}": mean for name, mean in found.items()})
     # of the policy that has learnt; the rows still hold what it was at first
     batch = trainer.store.rows(slice(None))
     with torch.no_grad():

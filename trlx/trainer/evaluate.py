@@ -9,16 +9,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from trlx.backends.base import Backend
+import torch
+
+from trlx.backends.base import Backend, LossFn
 from trlx.batch import Rollout, Sample
 from trlx.data.prompts import Prompt
-from trlx.data.store import own_rows
+from trlx.data.store import RolloutStore, own_rows, shard
+from trlx.methods.masked import finish, merge_packed, pack
 from trlx.rewards.calling import Arguments
 from trlx.rewards.results import means, total
 from trlx.rewards.scoring import Metric, Scorer
 from trlx.run.display import Display
 from trlx.run.guards import interruptible, leave_if_asked
 from trlx.sampling.settings import SamplingConfig
+
+ROWS_AT_ONCE = 1024
+"""Rows that a process gives the model at once; with sharded weights, each time gathers them."""
 
 
 @dataclass(slots=True)
@@ -40,6 +46,30 @@ class EvaluationResult:
 
 
 @dataclass(slots=True)
+class HeldOut:
+    """Samples of an offline method that it does not train on."""
+
+    backend: Backend
+    store: RolloutStore
+    loss: LossFn
+    """It may read nothing but log-probabilities from the model's outputs, as `Backend.evaluate` gives no more."""
+    together: int
+    """Rows that are never split: the two of a pair."""
+
+    def means(self) -> dict[str, float]:
+        """The metrics of the loss over all samples, named ``eval/<name>``. Call it on every process."""
+        found, count = [], ROWS_AT_ONCE * self.backend.data_size
+        for first in range(0, len(self.store), count):
+            leave_if_asked(self.backend)
+            rows = list(range(len(self.store)))[first : first + count]
+            batch = shard(self.store, rows, self.backend.data_rank, self.backend.data_size, self.together)
+            names, packed = pack(self.loss(self.backend.evaluate(batch), batch)[1])
+            found.append(packed)
+        means = finish(names, merge_packed(torch.stack(self.backend.gather_objects(found))))
+        return {f"eval/{name}": mean for name, mean in means.items()}
+
+
+@dataclass(slots=True)
 class Evaluator:
     """Evaluates with each value of the generation argument that the config sweeps over, if it sweeps over one."""
 
@@ -55,6 +85,7 @@ class Evaluator:
     scorer: Scorer | None
     metric_fn: Callable[..., Any] | None
     display: Display
+    held_out: HeldOut | None = None
     _metric: Metric | None = field(init=False)
 
     def __post_init__(self):
@@ -82,6 +113,7 @@ class Evaluator:
             argument, _, value = suffix.removeprefix("@").partition("=")
             result.columns = [argument, *columns] if suffix else columns
             result.rows += [[value, *row] if suffix else row for row in rows]
+        result.metrics |= self.held_out.means() if self.held_out is not None else {}
         return result
 
     def _sample(self, sampling: SamplingConfig) -> list[Rollout]:

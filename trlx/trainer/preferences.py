@@ -16,11 +16,9 @@ from trlx.methods.masked import Metrics
 from trlx.methods.preferences import dpo_loss
 from trlx.methods.units import Unit
 from trlx.trainer.base import Trainer
+from trlx.trainer.evaluate import ROWS_AT_ONCE, HeldOut
 
 logger = logging.get_logger(__name__)
-
-ROWS_AT_ONCE = 1024
-"""Rows that a process gives the reference at once; with sharded weights, each time gathers them."""
 
 
 class DPOTrainer(Trainer):
@@ -39,7 +37,13 @@ class DPOTrainer(Trainer):
 
     def make_experience(self, samples: Any, seq_length: int) -> None:
         """Tokenizes pairs, see `trlx.data.preferences.pairs`; at most `seq_length` tokens for prompt and answer."""
-        self.learn_from(pairs(samples, self.tokenizer, seq_length, self.backend.row_format.special_tokens))
+        self.learn_from(self._pairs(samples, seq_length))
+
+    def add_eval_samples(self, samples: Any, seq_length: int) -> None:
+        """Sets the pairs of evaluations. Call it on every process, after `add_eval_pipeline`."""
+        store = RolloutStore(self._pairs(samples, seq_length), self.tokenizer.pad_token_id, self.backend.row_format)
+        add_reference(self.backend, store, self.rows_together)
+        self.evaluator.held_out = HeldOut(self.backend, store, self.loss, self.rows_together)
 
     def learn_from(self, rollouts: list[Rollout]) -> None:
         """Sets the pairs, and adds the reference's log-probabilities of their tokens. Call it on every process."""
@@ -57,6 +61,9 @@ class DPOTrainer(Trainer):
             sft_coef=method.sft_coef,
             length_normalized=method.length_normalized,
         )
+
+    def _pairs(self, samples: Any, seq_length: int) -> list[Rollout]:
+        return pairs(samples, self.tokenizer, seq_length, self.backend.row_format.special_tokens)
 
 
 def add_reference(backend: Backend, store: RolloutStore, together: int = 1) -> None:

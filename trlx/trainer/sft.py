@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from trlx.batch import TokenBatch, TokenOutputs
+from trlx.batch import Rollout, TokenBatch, TokenOutputs
 from trlx.data.dialogue import dialogues
+from trlx.data.store import RolloutStore
 from trlx.methods.masked import Metrics
 from trlx.methods.sft import sft_loss
 from trlx.trainer.base import Trainer
+from trlx.trainer.evaluate import HeldOut
 
 
 class SFTTrainer(Trainer):
@@ -18,8 +20,17 @@ class SFTTrainer(Trainer):
 
     def make_experience(self, samples: list[Any], seq_length: int) -> None:
         """Tokenizes the samples: texts, or alternating prompts and outputs; at most `seq_length` tokens each."""
-        special_tokens = self.backend.row_format.special_tokens
-        self.learn_from(dialogues(samples, self.tokenizer, seq_length, special_tokens=special_tokens))
+        self.learn_from(self._dialogues(samples, seq_length))
+
+    def add_eval_samples(self, samples: list[Any], seq_length: int) -> None:
+        """Sets the samples of evaluations. Call it on every process, after `add_eval_pipeline`."""
+        rollouts, pad_id = self._dialogues(samples, seq_length), self.tokenizer.pad_token_id
+        store = RolloutStore(rollouts, pad_id, self.backend.row_format)
+        self.evaluator.held_out = HeldOut(self.backend, store, self.loss, self.rows_together)
 
     def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         return sft_loss(outputs, batch)
+
+    def _dialogues(self, samples: list[Any], seq_length: int) -> list[Rollout]:
+        special_tokens = self.backend.row_format.special_tokens
+        return dialogues(samples, self.tokenizer, seq_length, special_tokens=special_tokens)
