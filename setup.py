@@ -30,6 +30,7 @@ EXTRAS = {
     "bnb": ["bitsandbytes>=0.45"],
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "data": ["datasets>=3.0"],
+    "math": ["math-verify>=0.8"],
     "sweep": ["ray[tune]>=2.60,<3"],
     "nemo": ["megatron-core>=0.16.1,<0.17", "einops>=0.8"],
     # only to prove that `.nemo` archives are NeMo's: tests/toolkit/exchange.sh, in an environment of its own
