@@ -27,9 +27,10 @@ REWARDS = [0.5, 0.0, 1.0, 1.0, 0.7, 0.3, 0.0]
 def tiny_config(folder: str | Path, algorithm: str, **changes: Any) -> TRLConfig:
     """A config that trains a two-layer GPT-2 on characters for 8 steps; `changes` as in ``evolve``."""
     tokenizer = char_tokenizer()
+    generation = {} if algorithm == "Reward" else {"gen_kwargs": {"max_new_tokens": 6}}
     config = TRLConfig.from_dict(
         {
-            "method": {"name": f"{algorithm}Config", "gen_kwargs": {"max_new_tokens": 6}, **_METHODS[algorithm]},
+            "method": {"name": f"{algorithm}Config", **generation, **_METHODS[algorithm]},
             "model": {"model_path": tiny_gpt2_config(resid_pdrop=0.1)},
             "tokenizer": {"tokenizer_path": tokenizer},
             "optimizer": {"name": "adamw", "kwargs": {"lr": 3e-3}},
@@ -68,6 +69,7 @@ _METHODS: dict[str, dict[str, Any]] = {
         "gen_kwargs": {"max_new_tokens": 6, "beta": [0, 2], "top_k": 10},
     },
     "DPO": {"beta": 0.5},
+    "Reward": {},
     "RFT": {"n_improve_steps": 2, "n_generations_per_prompt": 4, "start_percentile": 0.5},
 }
 
@@ -82,6 +84,7 @@ def length(samples, **kwargs) -> dict[str, list[int]]:
     return {"length": [len(sample) for sample in samples]}
 
 
+WITH_MARGIN = [{**pair, "margin": 0.5 * (i % 2)} for i, pair in enumerate(PAIRS)]
 ONLINE = {"reward_fn": share_of_a, "prompts": PROMPTS}
 DATA: dict[str, dict[str, Any]] = {
     "PPO": ONLINE,
@@ -90,6 +93,7 @@ DATA: dict[str, dict[str, Any]] = {
     "ILQL": {"samples": DIALOGUES, "rewards": REWARDS, "eval_prompts": PROMPTS},
     "RFT": ONLINE,
     "DPO": {"samples": PAIRS, "eval_prompts": PROMPTS, "eval_samples": PAIRS[:3]},
+    "Reward": {"samples": WITH_MARGIN, "eval_samples": WITH_MARGIN[:3]},
 }
 """What each algorithm learns from in these runs."""
 
@@ -99,7 +103,8 @@ def run(algorithm: str, folder: str | Path, **changes: Any):
     import trlx
 
     config = tiny_config(folder, algorithm, **changes)
-    return trlx.train(config=config, metric_fn=length, **DATA[algorithm])
+    metric = {} if algorithm == "Reward" else {"metric_fn": length}
+    return trlx.train(config=config, **metric, **DATA[algorithm])
 
 
 def metrics(folder: str | Path) -> list[dict[str, float]]:

@@ -33,6 +33,7 @@ def train(
     rewards: list[float] | None = None,
     prompts: list[Any] | None = None,
     eval_prompts: list[Any] | None = None,
+    eval_samples: list[Any] | None = None,
     metric_fn: Callable[..., Any] | None = None,
     config: TRLConfig | Mapping[str, Any] | str | Path | None = None,
     stop_sequences: list[str] | None = None,
@@ -54,6 +55,7 @@ def train(
         rewards: one number per sample (ILQL); without them samples are imitated (SFT), or compared (DPO).
         prompts: texts, chats, or dicts with "prompt" and further keys, which reach reward_fn as keyword lists.
         eval_prompts: the same for evaluations; by default the first of `prompts`.
+        eval_samples: held-out samples that a reward model is evaluated on.
         metric_fn: called like reward_fn, at evaluations; returns a dict of numbers or of lists, one number per sample.
         config: a TRLConfig, a preset's name, or a dict or YAML file of settings that are merged over the preset of PPO
             (with reward_fn), ILQL (with rewards), DPO (with pairs) or SFT (otherwise), see `over_preset`. None: that
@@ -74,8 +76,7 @@ def train(
         samples, rewards = dataset
     config = _config(config, model_path, reward_fn, rewards, samples)
     trainer_class = _trainer_class(config.train, reward_fn, prompts, samples, rewards)
-    if eval_samples is not None and not hasattr(trainer_class, "add_eval_samples"):
-        raise ValueError(f"{trainer_class.__name__} is not evaluated on samples: leave out eval_samples")
+    _check_evaluations(trainer_class, eval_prompts, eval_samples)
     check_folders(config.train)
     functions = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences or []}
     trainer = trainer_class(config=config, **functions, **config.train.trainer_kwargs)
@@ -147,6 +148,14 @@ def _check_offline(trainer_class: type[Trainer], samples, rewards) -> None:
         raise ValueError(f"{trainer} does not use rewards: leave them out, or use an ILQL trainer")
 
 
+def _check_evaluations(trainer_class: type[Trainer], eval_prompts, eval_samples) -> None:
+    name = trainer_class.__name__
+    if eval_prompts is not None and not trainer_class.generates:
+        raise ValueError(f"{name} generates nothing, so it has no use for eval_prompts: pass eval_samples")
+    if eval_samples is not None and not hasattr(trainer_class, "add_eval_samples"):
+        raise ValueError(f"{name} is evaluated on prompts: pass eval_prompts, and leave out eval_samples")
+
+
 def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards) -> None:
     """Gives a trainer what it learns from and what it is evaluated on."""
     global_batch = trainer.config.train.batch_size * trainer.backend.data_size
@@ -159,7 +168,8 @@ def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards) -> None:
         if type(trainer).collect is Trainer.collect and not hasattr(trainer, "samples"):
             raise TypeError(f"{type(trainer).__name__}.make_experience must call self.learn_from(rollouts)")
         prompts = [trainer.tokenizer.bos_token or trainer.tokenizer.eos_token] * global_batch
-    trainer.add_eval_pipeline(_pipeline(prompts[:global_batch] if eval_prompts is None else eval_prompts, trainer))
+    if trainer.generates:
+        trainer.add_eval_pipeline(_pipeline(prompts[:global_batch] if eval_prompts is None else eval_prompts, trainer))
 
 
 def _pipeline(prompts: list[Any], trainer: Trainer) -> PromptPipeline:

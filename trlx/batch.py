@@ -151,6 +151,8 @@ class TokenOutputs:
     """float32 [H, B, T]. The same under the frozen target heads."""
     q_logprobs: Tensor | None = None
     """float32 [H, B, T]. log softmax of each Q head over the vocabulary, at the chosen token."""
+    last: Tensor | None = None
+    """float32 [B]. The score of the last token of each row. Reward models say this alone; their logprobs are 0."""
 
 
 def _used_width(mask: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from trlx.registry import methods, register_method
 from trlx.strict import ConfigError, Section
@@ -242,6 +242,20 @@ class DPOConfig(MethodConfig):
         self.require(0 <= self.label_smoothing < 0.5, "label_smoothing", "be at least 0 and less than 0.5")
         smooth = self.label_smoothing == 0 or self.loss_type == "sigmoid"
         self.require(smooth, "label_smoothing", "be 0 unless method.loss_type is sigmoid")
+
+
+@dataclass
+@register_method
+class RewardConfig(MethodConfig):
+    """A reward model that learns which of two answers is better (Bradley-Terry, arXiv:2203.02155)."""
+
+    name: str = "RewardConfig"
+    center_coef: float = 0.0
+    """Weight of (r_chosen + r_rejected)^2 in the loss, which keeps rewards around 0 (arXiv:2312.09244); 0: off."""
+    gen_kwargs: ClassVar[dict[str, Any]] = {"max_new_tokens": 1}  # it generates nothing
+
+    def check(self) -> None:
+        self.require_range(0, "center_coef")
 
 
 @dataclass

@@ -86,7 +86,7 @@ class AccelerateBackend(Backend):
         self.has_values = needs.value_head
 
         torch.manual_seed(train.seed)  # all processes must draw the same random weights
-        self.policy = _load_policy(dataclasses.replace(model, model_path=self.source(model, train)), needs)
+        self.policy = _load_policy(dataclasses.replace(model, model_path=self.source(model, train)), needs, tokenizer)
         check_vocabulary(self.policy.model.get_input_embeddings().weight.shape[0], tokenizer)
         self.precision = HALVES.get(self.accelerator.mixed_precision, self.policy.model.dtype)
         self.positions = check_positions(self.policy.model, train.seq_length) or self.positions
@@ -128,6 +128,7 @@ class AccelerateBackend(Backend):
         self.policy.eval()
         logprobs = torch.zeros(batch.tokens.shape)
         values = torch.zeros(batch.tokens.shape) if self.has_values and not reference else None
+        last = []
         with self.reference.active() if reference else nullcontext(), self.sharding.unsharded():
             for start, microbatch in self._microbatches(batch):
                 at = slice(start, start + len(microbatch)), slice(microbatch.tokens.shape[1])
@@ -135,7 +136,9 @@ class AccelerateBackend(Backend):
                 logprobs[at] = outputs.logprobs.cpu()
                 if values is not None:
                     values[at] = outputs.values.cpu()
-        return TokenOutputs(logprobs, values)
+                if outputs.last is not None:
+                    last.append(outputs.last.cpu())
+        return TokenOutputs(logprobs, values, last=torch.cat(last) if last else None)
 
     def train_step(self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN) -> dict[str, float]:
         self.sharding.wrapped.train(self.uses_train_mode)
@@ -270,13 +273,16 @@ def _columns(batch: TokenBatch) -> tuple[Tensor | None, ...]:
     return batch.tokens, batch.attention_mask, batch.response_mask, batch.encoder_tokens, batch.encoder_mask
 
 
-def _load_policy(model: ModelConfig, needs: ModelNeeds) -> Policy:
+def _load_policy(model: ModelConfig, needs: ModelNeeds, tokenizer: PreTrainedTokenizerBase) -> Policy:
     adapted = adapted_model(model.model_path)
-    architecture = architecture_for(adapted or model.model_path, model.model_arch_type, model.model_extra_configs)
-    language_model = load_model(adapted or model.model_path, model.model_extra_configs, architecture)
+    source, options = adapted or model.model_path, model.model_extra_configs
+    architecture = architecture_for(source, model.model_arch_type, options, needs.score_head)
+    language_model = load_model(source, options, architecture)
+    if needs.score_head:
+        architecture.prepare(language_model, tokenizer)
     adapter = model.peft_config if adapted is None else model.model_path
     settings = dataclasses.asdict(needs) | {"architecture": architecture}
-    del settings["reference"]
+    del settings["reference"], settings["score_head"]
     if adapter is None:
         policy = build_policy(language_model, num_layers_unfrozen=model.num_layers_unfrozen, **settings)
     else:

@@ -52,6 +52,8 @@ class ModelNeeds:
     """The value function gets its own trainable copy of this many top blocks; 0: it shares the policy's blocks."""
     q_heads: int = 0
     """Number of Q heads with frozen targets (ILQL): 0, 1 or 2."""
+    score_head: bool = False
+    """One number for a whole row instead of log-probabilities (reward models): the model is a classifier."""
     reference: bool = False
     """Keep the first values of the trainable weights, for ``evaluate(batch, reference=True)``."""
     dropout: bool = True

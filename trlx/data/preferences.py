@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import takewhile
 from os.path import commonprefix
@@ -23,7 +24,7 @@ def pairs(
     Args:
         samples: rows ``{"prompt", "chosen", "rejected"}``, or a data set with these columns; all texts or all chats
             (lists of messages). Without "prompt", the prompt is what both answers begin with: whole messages of chats,
-            whole words of texts.
+            whole words of texts. A number "margin", which a row may have, becomes the score of its chosen rollout.
 
     Only answers are trained. Prompt and answer together are cut to `max_length` tokens as in `dialogues`. A pair of
     which one answer has no token left is dropped, with one warning for all.
@@ -36,12 +37,14 @@ def pairs(
     check_columns(rows, columns if rows and isinstance(rows[0], Mapping) and "prompt" in rows[0] else columns[1:])
     turns: list[Any] = []
     context: list[int] = []
+    scores: list[float] = []
     for index, row in enumerate(rows):
         prompt, *answers = _parts(row, index)
         is_text = isinstance(prompt, str)
         turns += [[prompt, answer] if is_text else [*prompt, *answer] for answer in answers]
         context += [0 if is_text else len(prompt)] * 2
-    return dialogues(turns, tokenizer, max_length, special_tokens=special_tokens, context=context, together=2)
+        scores += [_margin(row, index), 0.0]
+    return dialogues(turns, tokenizer, max_length, scores, special_tokens, context, together=2)
 
 
 def _parts(row: Mapping[str, Any], index: int) -> tuple[Any, Any, Any]:
@@ -60,6 +63,13 @@ def _parts(row: Mapping[str, Any], index: int) -> tuple[Any, Any, Any]:
     if not shared and not isinstance(chosen, str):
         raise ValueError(f"Sample {index}: chosen and rejected begin with different messages: pass the prompt")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _margin(row: Mapping[str, Any], index: int) -> float:
+    margin = 0.0 if row.get("margin") is None else row["margin"]
+    if not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise ValueError(f"Sample {index} has the margin {margin!r}: write a finite number, or leave it out")
+    return float(margin)
 
 
 def _shared_words(chosen: str, rejected: str) -> int:

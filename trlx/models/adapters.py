@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trlx import logging
-from trlx.models.architecture import Architecture, Causal, EncoderDecoder
+from trlx.models.architecture import Architecture, Causal, EncoderDecoder, Scored
 from trlx.models.decoder import blocks, disable_dropout, probing
 from trlx.models.policy import Policy, make_heads
 from trlx.models.prompted import PrefixTuned, PrefixTunedDecoder, PromptTuned, PromptTunedEncoder
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-TASKS = {Causal: "CAUSAL_LM", EncoderDecoder: "SEQ_2_SEQ_LM"}
+TASKS = {Scored: "SEQ_CLS", Causal: "CAUSAL_LM", EncoderDecoder: "SEQ_2_SEQ_LM"}
 """PEFT's name of each architecture."""
 PROMPT_LEARNING = {
     "PROMPT_TUNING": {Causal: PromptTuned, EncoderDecoder: PromptTunedEncoder},
@@ -130,6 +130,10 @@ def build_adapted_policy(
         raise ValueError(
             f"model.peft_config.peft_type {kind.peft_type.value} does not support a value branch: set "
             "method.num_value_layers_unfrozen to 0"
+        )
+    if kind.is_prompt_learning and issubclass(architecture, Scored):
+        raise ValueError(
+            "model.peft_config: a reward model cannot have virtual tokens; take another peft_type, e.g. LORA"
         )
     if not dropout:
         disable_dropout(model, *getattr(adapter, "prompt_encoder", {}).values())

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -97,6 +99,58 @@ class Causal(Architecture):
         return RowFormat()
 
 
+class OneLabel:
+    """``AutoModelForSequenceClassification`` for models with one label."""
+
+    @staticmethod
+    def from_pretrained(model_path: str, **options: Any) -> PreTrainedModel:
+        return AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=1, **options)
+
+    @staticmethod
+    def from_config(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+        config.num_labels = 1
+        return AutoModelForSequenceClassification.from_config(config, **options)
+
+
+class Scored(Causal):
+    """A decoder with one score for each row, read at its last token: a classifier of transformers.
+
+    Raises:
+        ValueError: the classifier has another head than a linear layer ``score`` without bias.
+    """
+
+    loader = OneLabel
+
+    def __init__(self, model: PreTrainedModel, adapter: nn.Module | None = None):
+        super().__init__(model, adapter)
+        if not hasattr(model, "score") or getattr(model.score, "bias", None) is not None:
+            raise ValueError(
+                f"{type(model).__name__} cannot be a reward model: its head is not a linear layer `score` without bias"
+            )
+
+    def whole_logits(self, tokens: Tensor) -> Tensor:
+        """[1, T, 1]: what the classifier itself says about each beginning of `tokens`."""
+        config, whole = self.model.config.get_text_config(), self.adapter or self.model
+        pad, config.pad_token_id = config.pad_token_id, None  # it classifies at the last token that is not pad
+        try:
+            beginnings = [tokens[:, : end + 1] for end in range(tokens.shape[1])]
+            said = [whole(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False) for ids in beginnings]
+        finally:
+            config.pad_token_id = pad
+        return torch.stack([each.logits for each in said], dim=1)
+
+    @staticmethod
+    def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Makes sure that transformers, too, reads the score of a row at its eos: it takes the last token that is not
+        pad. So where pad is eos, the tokenizer and the model get a new pad token."""
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            if tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.config.trlx_scores_eos = True  # which tells `trlx.SequenceClassifierReward` to end samples with eos
+
+
 @register_architecture("seq2seq")
 class EncoderDecoder(Architecture):
     """An encoder reads the prompt, a decoder writes the response after a start token.
@@ -146,24 +200,31 @@ class EncoderDecoder(Architecture):
 
 
 def architecture_for(
-    model_path: str | PretrainedConfig, arch_type: str, options: Mapping[str, Any]
+    model_path: str | PretrainedConfig, arch_type: str, options: Mapping[str, Any], score_head: bool = False
 ) -> type[Architecture]:
     """The class registered as `arch_type`; `EncoderDecoder` where that is "causal" but the model has an encoder.
 
     Args:
         arch_type: ``model.model_arch_type``.
         options: ``model.model_extra_configs``; their `FROM_HUB` keys are used to read the model's config.
+        score_head: as in ``ModelNeeds``; then it is `Scored`.
 
     Raises:
         ValueError: the class does not fit the model, or is not registered.
     """
     asked = architectures.get(arch_type)
+    if score_head and asked is not Causal:
+        raise ValueError(f"model.model_arch_type is {arch_type!r}, but a reward model needs causal")
+    asked = Scored if score_head else asked
     try:
         where = {name: value for name, value in options.items() if name in FROM_HUB}
         is_config = isinstance(model_path, PretrainedConfig)
         config = model_path if is_config else AutoConfig.from_pretrained(model_path, **where)
     except (OSError, ValueError):  # `load_model` fails too, and says why
         return asked
+    if score_head and (config.is_encoder_decoder or not _has_classifier(config)):
+        kind = "has an encoder" if config.is_encoder_decoder else "has no classifier in transformers"
+        raise ValueError(f"A model of the type {config.model_type} {kind}, so it cannot be a reward model")
     if config.is_encoder_decoder and asked is Causal:
         logger.info(f"The model ({config.model_type}) has an encoder: model.model_arch_type is read as seq2seq")
         return EncoderDecoder
@@ -171,6 +232,10 @@ def architecture_for(
         has = "have an encoder: write seq2seq" if config.is_encoder_decoder else "have no encoder: write causal"
         raise ValueError(f"model.model_arch_type is {arch_type!r}, but {config.model_type} models {has}")
     return asked
+
+
+def _has_classifier(config: PretrainedConfig) -> bool:
+    return type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or hasattr(config, "auto_map")
 
 
 FROM_HUB = (*WHICH_FILES, "trust_remote_code", "code_revision")

@@ -72,12 +72,12 @@ def after_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:
-    """The module that maps hidden states to logits.
+    """The module that maps hidden states to logits; of a classifier its linear layer ``score``.
 
     Raises:
         ValueError: the model has none.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() or getattr(model, "score", None)
     if head is None:
         raise _unsupported(model, "output embeddings (get_output_embeddings)")
     return head
@@ -106,9 +106,10 @@ def freeze(model: PreTrainedModel, num_layers_unfrozen: int) -> None:
     if num_layers_unfrozen == -1:
         return
     model.requires_grad_(False)
-    if num_layers_unfrozen == 0:
-        return
     head, norm = output_head(model), final_norm(model)
+    if num_layers_unfrozen == 0:
+        head.requires_grad_(head is getattr(model, "score", None))  # a classifier's only head
+        return
     tied = head.weight is model.get_input_embeddings().weight
     for module in (*stack[-num_layers_unfrozen:], *([norm] if norm else []), *([] if tied else [head])):
         module.requires_grad_(True)

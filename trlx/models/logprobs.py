@@ -108,6 +108,8 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 def _candidates(model: PreTrainedModel) -> list[Logits]:
     config = model.config.get_text_config()
     head, cap = output_head(model), _number(config, _CAPS)
+    if head is getattr(model, "score", None):
+        return [Logits(head)]
     biased = model if hasattr(model, "final_logits_bias") else None
     scale = _number(config, _SCALES)
     # one name multiplies in HyperCLOVA X, divides in Granite and does nothing in MPT: the check decides

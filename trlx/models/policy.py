@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from trlx import logging
 from trlx.batch import TokenOutputs
 from trlx.data.hub import first_line, no_bars
-from trlx.models.architecture import Architecture, Causal
+from trlx.models.architecture import Architecture, Causal, Scored
 from trlx.models.decoder import disable_dropout, freeze, hidden_size, output_head
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
 from trlx.models.logprobs import chosen_logprobs, logits_of, spread
@@ -64,7 +64,7 @@ class Policy(nn.Module):
         The outputs for token t come from the hidden state at t - 1, so ``response_mask[:, 0]`` must be False.
 
         Args:
-            attention_mask: not used, see `Architecture.states`.
+            attention_mask: says where rows end, for models with a score; see also `Architecture.states`.
             encoder_tokens, encoder_mask: [B, S], for models with an encoder.
             values: False skips the heads.
         """
@@ -72,6 +72,9 @@ class Policy(nn.Module):
         value_head, q_heads = (self.value_head, self.q_heads) if values else (None, None)
         with nullcontext() if value_head is None else value_head.watching():
             hidden = self.architecture.states(tokens, encoder_tokens, encoder_mask)
+        if isinstance(self.architecture, Scored):
+            nothing = torch.zeros(tokens.shape, device=tokens.device)
+            return TokenOutputs(nothing, last=self._at_last(hidden, attention_mask))
         at = response_mask.flatten().nonzero().squeeze(1)
         chosen = tokens.flatten().index_select(0, at)
         before = _rows(hidden, at - 1)
@@ -83,6 +86,11 @@ class Policy(nn.Module):
             q = [spread(each, at, tokens.shape) for each in q_heads(before, chosen)]
             outputs.q, outputs.target_q, outputs.q_logprobs = q
         return outputs
+
+    def _at_last(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """The score [B] float32 of the last token of each row."""
+        ends = attention_mask.sum(dim=1) - 1 + torch.arange(len(hidden), device=hidden.device) * hidden.shape[1]
+        return self.logits(_rows(hidden, ends)).squeeze(-1).float()
 
     def save_model(self, folder: Path | str, merge: bool = False) -> None:
         """Writes the language model so that plain ``transformers`` loads it; `merge` is for adapters."""

@@ -91,8 +91,12 @@ class SequenceClassifierReward:
 
     def _encoded(self, samples: list[str]) -> list[dict[str, list[int]]]:
         """The model's inputs for each sample, without padding."""
-        limit = {"truncation": self.max_length is not None, "max_length": self.max_length}
-        columns = self.tokenizer(samples, verbose=False, **limit)
+        ends = [self.tokenizer.eos_token_id] if getattr(self.config, "trlx_scores_eos", False) else []
+        length = self.max_length and self.max_length - len(ends)
+        columns = self.tokenizer(samples, verbose=False, truncation=length is not None, max_length=length)
+        for row, mask in zip(columns["input_ids"], columns["attention_mask"], strict=True):
+            row += ends  # a reward model of trlx reads its score there
+            mask += [1] * len(ends)
         # a model needs a token, and an empty text has none unless the tokenizer adds special ones
         nothing = {**{name: [0] for name in columns}, "input_ids": [self.tokenizer.pad_token_id], "attention_mask": [1]}
         rows = [{name: columns[name][index] for name in columns} for index in range(len(samples))]

@@ -188,7 +188,9 @@ def check_weights(backend: Backend, batch: TokenBatch) -> None:
     """Refuses to save a model that has diverged. Called on every process.
 
     Raises:
-        FloatingPointError: log-probabilities of `batch` are not finite.
+        FloatingPointError: log-probabilities, or scores, of `batch` are not finite.
     """
-    if backend.any_process(not backend.evaluate(batch).logprobs.isfinite().all()):
+    outputs = backend.evaluate(batch)
+    said = outputs.logprobs if outputs.last is None else outputs.last
+    if backend.any_process(not said.isfinite().all()):
         raise distress.shared(FloatingPointError(DIVERGED))

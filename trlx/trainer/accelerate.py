@@ -8,6 +8,7 @@ from trlx.trainer.grpo import GRPOTrainer
 from trlx.trainer.ilql import ILQLTrainer
 from trlx.trainer.ppo import PPOTrainer
 from trlx.trainer.preferences import DPOTrainer
+from trlx.trainer.reward import RewardTrainer
 from trlx.trainer.rft import RFTTrainer
 from trlx.trainer.sft import SFTTrainer
 
@@ -50,5 +51,12 @@ class AccelerateRFTTrainer(RFTTrainer):
 @register_trainer
 class AccelerateDPOTrainer(DPOTrainer):
     """Direct preference optimization of Hugging Face models."""
+
+    backend_class = AccelerateBackend
+
+
+@register_trainer
+class AccelerateRewardTrainer(RewardTrainer):
+    """Reward models from Hugging Face models."""
 
     backend_class = AccelerateBackend

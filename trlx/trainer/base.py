@@ -58,6 +58,8 @@ class Trainer(OldNames, ABC):
     """True: trains on its own samples, scored by reward_fn. False: trains on given samples."""
     rewarded: ClassVar[bool] = False
     """Whether `trlx.train` needs a reward for each given sample."""
+    generates: ClassVar[bool] = True
+    """False: the model generates nothing. Then `add_eval_samples(samples)` sets what evaluations look at."""
     unit: Unit = Unit.TOKEN
     """What `loss` sums over; the backend divides the sum by the number of units."""
     passes_per_epoch: int = 1

@@ -34,11 +34,12 @@ class EvaluationResult:
     metrics: dict[str, float] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     rows: list[list[Any]] = field(default_factory=list)
+    best_by: tuple[str, ...] = ("reward/mean", "metrics/reward")
 
     @property
     def objective(self) -> float | None:
-        """What `best_checkpoint` maximises: the highest ``reward/mean`` of a sweep, or else ``metrics/reward``."""
-        for name in ("reward/mean", "metrics/reward"):
+        """What `best_checkpoint` maximises: the highest value, in a sweep, of the first metric in `best_by`."""
+        for name in self.best_by:
             found = [value for key, value in self.metrics.items() if key.split("@")[0] == name]
             if found:
                 return max(found)
