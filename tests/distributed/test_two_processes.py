@@ -67,6 +67,18 @@ def test_dpo_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
     close(weights(tmp_path / "one"), weights(tmp_path / "two"))
 
 
+def test_a_reward_model_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
+    # 7 pairs in batches of 4 rows, and 3 held-out pairs
+    changes = {"model": NO_DROPOUT, "optimizer": CALM}
+    together(1, run, "Reward", tmp_path / "one", train={"batch_size": 4}, **changes)
+    together(2, run, "Reward", tmp_path / "two", train={"batch_size": 2}, **changes)
+    close(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [line.keys() for line in one] == [line.keys() for line in two] and "metrics/accuracy" in one[-1]
+    for mine, theirs in zip(one, two, strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-4)
+
+
 def check_gradients(folder):
     for unit, (gradient, loss) in gradients_of_six(folder).items():
         assert gradient == pytest.approx(EXPECTED_OF_SIX[unit], abs=1e-5), unit
@@ -106,7 +118,7 @@ def test_rft_selects_the_same_on_both_processes_also_where_a_share_is_empty(tmp_
     assert first == second and len(first) > 0
 
 
-@pytest.mark.parametrize("method", ["PPO", "GRPO", "SFT", "ILQL", "RFT", "DPO"])
+@pytest.mark.parametrize("method", ["PPO", "GRPO", "SFT", "ILQL", "RFT", "DPO", "Reward"])
 def test_two_processes_resume_bit_for_bit(tmp_path, method):
     every = {"checkpoint_interval": 1}
     together(2, run, method, tmp_path / "whole", train=every)

@@ -60,7 +60,8 @@ def logged(tmp_path_factory) -> dict[str, set[str]]:
         in_parts = {"reward_fn": [share_of_a, brief]} if "reward_fn" in DATA[algorithm] else {}
         train = {"total_steps": 2, "eval_interval": 2, "sampler": "telling" if algorithm == "PPO" else "auto"}
         config = tiny_config(folder, algorithm, train=train)
-        trlx.train(config=config, metric_fn=length, **DATA[algorithm] | in_parts)
+        metric = {} if algorithm == "Reward" else {"metric_fn": length}
+        trlx.train(config=config, **metric, **DATA[algorithm] | in_parts)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         names[algorithm] = {name.split("@")[0] for line in lines for name in json.loads(line)}
     return names

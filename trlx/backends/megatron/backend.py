@@ -225,6 +225,8 @@ class MegatronBackend(Backend):
 
 def _refuse(needs: ModelNeeds) -> None:
     """Refuses what this backend does not support."""
+    if needs.score_head:
+        raise ValueError("Reward models do not train on Megatron yet: take a trainer on Accelerate")
     if needs.value_layers:
         raise ValueError("method.num_value_layers_unfrozen must be 0 with a NeMo trainer, which has a value head only")
 
