@@ -33,7 +33,6 @@ def train(
     rewards: list[float] | None = None,
     prompts: list[Any] | None = None,
     eval_prompts: list[Any] | None = None,
-    eval_samples: list[Any] | None = None,
     metric_fn: Callable[..., Any] | None = None,
     config: TRLConfig | Mapping[str, Any] | str | Path | None = None,
     stop_sequences: list[str] | None = None,
@@ -55,13 +54,13 @@ def train(
         rewards: one number per sample (ILQL); without them samples are imitated (SFT), or compared (DPO).
         prompts: texts, chats, or dicts with "prompt" and further keys, which reach reward_fn as keyword lists.
         eval_prompts: the same for evaluations; by default the first of `prompts`.
-        eval_samples: held-out samples that a reward model is evaluated on.
         metric_fn: called like reward_fn, at evaluations; returns a dict of numbers or of lists, one number per sample.
         config: a TRLConfig, a preset's name, or a dict or YAML file of settings that are merged over the preset of PPO
             (with reward_fn), ILQL (with rewards), DPO (with pairs) or SFT (otherwise), see `over_preset`. None: that
             preset.
         stop_sequences: texts that end a response and are cut off it.
-        eval_samples: samples like `samples` that are not trained on; evaluations log the loss of them (SFT, DPO).
+        eval_samples: samples like `samples` that are not trained on; evaluations log the loss of them (SFT, DPO) or
+            the accuracy on them (reward models).
 
     Returns:
         The trainer, after training: ``.generate``, ``.save_pretrained``, ``.evaluate``.

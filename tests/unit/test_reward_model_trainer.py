@@ -209,6 +209,13 @@ def test_models_without_a_classifier_are_refused_before_they_are_loaded():
         build_policy(load_model(small, {}, Scored), architecture=Scored)
 
 
+def test_a_quantized_model_is_refused():
+    model = scored_policy(tiny_gpt2_config()).model
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="A reward model cannot be quantized"):
+        Scored.prepare(model, char_tokenizer())
+
+
 def test_a_trainer_of_prompts_refuses_held_out_samples(tmp_path):
     with pytest.raises(ValueError, match="AccelerateSFTTrainer is evaluated on prompts: pass eval_prompts"):
         trlx.train(config=tiny_config(tmp_path, "SFT"), samples=["ab"], eval_samples=["ab"])

@@ -142,7 +142,13 @@ class Scored(Causal):
     @staticmethod
     def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Makes sure that transformers, too, reads the score of a row at its eos: it takes the last token that is not
-        pad. So where pad is eos, the tokenizer and the model get a new pad token."""
+        pad. So where pad is eos, the tokenizer and the model get a new pad token.
+
+        Raises:
+            ValueError: the model is quantized.
+        """
+        if getattr(model, "is_quantized", False):
+            raise ValueError("A reward model cannot be quantized: leave load_in_8bit and load_in_4bit out")
         if tokenizer.pad_token_id == tokenizer.eos_token_id:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
             if tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:

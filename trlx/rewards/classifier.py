@@ -94,9 +94,9 @@ class SequenceClassifierReward:
         ends = [self.tokenizer.eos_token_id] if getattr(self.config, "trlx_scores_eos", False) else []
         length = self.max_length and self.max_length - len(ends)
         columns = self.tokenizer(samples, verbose=False, truncation=length is not None, max_length=length)
-        for row, mask in zip(columns["input_ids"], columns["attention_mask"], strict=True):
-            row += ends  # a reward model of trlx reads its score there
-            mask += [1] * len(ends)
+        for name, rows in columns.items() if ends else ():  # a reward model of trlx reads its score there
+            for row in rows:
+                row += ends if name == "input_ids" else [int(name == "attention_mask")]
         # a model needs a token, and an empty text has none unless the tokenizer adds special ones
         nothing = {**{name: [0] for name in columns}, "input_ids": [self.tokenizer.pad_token_id], "attention_mask": [1]}
         rows = [{name: columns[name][index] for name in columns} for index in range(len(samples))]
