@@ -218,3 +218,10 @@ def told_of_merging(folder):
 
 def test_an_adapter_is_not_merged_while_weights_are_in_parts(tmp_path):
     together(2, told_of_merging, tmp_path)
+
+
+def test_a_reward_model_equals_one_process(tmp_path):
+    changes = {"model": NO_DROPOUT, "optimizer": CALM}
+    together(1, run, "Reward", tmp_path / "one", train={"batch_size": 4}, **changes)
+    together(2, sharded, run, "Reward", tmp_path / "two", train={"batch_size": 2}, **changes)
+    close(weights(tmp_path / "one"), weights(tmp_path / "two"))
