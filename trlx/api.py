@@ -152,7 +152,7 @@ def _check_evaluations(trainer_class: type[Trainer], eval_prompts, eval_samples)
     if eval_prompts is not None and not trainer_class.generates:
         raise ValueError(f"{name} generates nothing, so it has no use for eval_prompts: pass eval_samples")
     if eval_samples is not None and not hasattr(trainer_class, "add_eval_samples"):
-        raise ValueError(f"{name} is evaluated on prompts: pass eval_prompts, and leave out eval_samples")
+        raise ValueError(f"{name} is not evaluated on samples: leave out eval_samples")
 
 
 def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards) -> None:

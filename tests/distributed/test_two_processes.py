@@ -74,7 +74,7 @@ def test_a_reward_model_on_two_processes_equals_one_with_twice_the_batch(tmp_pat
     together(2, run, "Reward", tmp_path / "two", train={"batch_size": 2}, **changes)
     close(weights(tmp_path / "one"), weights(tmp_path / "two"))
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [line.keys() for line in one] == [line.keys() for line in two] and "metrics/accuracy" in one[-1]
+    assert [line.keys() for line in one] == [line.keys() for line in two] and "eval/accuracy" in one[-1]
     for mine, theirs in zip(one, two, strict=True):
         assert theirs == pytest.approx(mine, abs=1e-4)
 

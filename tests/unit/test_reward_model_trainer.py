@@ -141,7 +141,7 @@ def test_what_is_saved_scores_as_the_trainer_does_in_plain_transformers_and_as_a
     assert reward(samples=[text + "</s>" for text in flat], tokenizer=char_tokenizer()) == pytest.approx(expected)
     assert all(chosen > rejected for _, _, chosen, rejected in rows)
     last = metrics(tmp_path / "run")[-1]
-    assert trainer.best_reward == last["metrics/accuracy"] == 1 and last["metrics/calibration_error"] < 0.2
+    assert trainer.best_reward == last["eval/accuracy"] == 1 and last["eval/calibration_error"] < 0.2
     if not pad_is_eos:
         config = tiny_config(tmp_path / "ppo", "PPO", train={"total_steps": 2})
         trlx.train(reward_fn=reward, prompts=PROMPTS, config=config)
@@ -216,16 +216,11 @@ def test_a_quantized_model_is_refused():
         Scored.prepare(model, char_tokenizer())
 
 
-def test_a_trainer_of_prompts_refuses_held_out_samples(tmp_path):
-    with pytest.raises(ValueError, match="AccelerateSFTTrainer is evaluated on prompts: pass eval_prompts"):
-        trlx.train(config=tiny_config(tmp_path, "SFT"), samples=["ab"], eval_samples=["ab"])
-
-
 def test_a_reward_model_has_nothing_to_generate(tmp_path):
     trainer = trlx.train(config=tiny_config(tmp_path, "Reward", train={"total_steps": 1}), samples=PAIRS)
     with pytest.raises(TypeError, match="A reward model scores texts and generates none"):
         trainer.generate("ab")
-    assert all("metrics/accuracy" not in line for line in metrics(tmp_path))  # no held-out pairs, no evaluation
+    assert all("eval/accuracy" not in line for line in metrics(tmp_path))  # no held-out pairs, no evaluation
     trainer.backend.policy.model.score.weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError):  # no checkpoint of a model that has diverged
         trainer.save()

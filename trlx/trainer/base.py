@@ -59,7 +59,7 @@ class Trainer(OldNames, ABC):
     rewarded: ClassVar[bool] = False
     """Whether `trlx.train` needs a reward for each given sample."""
     generates: ClassVar[bool] = True
-    """False: the model generates nothing. Then `add_eval_samples(samples)` sets what evaluations look at."""
+    """False: the model generates nothing. Evaluations need `add_eval_samples`, which sets `evaluator`."""
     unit: Unit = Unit.TOKEN
     """What `loss` sums over; the backend divides the sum by the number of units."""
     passes_per_epoch: int = 1

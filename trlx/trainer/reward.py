@@ -53,9 +53,9 @@ class RewardTrainer(Trainer):
         """Tokenizes pairs, see `whole_pairs`; at most `seq_length` tokens for prompt and answer."""
         self.learn_from(whole_pairs(samples, self.tokenizer, seq_length))
 
-    def add_eval_samples(self, samples: Any) -> None:
+    def add_eval_samples(self, samples: Any, seq_length: int) -> None:
         """Sets the pairs of evaluations."""
-        rollouts = whole_pairs(samples, self.tokenizer, self.config.train.seq_length)
+        rollouts = whole_pairs(samples, self.tokenizer, seq_length)
         store = RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.row_format)
         self.evaluator = PairEvaluator(self.backend, self.tokenizer, store, self.config.train.batch_size)
 
@@ -118,14 +118,14 @@ class PairEvaluator:
         margins = torch.tensor([float(rollout.score) for rollout in self.store.rollouts[0::2]])
         ahead = rewards[:, 0] - rewards[:, 1]
         metrics = {
-            "metrics/loss": float(-logsigmoid(ahead - margins).mean()),
-            "metrics/accuracy": float((ahead > 0).float().mean()),
-            "metrics/calibration_error": calibration_error(ahead),
-            "metrics/margin": float(ahead.mean()),
-            "metrics/reward_mean": float(rewards.mean()),
-            "metrics/reward_std": float(rewards.std()),
+            "eval/loss": float(-logsigmoid(ahead - margins).mean()),
+            "eval/accuracy": float((ahead > 0).float().mean()),
+            "eval/calibration_error": calibration_error(ahead),
+            "eval/margin": float(ahead.mean()),
+            "eval/rewards/mean": float(rewards.mean()),
+            "eval/rewards/std": float(rewards.std()),
         }
         texts = [self.tokenizer.decode(r.prompt + r.response) for r in self.store.rollouts[: SHOWN * together]]
         table = [[*texts[2 * pair : 2 * pair + 2], *scores] for pair, scores in enumerate(found[:SHOWN])]
         columns = ["chosen", "rejected", "reward of chosen", "reward of rejected"]
-        return EvaluationResult(metrics, columns, table, best_by=("metrics/accuracy",))
+        return EvaluationResult(metrics, columns, table, best_by=("eval/accuracy",))
