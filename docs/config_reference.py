@@ -27,6 +27,7 @@ SECTIONS = (
     method_configs.SFTConfig,
     method_configs.RFTConfig,
     method_configs.DPOConfig,
+    method_configs.KTOConfig,
     method_configs.RewardConfig,
 )
 SAID_BY_THE_NAME = {

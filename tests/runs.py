@@ -21,6 +21,7 @@ DIALOGUES = [
     ["g", "e"],
 ]
 PAIRS = [{"prompt": p, "chosen": p + "a", "rejected": "b" * (1 + i % 3)} for i, p in enumerate(PROMPTS[:7])]
+LABELS = [{"prompt": p, "completion": p + "ab"[i % 2], "label": i % 2 == 0} for i, p in enumerate(PROMPTS[:7])]
 REWARDS = [0.5, 0.0, 1.0, 1.0, 0.7, 0.3, 0.0]
 
 
@@ -69,6 +70,7 @@ _METHODS: dict[str, dict[str, Any]] = {
         "gen_kwargs": {"max_new_tokens": 6, "beta": [0, 2], "top_k": 10},
     },
     "DPO": {"beta": 0.5},
+    "KTO": {"beta": 0.5, "undesirable_weight": 1.5},
     "Reward": {},
     "RFT": {"n_improve_steps": 2, "n_generations_per_prompt": 4, "start_percentile": 0.5},
 }
@@ -92,6 +94,7 @@ DATA: dict[str, dict[str, Any]] = {
     "SFT": {"samples": TEXTS, "eval_prompts": PROMPTS},
     "ILQL": {"samples": DIALOGUES, "rewards": REWARDS, "eval_prompts": PROMPTS},
     "RFT": ONLINE,
+    "KTO": {"samples": LABELS, "eval_prompts": PROMPTS},
     "DPO": {"samples": PAIRS, "eval_prompts": PROMPTS, "eval_samples": PAIRS[:3]},
     "Reward": {"samples": WITH_MARGIN, "eval_samples": WITH_MARGIN[:3]},
 }

@@ -11,6 +11,7 @@ import trlx.trainer.accelerate
 import trlx.trainer.nemo  # noqa: F401  registers its trainers, as the line above does
 from trlx import logging
 from trlx.config import TrainConfig, TRLConfig, read_yaml
+from trlx.data.preferences import LABELLED
 from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list, columns_of
 from trlx.presets import load_preset, over_preset
@@ -50,14 +51,15 @@ def train(
             docs/rewards.md.
         dataset: deprecated; ``(samples, rewards)``.
         samples: texts, dialogues (lists of alternating prompts and outputs), chats (lists of messages), pairs (dicts
-            with "prompt", "chosen" and "rejected"), or a data set. See docs/data.md.
-        rewards: one number per sample (ILQL); without them samples are imitated (SFT), or compared (DPO).
+            with "prompt", "chosen" and "rejected"), answers with a label (dicts with "prompt", "completion" and
+            "label"), or a data set. See docs/data.md.
+        rewards: one number per sample (ILQL); without them samples are imitated (SFT), or compared (DPO, KTO).
         prompts: texts, chats, or dicts with "prompt" and further keys, which reach reward_fn as keyword lists.
         eval_prompts: the same for evaluations; by default the first of `prompts`.
         metric_fn: called like reward_fn, at evaluations; returns a dict of numbers or of lists, one number per sample.
         config: a TRLConfig, a preset's name, or a dict or YAML file of settings that are merged over the preset of PPO
-            (with reward_fn), ILQL (with rewards), DPO (with pairs) or SFT (otherwise), see `over_preset`. None: that
-            preset.
+            (with reward_fn), ILQL (with rewards), DPO (with pairs), KTO (with labels) or SFT (otherwise), see
+            `over_preset`. None: that preset.
         stop_sequences: texts that end a response and are cut off it.
         eval_samples: samples like `samples` that are not trained on; evaluations log the loss of them (SFT, DPO) or
             the accuracy on them (reward models).
@@ -100,8 +102,9 @@ def _config(config: Any, model_path, reward_fn, rewards, samples=None) -> TRLCon
     if isinstance(config, (str, Path)):
         config = read_yaml(config) if Path(config).is_file() else load_preset(str(config))
     if isinstance(config, Mapping):
-        imitated = "dpo" if {"chosen", "rejected"} <= columns_of(samples) else "sft"
-        offline = imitated if rewards is None else "ilql"
+        columns = columns_of(samples)
+        unrewarded = "dpo" if {"chosen", "rejected"} <= columns else "kto" if {*LABELLED} <= columns else "sft"
+        offline = unrewarded if rewards is None else "ilql"
         config = over_preset(config, offline if reward_fn is None else "ppo")
     elif not isinstance(config, TRLConfig):
         raise TypeError(f"config must be a TRLConfig, a dict, or the name of a preset or file, got {config!r}")

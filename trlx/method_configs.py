@@ -260,6 +260,26 @@ class RewardConfig(MethodConfig):
 
 @dataclass
 @register_method
+class KTOConfig(MethodConfig):
+    """Kahneman-Tversky optimization (arXiv:2402.01306): answers with a label, without pairs or a reward model."""
+
+    name: str = "KTOConfig"
+    beta: float = 0.1
+    """Multiplies log-ratios of policy and reference; the larger, the closer the policy stays to the reference."""
+    desirable_weight: float = 1.0
+    """Weight of the loss of answers with the label True."""
+    undesirable_weight: float = 1.0
+    """Weight of the loss of answers with the label False."""
+    gen_kwargs: dict[str, Any] = _sampling(max_new_tokens=40, top_k=0, top_p=1.0, do_sample=True)
+    """Generation settings; evaluations run once for each value of an entry that is a list."""
+
+    def check(self) -> None:
+        self.require_positive("beta")
+        self.require_range(0, "desirable_weight", "undesirable_weight")
+
+
+@dataclass
+@register_method
 class RFTConfig(OnlineConfig):
     """Rejection fine-tuning: the policy learns from its own best samples, with a rising threshold."""
 

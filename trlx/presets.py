@@ -14,7 +14,7 @@ from trlx.tracebacks import short_errors
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-METHODS = ("ppo", "grpo", "ilql", "sft", "rft", "dpo", "reward")
+METHODS = ("ppo", "grpo", "ilql", "sft", "rft", "dpo", "kto", "reward")
 """Presets with the default configuration of a method."""
 MEGATRON = "megatron_"
 """Presets that begin so describe a model and how it is divided over GPUs; they are merged over a method's preset."""

@@ -20,6 +20,7 @@ GREEDY = {
     "PPO": {"gen_kwargs": {"max_new_tokens": 6, "top_k": 1}},
     "SFT": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False}},
     "DPO": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False}, "sft_coef": 0.1},
+    "KTO": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False}},
     "ILQL": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False, "beta": [0, 2]}},
 }
 

@@ -60,10 +60,11 @@ def test_ilql_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
     close(weights(tmp_path / "one"), weights(tmp_path / "two"))
 
 
-def test_dpo_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
+@pytest.mark.parametrize("method", ["DPO", "KTO"])
+def test_preferences_on_two_processes_equal_one_with_twice_the_batch(tmp_path, method):
     # 7 pairs in batches of 4 rows: each process has a pair, and of the last batch the second one none
-    together(1, run, "DPO", tmp_path / "one", train={"batch_size": 4}, optimizer=CALM)
-    together(2, run, "DPO", tmp_path / "two", train={"batch_size": 2}, optimizer=CALM)
+    together(1, run, method, tmp_path / "one", train={"batch_size": 4}, optimizer=CALM)
+    together(2, run, method, tmp_path / "two", train={"batch_size": 2}, optimizer=CALM)
     close(weights(tmp_path / "one"), weights(tmp_path / "two"))
 
 
@@ -118,7 +119,7 @@ def test_rft_selects_the_same_on_both_processes_also_where_a_share_is_empty(tmp_
     assert first == second and len(first) > 0
 
 
-@pytest.mark.parametrize("method", ["PPO", "GRPO", "SFT", "ILQL", "RFT", "DPO", "Reward"])
+@pytest.mark.parametrize("method", ["PPO", "GRPO", "SFT", "ILQL", "RFT", "DPO", "KTO", "Reward"])
 def test_two_processes_resume_bit_for_bit(tmp_path, method):
     every = {"checkpoint_interval": 1}
     together(2, run, method, tmp_path / "whole", train=every)

@@ -41,7 +41,7 @@ def minimal(**changes) -> TRLConfig:
     return TRLConfig.from_dict(MINIMAL).evolve(**changes)
 
 
-@pytest.mark.parametrize("method", ["ppo", "ilql", "sft", "rft", "dpo", "reward"])
+@pytest.mark.parametrize("method", ["ppo", "ilql", "sft", "rft", "dpo", "kto", "reward"])
 def test_every_method_has_a_default_preset(method):
     assert load_preset(method).method.name.lower() == f"{method}config"
 

@@ -7,15 +7,15 @@ import torch
 
 import trlx
 from tests.builders import char_tokenizer
-from tests.runs import PAIRS, PROMPTS, metrics, run, tiny_config
+from tests.runs import LABELS, PAIRS, PROMPTS, metrics, run, tiny_config
 from tests.unit.test_chat import MARKED, PLAIN, chat, with_template
 from trlx.api import _config
 from trlx.backends.accelerate import AccelerateBackend
 from trlx.batch import Rollout, TokenOutputs
 from trlx.data.collate import collate
-from trlx.data.preferences import pairs
+from trlx.data.preferences import labelled, pairs
 from trlx.methods.masked import finish, pack
-from trlx.methods.preferences import dpo_loss
+from trlx.methods.preferences import dpo_loss, kto_loss
 from trlx.methods.units import Unit
 
 
@@ -201,3 +201,38 @@ def test_pairs_choose_the_method(tmp_path):
 def test_wrong_settings_and_samples_are_refused(tmp_path, changes, arguments, words):
     with pytest.raises(ValueError, match=words):
         trlx.train(config=tiny_config(tmp_path, "DPO", **changes), **{"samples": PAIRS, **arguments})
+
+
+def test_the_loss_of_labelled_answers_and_its_gradient():
+    # log-ratios 2, -1, and a row that only fills up; less the KL of 0.5, times beta: 0.75 and -0.75
+    good = Rollout([4], [5, 6], score=1.0, ref_logprobs=[-2.0, -3.0])
+    bad = Rollout([4], [7], score=0.0, ref_logprobs=[-2.0])
+    batch = collate([good, bad, good], pad_id=0)
+    batch.response_mask[2] = False
+    logprobs = torch.tensor([[0.0, -1.0, -2.0], [0.0, -3.0, 0.0], [0.0] * 3], requires_grad=True)
+    loss, found = kto_loss(TokenOutputs(logprobs), batch, 0.5, 0.5, desirable_weight=2.0, undesirable_weight=3.0)
+    loss.backward()
+    # sigmoid(-0.75) = 0.320821, its derivative 0.217895; the bad answer: 0.5 * (0.5 + 1) = 0.75, too
+    assert loss.item() == pytest.approx(5 * 0.320821, abs=1e-5)
+    slopes = [0, -0.217895, -0.217895, 0, 3 * 0.5 * 0.217895, 0, 0, 0, 0]
+    assert logprobs.grad.flatten().tolist() == pytest.approx(slopes, abs=1e-5)
+    names = {"loss": 2.5 * 0.320821, "kl": 0.5, "rewards/chosen": 1.0, "rewards/rejected": -0.5}
+    assert finish(*pack(found)) == pytest.approx(names, abs=1e-5)
+
+
+def test_kto_compares_with_the_kl_on_answers_to_other_prompts(tmp_path):
+    trainer = run("KTO", tmp_path, train={"total_steps": 8, "batch_size": 7})
+    first, *_, last = [line for line in metrics(tmp_path) if "loss" in line]
+    # four good answers of weight 1, three bad ones of weight 1.5, all with probability one half
+    assert first["loss"] == pytest.approx((4 + 4.5) / 14, abs=1e-5) and first["kl"] == pytest.approx(0, abs=1e-6)
+    assert last["rewards/chosen"] > last["rewards/rejected"] + 0.1
+    rollouts, others = trainer.samples.rollouts, trainer.mismatched.rollouts
+    assert [r.prompt for r in others] == [r.prompt for r in rollouts]
+    assert [r.response for r in others] == [r.response for r in rollouts[1:] + rollouts[:1]]
+    trainer._next_batch()
+    batch, backend = trainer.mismatched.rows(slice(None)), trainer.backend
+    gap = (backend.evaluate(batch).logprobs - backend.evaluate(batch, reference=True).logprobs).sum() / 7
+    assert trainer.kl == pytest.approx(max(float(gap), 0), abs=1e-5)
+    assert _config({}, None, None, None, LABELS).train.trainer == "AccelerateKTOTrainer"
+    with pytest.raises(ValueError, match="Sample 0: label must be True or False, got 'good'"):
+        labelled([{**LABELS[0], "label": "good"}], trainer.tokenizer, 16)

@@ -100,7 +100,7 @@ def test_heads_reload_through_trlx(tmp_path):
     same(dict(trainer.backend.policy.heads.state_dict()), dict(again.backend.policy.heads.state_dict()))
 
 
-@pytest.mark.parametrize("method", ["PPO", "GRPO", "SFT", "ILQL", "RFT", "DPO"])
+@pytest.mark.parametrize("method", ["PPO", "GRPO", "SFT", "ILQL", "RFT", "DPO", "KTO"])
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, method, stop):
     every = {"checkpoint_interval": 1}

@@ -1,4 +1,4 @@
-"""Pairs of answers to a prompt, of which one was chosen, as rollouts."""
+"""Preferences as rollouts: pairs of answers to a prompt, of which one was chosen, and answers with a label."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from trlx.batch import Rollout
 from trlx.data.chat import is_chat
 from trlx.data.dialogue import dialogues
-from trlx.data.rows import as_list, check_columns
+from trlx.data.rows import as_list, check_columns, sample_list
+
+LABELLED = ("prompt", "completion", "label")
+"""The columns of answers that are good (label True) or bad."""
 
 
 def pairs(
@@ -45,6 +48,27 @@ def pairs(
         context += [0 if is_text else len(prompt)] * 2
         scores += [_margin(row, index), 0.0]
     return dialogues(turns, tokenizer, max_length, scores, special_tokens, context, together=2)
+
+
+def labelled(
+    samples: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, special_tokens: bool = False
+) -> list[Rollout]:
+    """Tokenizes rows ``{"prompt", "completion", "label"}`` as `dialogues` does, but trains the completion alone.
+
+    A rollout's score is 1 for the label True and 0 for False.
+
+    Raises:
+        ValueError, TypeError: there are no rows, or a row is not like that.
+    """
+    rows = as_list(samples, "samples")
+    check_columns(rows, LABELLED)
+    for index, row in enumerate(rows):
+        if row["label"] not in (True, False):
+            raise ValueError(f"Sample {index}: label must be True or False, got {row['label']!r}")
+    context = [0 if isinstance(row["prompt"], str) else len(row["prompt"]) for row in rows]
+    scores = [float(row["label"]) for row in rows]
+    turns = sample_list([{name: row[name] for name in ("prompt", "completion")} for row in rows])
+    return dialogues(turns, tokenizer, max_length, scores, special_tokens, context)
 
 
 def _parts(row: Mapping[str, Any], index: int) -> tuple[Any, Any, Any]:

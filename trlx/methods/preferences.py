@@ -1,4 +1,4 @@
-"""Losses on pairs of answers, of which one was chosen. Tensors are [B, T]; rows 2i (chosen) and 2i + 1 are one pair."""
+"""Losses on preferences. Tensors are [B, T]. In pairs, row 2i is the chosen answer and row 2i + 1 the rejected one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from trlx.batch import TokenBatch, TokenOutputs
-from trlx.methods.masked import Metrics, means_of
+from trlx.methods.masked import Metrics, mean_of, means_of
 
 
 def dpo_loss(
@@ -34,10 +34,8 @@ def dpo_loss(
     mask = batch.response_mask
     counts = mask.any(dim=1)[0::2]
     lengths = mask.sum(dim=1).clamp(min=1)
-    logprobs = outputs.logprobs.masked_fill(~mask, 0.0)
-    # the difference of tokens, not of sums: it is exactly 0 where policy and reference agree
-    ratios = (logprobs - batch.ref_logprobs * mask).sum(dim=1)
-    logprobs = logprobs.sum(dim=1)
+    ratios = log_ratios(outputs, batch)
+    logprobs = outputs.logprobs.masked_fill(~mask, 0.0).sum(dim=1)
     rewards = beta * (ratios / lengths if length_normalized else ratios)
     chosen, rejected = _halves(rewards, counts)
     margin = chosen - rejected
@@ -53,6 +51,39 @@ def dpo_loss(
     for name, numbers in (("rewards", rewards), ("logprobs", logprobs)):
         columns[f"{name}/chosen"], columns[f"{name}/rejected"] = _halves(numbers, counts)
     return loss.sum(), means_of(columns)
+
+
+def kto_loss(
+    outputs: TokenOutputs,
+    batch: TokenBatch,
+    kl: float,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> tuple[Tensor, Metrics]:
+    """Kahneman-Tversky optimization (arXiv:2402.01306, eq. 8), summed over sequences; a score above 0 is "desirable".
+
+    r = log π(y) / π_ref(y);   λ_D (1 − σ(β(r − z))) for desirable answers, λ_U (1 − σ(β(z − r))) for the others
+
+    `kl` is z, the KL of policy and reference, a constant. Rows without response tokens are padding.
+    """
+    counts = batch.response_mask.any(dim=1)
+    ratios = log_ratios(outputs, batch)[counts]
+    desirable = batch.scores.sum(dim=1)[counts] > 0
+    sign = torch.where(desirable, 1.0, -1.0)
+    weight = torch.where(desirable, desirable_weight, undesirable_weight)
+    loss = weight * torch.sigmoid(-sign * beta * (ratios - kl))
+    metrics = means_of({"loss": loss, "kl": torch.full_like(ratios, kl)})
+    for name, rows in (("chosen", desirable), ("rejected", ~desirable)):
+        metrics[f"rewards/{name}"] = mean_of(beta * ratios, rows)
+    return loss.sum(), metrics
+
+
+def log_ratios(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+    """log π(y) / π_ref(y) of each row's response, [B]."""
+    mask = batch.response_mask
+    # the difference of tokens, not of sums: it is exactly 0 where policy and reference agree
+    return (outputs.logprobs.masked_fill(~mask, 0.0) - batch.ref_logprobs * mask).sum(dim=1)
 
 
 def _halves(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

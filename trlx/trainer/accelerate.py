@@ -7,7 +7,7 @@ from trlx.registry import register_trainer
 from trlx.trainer.grpo import GRPOTrainer
 from trlx.trainer.ilql import ILQLTrainer
 from trlx.trainer.ppo import PPOTrainer
-from trlx.trainer.preferences import DPOTrainer
+from trlx.trainer.preferences import DPOTrainer, KTOTrainer
 from trlx.trainer.reward import RewardTrainer
 from trlx.trainer.rft import RFTTrainer
 from trlx.trainer.sft import SFTTrainer
@@ -58,5 +58,12 @@ class AccelerateDPOTrainer(DPOTrainer):
 @register_trainer
 class AccelerateRewardTrainer(RewardTrainer):
     """Reward models from Hugging Face models."""
+
+    backend_class = AccelerateBackend
+
+
+@register_trainer
+class AccelerateKTOTrainer(KTOTrainer):
+    """Kahneman-Tversky optimization of Hugging Face models."""
 
     backend_class = AccelerateBackend

@@ -12,7 +12,7 @@ from trlx.trainer.base import OURS
 from trlx.trainer.grpo import GRPOTrainer
 from trlx.trainer.ilql import ILQLTrainer
 from trlx.trainer.ppo import PPOTrainer
-from trlx.trainer.preferences import DPOTrainer
+from trlx.trainer.preferences import DPOTrainer, KTOTrainer
 from trlx.trainer.reward import RewardTrainer
 from trlx.trainer.sft import SFTTrainer
 
@@ -76,3 +76,8 @@ class NeMoRewardTrainer(RewardTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         raise ValueError("Reward models do not train on Megatron yet: write AccelerateRewardTrainer in train.trainer")
+
+
+@register_trainer
+class NeMoKTOTrainer(OnMegatron, KTOTrainer):
+    """Kahneman-Tversky optimization with tensor and pipeline parallelism."""

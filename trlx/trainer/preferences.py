@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trlx import logging
 from trlx.backends.base import Backend, ModelNeeds
 from trlx.batch import Rollout, TokenBatch, TokenOutputs
-from trlx.data.preferences import pairs
+from trlx.data.preferences import labelled, pairs
 from trlx.data.store import RolloutStore, own_rows, shard
-from trlx.method_configs import DPOConfig
+from trlx.method_configs import DPOConfig, KTOConfig
 from trlx.methods.masked import Metrics
-from trlx.methods.preferences import dpo_loss
+from trlx.methods.preferences import dpo_loss, kto_loss, log_ratios
 from trlx.methods.units import Unit
 from trlx.trainer.base import Trainer
 from trlx.trainer.evaluate import ROWS_AT_ONCE, HeldOut
@@ -64,6 +65,53 @@ class DPOTrainer(Trainer):
 
     def _pairs(self, samples: Any, seq_length: int) -> list[Rollout]:
         return pairs(samples, self.tokenizer, seq_length, self.backend.row_format.special_tokens)
+
+
+class KTOTrainer(Trainer):
+    """Kahneman-Tversky optimization: answers with a label, good or bad, and no pairs.
+
+    Before each step the policy reads the batch's prompts with answers to other prompts, for the KL to the reference.
+    """
+
+    method_class = KTOConfig
+    unit = Unit.SEQUENCE
+    kl: float = 0.0
+    """Of policy and reference, on the present batch; at least 0."""
+
+    @staticmethod
+    def needs(method: KTOConfig) -> ModelNeeds:
+        return ModelNeeds(reference=True, dropout=False)
+
+    def make_experience(self, samples: Any, seq_length: int) -> None:
+        """Tokenizes answers, see `trlx.data.preferences.labelled`; at most `seq_length` tokens with the prompt."""
+        self.learn_from(labelled(samples, self.tokenizer, seq_length, self.backend.row_format.special_tokens))
+
+    def learn_from(self, rollouts: list[Rollout]) -> None:
+        """Sets the answers, and adds the reference's log-probabilities of their tokens. Call it on every process."""
+        super().learn_from(rollouts)
+        others, longest = [*rollouts[1:], *rollouts[:1]], self.config.train.seq_length
+        mismatched = []
+        for rollout, other in zip(rollouts, others, strict=True):
+            room = slice(longest - len(rollout.prompt))
+            trained = other.trained and other.trained[room]
+            mismatched.append(Rollout(rollout.prompt, other.response[room], trained=trained))
+        self.mismatched = RolloutStore(mismatched, self.tokenizer.pad_token_id, self.backend.row_format)
+        for store in (self.samples, self.mismatched):
+            add_reference(self.backend, store)
+
+    def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        method = self.method
+        weights = method.desirable_weight, method.undesirable_weight
+        return kto_loss(outputs, batch, self.kl, method.beta, *weights)
+
+    def _next_batch(self) -> TokenBatch:
+        batch, backend = super()._next_batch(), self.backend
+        rows = self.schedule.rows(len(self.store))
+        other = shard(self.mismatched, rows, backend.data_rank, backend.data_size)
+        ratios = log_ratios(backend.evaluate(other), other).sum()
+        total, count = backend.sum_across(torch.stack([ratios, other.response_mask.any(dim=1).sum()])).tolist()
+        self.kl = max(total / count, 0.0)
+        return batch
 
 
 def add_reference(backend: Backend, store: RolloutStore, together: int = 1) -> None:
