@@ -31,7 +31,7 @@ from trlx.launch import compare, sweep
 from trlx.launch.cli import main as trlx_command
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [ROOT / "examples" / "README.md", ROOT / "examples" / "slurm" / "README.md"]
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")

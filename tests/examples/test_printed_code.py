@@ -18,11 +18,12 @@ from trlx import api, registry
 from trlx.method_configs import MethodConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHORT = {
-    "method": {"num_rollouts": 2, "num_generations": 2, "chunk_size": 2, "ppo_epochs": 1},
+    "method": {"num_rollouts": 2, "num_generations": 2, "chunk_size": 2, "ppo_epochs": 1, "n_generations_per_prompt": 4},
     "train": {"total_steps": 1, "eval_interval": 1, "batch_size": 2, "minibatch_size": None, "tracker": None},
 }
+"""The settings of a short run; of the method's, those that the method has."""
 
 
 def printed(page: Path) -> list[str]:
@@ -63,7 +64,7 @@ def shortened(config: trlx.TRLConfig) -> trlx.TRLConfig:
     return config
 
 
-@pytest.mark.parametrize("page", SELF_CONTAINED, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", SELF_CONTAINED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page, folder):
     names = {
         "trlx": trlx,

@@ -14,7 +14,7 @@ from transformers import GPT2Config
 from trlx import config
 from trlx.compat.settings import HERE
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig, TRLConfig
-from trlx.method_configs import MethodConfig, PPOConfig, RFTConfig, get_method
+from trlx.method_configs import GRPOConfig, MethodConfig, PPOConfig, RFTConfig, get_method
 from trlx.presets import _folder, load_preset
 from trlx.strict import ConfigError
 
@@ -237,7 +237,8 @@ def test_a_section_of_ones_own_may_have_attributes_of_its_own():
         ("learning_rate", "optimizer.kwargs.lr"),
         ("train.learning_rate", "optimizer.kwargs.lr"),
         ("train.output_dir", "train.checkpoint_dir"),
-        ("method.beta", "method.init_kl_coef"),
+        ("method.beta", "method.init_kl_coef (PPO) or method.kl_coef (GRPO)"),
+        ("train.epsilon_high", "method.cliprange_high (GRPO)"),
         ("method.max_new_tokens", "method.gen_kwargs.max_new_tokens"),
         ("train.per_device_train_batch_size", "train.batch_size"),
         ("train.bf16", "train.mixed_precision: bf16"),
@@ -263,7 +264,7 @@ def test_a_name_of_another_library_or_section_is_answered_with_what_to_write(key
 
 def test_every_answer_to_another_librarys_name_is_a_setting_that_exists():
     texts = {"trlx.train", "accelerate"}
-    known = {f"{cls.section}.{f.name}" for cls in (*SECTIONS, PPOConfig, RFTConfig) for f in fields(cls)}
+    known = {f"{cls.section}.{f.name}" for cls in (*SECTIONS, PPOConfig, GRPOConfig, RFTConfig) for f in fields(cls)}
     for name, here in HERE.items():
         first = re.match(r"\w+(\.\w+)?", here)[0]
         assert first in known | texts, f"{name}: {here}"

@@ -92,14 +92,14 @@ def test_every_old_import_path_stands_in_the_migration_page():
 
 def test_links_between_pages_lead_somewhere():
     broken = []
-    for file in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "examples" / "README.md"]:
+    for file in [*DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "examples" / "README.md"]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", file.read_text()):
             if "://" not in target and not (file.parent / target).exists():
                 broken.append(f"{file.name}: {target}")
     assert broken == []
 
 
-@pytest.mark.parametrize("file", sorted(DOCS.glob("*.md")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(DOCS.rglob("*.md")), ids=lambda file: str(file.relative_to(DOCS)))
 def test_python_in_the_documentation_compiles(file):
     for block in re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL):
         compile(block, file.name, "exec")

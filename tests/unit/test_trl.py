@@ -1,11 +1,13 @@
 """The same numbers as TRL, where both define the same thing. TRL is the extra [bench]."""
 
 from collections import defaultdict
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.unit.test_method_pages import FROM_TRL, names, rows, sections
 from trlx.batch import TokenBatch, TokenOutputs
 from trlx.methods.advantages import group_advantages
 from trlx.methods.grpo import UNITS, grpo_loss
@@ -88,3 +90,15 @@ def test_loss_and_gradient_are_trls(kind, loss_type, level, beta):
     (gradient,) = torch.autograd.grad(ours, logprobs)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
     assert torch.allclose(gradient, wanted * mask, atol=1e-5)
+
+
+def test_the_settings_that_the_documentation_names_are_trls_with_these_defaults():
+    from trl import GRPOConfig
+
+    theirs = {field.name: str(field.default) for field in fields(GRPOConfig)}
+    tables = [text for _, text in sections(FROM_TRL, "Settings of (all trainers|GRPO)")]
+    told = {
+        names(row[0])[0]: row[1].strip("`") for text in tables for row in rows(text) if len(row) == 5 and "`" in row[0]
+    }
+    told.pop("learning_rate")  # each trainer has its own
+    assert told == {name: theirs[name] for name in told}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _NAMES = {
     "model.model_path": "model_name_or_path model_name pretrain",
+    "model.model_extra_configs": "model_init_kwargs",
     "model.peft_config": "lora_r lora_rank lora_alpha lora_dropout target_modules use_peft",
     "tokenizer.tokenizer_path": "tokenizer_name tokenizer_name_or_path",
     "optimizer.name": "optim",
@@ -35,31 +36,37 @@ _NAMES = {
     "train.eval_interval": "eval_steps test_freq evaluation_steps evaluation_interval",
     "train.keep_checkpoints": "save_total_limit max_ckpt_num",
     "train.save_best": "load_best_model_at_end",
+    "train.sampler": "use_vllm vllm_mode",
     "train.tracker": "report_to log_with use_wandb use_tensorboard",
     "train.run_name": "experiment_name wandb_run_name",
     "train.project_name": "wandb_project tracker_project_name",
     "train.group_name": "wandb_group",
     "train.entity_name": "wandb_entity wandb_org",
-    "method.init_kl_coef": "beta kl_coef kl_coeff kl_loss_coef",
+    "method.init_kl_coef (PPO) or method.kl_coef (GRPO)": "beta kl_coef kl_coeff kl_loss_coef",
     "method.target": "target_kl kl_target",
     "method.horizon": "kl_horizon",
     "method.ppo_epochs": "num_ppo_epochs num_iterations",
     "method.cliprange": "clip_range clip_ratio eps_clip epsilon",
+    "method.cliprange_high (GRPO)": "epsilon_high clip_ratio_high",
     "method.cliprange_value": "value_clip cliprange_vf",
     "method.gamma": "discount",
     "method.lam": "lambd gae_lambda",
     "method.vf_coef": "vf_coeff value_loss_coef",
-    "method.num_rollouts": "rollout_batch_size",
+    "method.num_rollouts": "rollout_batch_size generation_batch_size",
     "method.chunk_size": "rollout_micro_batch_size local_rollout_forward_batch_size",
-    "method.n_generations_per_prompt (RFT; for PPO, repeat each prompt)": (
+    "method.num_generations (GRPO) or method.n_generations_per_prompt (RFT); for PPO, repeat each prompt": (
         "num_generations n_samples_per_prompt num_return_sequences"
     ),
+    "method.advantage (GRPO)": "scale_rewards adv_estimator advantage_estimator",
+    "method.loss_type: gspo (GRPO)": "importance_sampling_level",
+    "method.missing_eos_penalty": "mask_truncated_completions",
     "method.gen_kwargs": "generation_kwargs generation_config sampling_params",
     "method.gen_kwargs.max_new_tokens": (
         "max_new_tokens max_tokens max_completion_length response_length max_response_length generate_max_len"
     ),
     "trlx.train(stop_sequences=[...])": "stop stop_strings stop_token",
     "trlx.train(reward_fn=...)": "reward_funcs reward_func reward_model",
+    "trlx.train(reward_fn=trlx.WeightedRewards(...))": "reward_weights",
     "trlx.train(prompts=[...]) or trlx.train(samples=[...])": "train_dataset prompt_data",
     "trlx.train(eval_prompts=[...])": "eval_dataset",
     "trlx.train(metric_fn=...)": "compute_metrics",
