@@ -20,7 +20,14 @@ from trlx.method_configs import MethodConfig
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHORT = {
-    "method": {"num_rollouts": 2, "num_generations": 2, "chunk_size": 2, "ppo_epochs": 1, "n_generations_per_prompt": 4},
+    "method": {
+        "num_rollouts": 2,
+        "num_generations": 2,
+        "chunk_size": 2,
+        "ppo_epochs": 1,
+        "n_generations_per_prompt": 4,
+        "gen_kwargs": {"max_new_tokens": 4},
+    },
     "train": {"total_steps": 1, "eval_interval": 1, "batch_size": 2, "minibatch_size": None, "tracker": None},
 }
 """The settings of a short run; of the method's, those that the method has."""
@@ -58,7 +65,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def shortened(config: trlx.TRLConfig) -> trlx.TRLConfig:
     """One step of `config`, on the backend that divides no model."""
     method = {name: value for name, value in SHORT["method"].items() if hasattr(config.method, name)}
-    config = config.evolve(method=method | {"gen_kwargs": {"max_new_tokens": 4}}, train=SHORT["train"])
+    config = config.evolve(**SHORT | {"method": method})
     config.train.trainer = config.train.trainer.replace("NeMo", "Accelerate")
     config.train.trainer_kwargs, config.train.mixed_precision = {}, None
     return config

@@ -68,7 +68,7 @@ _NAMES = {
     "trlx.train(reward_fn=...)": "reward_funcs reward_func reward_model",
     "trlx.train(reward_fn=trlx.WeightedRewards(...))": "reward_weights",
     "trlx.train(prompts=[...]) or trlx.train(samples=[...])": "train_dataset prompt_data",
-    "trlx.train(eval_prompts=[...])": "eval_dataset",
+    "trlx.train(eval_prompts=[...]) or trlx.train(eval_samples=[...])": "eval_dataset",
     "trlx.train(metric_fn=...)": "compute_metrics",
     "accelerate launch --config_file": "deepspeed fsdp fsdp_config",
 }
