@@ -14,7 +14,15 @@ from transformers import GPT2Config
 from trlx import config
 from trlx.compat.settings import HERE
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig, TRLConfig
-from trlx.method_configs import GRPOConfig, MethodConfig, PPOConfig, RFTConfig, get_method
+from trlx.method_configs import (
+    DPOConfig,
+    GRPOConfig,
+    MethodConfig,
+    PPOConfig,
+    RewardConfig,
+    RFTConfig,
+    get_method,
+)
 from trlx.presets import _folder, load_preset
 from trlx.strict import ConfigError
 
@@ -264,7 +272,8 @@ def test_a_name_of_another_library_or_section_is_answered_with_what_to_write(key
 
 def test_every_answer_to_another_librarys_name_is_a_setting_that_exists():
     texts = {"trlx.train", "accelerate"}
-    known = {f"{cls.section}.{f.name}" for cls in (*SECTIONS, PPOConfig, GRPOConfig, RFTConfig) for f in fields(cls)}
+    sections = (*SECTIONS, PPOConfig, GRPOConfig, RFTConfig, DPOConfig, RewardConfig)
+    known = {f"{cls.section}.{f.name}" for cls in sections for f in fields(cls)}
     for name, here in HERE.items():
         first = re.match(r"\w+(\.\w+)?", here)[0]
         assert first in known | texts, f"{name}: {here}"

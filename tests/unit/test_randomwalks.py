@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 import trlx
-from examples.randomwalks import RandomWalks, ppo_randomwalks
+from examples.randomwalks import RandomWalks, ppo_randomwalks, preferences_randomwalks
+from examples.randomwalks.preferences_randomwalks import labelled, pairs
 from examples.randomwalks.tokenizer import letter_tokenizer
 
 
@@ -108,3 +109,24 @@ def test_where_there_is_no_walker_yet_it_is_taught_first_in_the_same_layout(
     (walker / "config.json").write_text("{}")
     ppo_randomwalks.main(changes)
     assert (len(taught), trained) == (1, [trainer, trainer])
+
+
+def test_judged_walks_are_pairs_of_the_better_and_the_worse_and_labels_of_the_good():
+    pair = {"prompt": "d", "chosen": "a", "rejected": "cba"}  # 1 and 6 / 8
+    assert pairs(hand_made_graph(), ["da", "cba", "dcba"]) == [pair, pair]
+    rows = labelled(hand_made_graph(), ["dcba", "dcb"])
+    assert [(row["completion"], row["label"]) for row in rows] == [("cba", True), ("cb", False)]
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward"])
+def test_judged_walks_train_what_is_asked_for(method, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preferences_randomwalks, "pretrain", lambda: given.append("taught"))
+    monkeypatch.setattr(trlx, "train", lambda **arguments: given.append(arguments))
+    preferences_randomwalks.main(method, {"train.seed": 7}, ["optimizer.kwargs.lr=0.5"])
+    taught, arguments = given
+    config = arguments["config"]
+    assert (taught, config.train.seed, config.optimizer.kwargs["lr"]) == ("taught", 7, 0.5)
+    assert config.method.name.lower() == f"{method}config" and len(arguments["samples"]) > 500
+    assert ("eval_samples" in arguments, "metric_fn" in arguments) == (method != "kto", method != "reward")

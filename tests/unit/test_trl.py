@@ -1,7 +1,7 @@
 """The same numbers as TRL, where both define the same thing. TRL is the extra [bench]."""
 
 from collections import defaultdict
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from types import SimpleNamespace
 
 import pytest
@@ -92,13 +92,23 @@ def test_loss_and_gradient_are_trls(kind, loss_type, level, beta):
     assert torch.allclose(gradient, wanted * mask, atol=1e-5)
 
 
-def test_the_settings_that_the_documentation_names_are_trls_with_these_defaults():
-    from trl import GRPOConfig
-
-    theirs = {field.name: str(field.default) for field in fields(GRPOConfig)}
-    tables = [text for _, text in sections(FROM_TRL, "Settings of (all trainers|GRPO)")]
-    told = {
-        names(row[0])[0]: row[1].strip("`") for text in tables for row in rows(text) if len(row) == 5 and "`" in row[0]
+@pytest.mark.parametrize(
+    ("heading", "config"),
+    [
+        ("all trainers", "GRPOConfig"),
+        ("GRPO", "GRPOConfig"),
+        ("SFT", "SFTConfig"),
+        ("DPO", "DPOConfig"),
+        ("KTO", "KTOConfig"),
+        ("reward models", "RewardConfig"),
+    ],
+)
+def test_the_settings_that_the_documentation_names_are_trls_with_these_defaults(heading, config):
+    known = {field.name: field for field in fields(getattr(trl, config))}
+    ((_, text),) = sections(FROM_TRL, f"Settings of {heading}")
+    told = {name: row[1].strip("`") for row in rows(text) if len(row) == 5 for name in names(row[0])}
+    told.pop("learning_rate", None)  # each trainer has its own
+    theirs = {
+        name: known[name].default_factory() if known[name].default is MISSING else known[name].default for name in told
     }
-    told.pop("learning_rate")  # each trainer has its own
-    assert told == {name: theirs[name] for name in told}
+    assert told and told == {name: str(default) for name, default in theirs.items()}

@@ -7,6 +7,7 @@ _NAMES = {
     "model.model_extra_configs": "model_init_kwargs",
     "model.peft_config": "lora_r lora_rank lora_alpha lora_dropout target_modules use_peft",
     "tokenizer.tokenizer_path": "tokenizer_name tokenizer_name_or_path",
+    "tokenizer.truncation_side": "truncation_mode",
     "optimizer.name": "optim",
     "optimizer.kwargs.lr": "learning_rate lr actor_learning_rate",
     "optimizer.kwargs.weight_decay": "weight_decay l2",
@@ -60,6 +61,8 @@ _NAMES = {
     "method.advantage (GRPO)": "scale_rewards adv_estimator advantage_estimator",
     "method.loss_type: gspo (GRPO)": "importance_sampling_level",
     "method.missing_eos_penalty": "mask_truncated_completions",
+    "method.sft_coef (DPO)": "loss_weights rpo_alpha",
+    "method.center_coef (reward models)": "center_rewards_coefficient",
     "method.gen_kwargs": "generation_kwargs generation_config sampling_params",
     "method.gen_kwargs.max_new_tokens": (
         "max_new_tokens max_tokens max_completion_length response_length max_response_length generate_max_len"
