@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel
 
 from tests.processes import kill, start, together
 from tests.runs import metrics, run, weights
@@ -15,8 +15,9 @@ from trlx import checkpoint
 pytestmark = pytest.mark.distributed
 
 KILLS = 6
-"""For each kind of run, 42 in all."""
+"""For each kind of run, 60 in all."""
 RUNS = [("PPO", 1), ("PPO", 2), ("GRPO", 2), ("SFT", 1), ("SFT", 2), ("ILQL", 1), ("RFT", 1)]
+RUNS += [("DPO", 1), ("KTO", 2), ("Reward", 1)]
 """Method and number of processes."""
 SETTINGS = {"checkpoint_interval": 1, "eval_interval": 3, "total_steps": 24, "epochs": 100}
 
@@ -30,7 +31,7 @@ def check_readable(folder):
         checkpoint.read_optimizer(path / "optimizer.safetensors")
         assert state["schedule"]["step"] >= 0
     if found:
-        AutoModelForCausalLM.from_pretrained(max(found) / "hf_model")
+        AutoModel.from_pretrained(max(found) / "hf_model")
 
 
 def lines(folder):

@@ -23,7 +23,7 @@ from trlx.data.store import shard
 from trlx.methods.grpo import grpo_loss
 from trlx.methods.ilql import ilql_loss
 from trlx.methods.ppo import ppo_loss
-from trlx.methods.preferences import dpo_loss
+from trlx.methods.preferences import dpo_loss, kto_loss
 from trlx.methods.sft import sft_loss
 from trlx.methods.units import Unit
 
@@ -63,13 +63,15 @@ LOSSES = {
     "SFT": sft_loss,
     "GRPO": partial(grpo_loss, kind="gspo", cliprange=0.2, cliprange_high=0.3, max_length=8, kl_coef=0.1),
 }
-PAIR_LOSS = partial(dpo_loss, kind="sigmoid", beta=0.1)
+WITHOUT_HEADS = [
+    (partial(dpo_loss, kind="sigmoid", beta=0.1), Unit.PAIR),
+    (partial(kto_loss, kl=0.5, beta=0.1, undesirable_weight=1.5), Unit.SEQUENCE),
+]
 
 
 def steps(algorithm: str) -> list[tuple]:
-    # a loss of pairs that uses no heads
     unit = Unit.SEQUENCE if algorithm == "GRPO" else Unit.TOKEN
-    return [(LOSSES[algorithm], unit)] * 3 + [(PAIR_LOSS, Unit.PAIR)] * (algorithm == "SFT")
+    return [(LOSSES[algorithm], unit)] * 3 + WITHOUT_HEADS * (algorithm == "SFT")
 
 
 MAIN = ("gpt2", "llama", "qwen2")

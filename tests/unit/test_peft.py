@@ -217,7 +217,14 @@ def test_ppo_trains_only_the_adapter_and_the_heads(tmp_path, family, name):
 
 @pytest.mark.parametrize(
     ("algorithm", "name"),
-    [("PPO", "lora"), ("PPO", "prefix"), ("SFT", "lora_and_head"), ("ILQL", "prompt"), ("DPO", "lora")],
+    [
+        ("PPO", "lora"),
+        ("PPO", "prefix"),
+        ("SFT", "lora_and_head"),
+        ("ILQL", "prompt"),
+        ("DPO", "lora"),
+        ("KTO", "lora"),
+    ],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, algorithm, name):
     every = {"checkpoint_interval": 1, "total_steps": 6, "eval_interval": 3}

@@ -260,7 +260,8 @@ def test_ilql_samples_with_its_q_heads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "algorithm"), [("t5", "PPO"), ("bart", "PPO"), ("t5", "SFT"), ("t5", "ILQL"), ("t5", "DPO")]
+    ("name", "algorithm"),
+    [("bart", "PPO"), *(("t5", algorithm) for algorithm in ("PPO", "SFT", "ILQL", "DPO", "KTO"))],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, name, algorithm):
     every = {"checkpoint_interval": 1, "total_steps": 4, "eval_interval": 2}
