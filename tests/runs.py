@@ -94,7 +94,7 @@ DATA: dict[str, dict[str, Any]] = {
     "SFT": {"samples": TEXTS, "eval_prompts": PROMPTS},
     "ILQL": {"samples": DIALOGUES, "rewards": REWARDS, "eval_prompts": PROMPTS},
     "RFT": ONLINE,
-    "KTO": {"samples": LABELS, "eval_prompts": PROMPTS},
+    "KTO": {"samples": LABELS, "eval_prompts": PROMPTS, "eval_samples": LABELS[:3]},
     "DPO": {"samples": PAIRS, "eval_prompts": PROMPTS, "eval_samples": PAIRS[:3]},
     "Reward": {"samples": WITH_MARGIN, "eval_samples": WITH_MARGIN[:3]},
 }

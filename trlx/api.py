@@ -61,8 +61,8 @@ def train(
             (with reward_fn), ILQL (with rewards), DPO (with pairs), KTO (with labels) or SFT (otherwise), see
             `over_preset`. None: that preset.
         stop_sequences: texts that end a response and are cut off it.
-        eval_samples: samples like `samples` that are not trained on; evaluations log the loss of them (SFT, DPO) or
-            the accuracy on them (reward models).
+        eval_samples: samples like `samples` that are not trained on; evaluations log the loss of them (SFT, DPO, KTO)
+            or the accuracy on them (reward models).
 
     Returns:
         The trainer, after training: ``.generate``, ``.save_pretrained``, ``.evaluate``.

@@ -1,6 +1,7 @@
 """Pairs of answers: the losses by hand, what becomes of samples, and the reference that reads them once."""
 
 import math
+import signal
 
 import pytest
 import torch
@@ -150,9 +151,8 @@ def test_the_reference_reads_every_answer_once_and_a_run_begins_without_a_margin
     monkeypatch.setattr(AccelerateBackend, "evaluate", counting)
     method = {"beta": 0.5, "label_smoothing": 0.25, "sft_coef": 0.5}
     trainer = run("DPO", tmp_path, method=method, train={"total_steps": 8, "eval_interval": 8, "minibatch_size": 2})
-    # once 7 pairs to train on and 3 held-out ones; then the policy reads those at both evaluations
-    read = [(6, True), (6, True), (2, True), (6, True)]
-    assert [call for call in calls if call[1]] == read
+    # once 3 held-out pairs and 7 to train on; the policy reads the held-out ones at both evaluations
+    assert [call for call in calls if call[1]] == [(6, True), (6, True), (6, True), (2, True)]
     assert [rows for rows, reference in calls if not reference and rows > 1] == [4, 2, 4, 2]
     first, *_, last = [line for line in metrics(tmp_path) if "loss" in line]
     assert first["margin"] == pytest.approx(0, abs=1e-6)
@@ -161,7 +161,7 @@ def test_the_reference_reads_every_answer_once_and_a_run_begins_without_a_margin
     evaluations = [line for line in metrics(tmp_path) if "eval/loss" in line]
     assert [line["step"] for line in evaluations] == [0, 8]
     assert evaluations[0]["eval/margin"] == pytest.approx(0, abs=1e-6) and evaluations[1]["eval/accuracy"] == 1
-    seen = trainer.evaluator.held_out.store.rows(slice(None))
+    seen = trainer.evaluator.held_out.args[0].rows(slice(None))
     found = finish(*pack(dpo_loss(evaluate(trainer.backend, seen), seen, "sigmoid", **method)[1]))
     assert evaluations[1] == pytest.approx(evaluations[1] | {f"eval/{name}": mean for name, mean in found.items()})
     # of the policy that has learnt; the rows still hold what it was at first
@@ -216,12 +216,14 @@ def test_the_loss_of_labelled_answers_and_its_gradient():
     assert loss.item() == pytest.approx(5 * 0.320821, abs=1e-5)
     slopes = [0, -0.217895, -0.217895, 0, 3 * 0.5 * 0.217895, 0, 0, 0, 0]
     assert logprobs.grad.flatten().tolist() == pytest.approx(slopes, abs=1e-5)
-    names = {"loss": 2.5 * 0.320821, "kl": 0.5, "rewards/chosen": 1.0, "rewards/rejected": -0.5}
+    names = {"loss": 2.5 * 0.320821, "kl": 0.5, "accuracy": 1, "rewards/chosen": 1.0, "rewards/rejected": -0.5}
     assert finish(*pack(found)) == pytest.approx(names, abs=1e-5)
+    # at a KL of 2.5 the good answer is on the wrong side
+    assert finish(*pack(kto_loss(TokenOutputs(logprobs), batch, 2.5, 0.5)[1]))["accuracy"] == 0.5
 
 
 def test_kto_compares_with_the_kl_on_answers_to_other_prompts(tmp_path):
-    trainer = run("KTO", tmp_path, train={"total_steps": 8, "batch_size": 7})
+    trainer = run("KTO", tmp_path, train={"total_steps": 8, "batch_size": 7, "eval_interval": 8})
     first, *_, last = [line for line in metrics(tmp_path) if "loss" in line]
     # four good answers of weight 1, three bad ones of weight 1.5, all with probability one half
     assert first["loss"] == pytest.approx((4 + 4.5) / 14, abs=1e-5) and first["kl"] == pytest.approx(0, abs=1e-6)
@@ -233,6 +235,44 @@ def test_kto_compares_with_the_kl_on_answers_to_other_prompts(tmp_path):
     batch, backend = trainer.mismatched.rows(slice(None)), trainer.backend
     gap = (backend.evaluate(batch).logprobs - backend.evaluate(batch, reference=True).logprobs).sum() / 7
     assert trainer.kl == pytest.approx(max(float(gap), 0), abs=1e-5)
+    check_held_out(trainer, [line for line in metrics(tmp_path) if "eval/loss" in line])
     assert _config({}, None, None, None, LABELS).train.trainer == "AccelerateKTOTrainer"
     with pytest.raises(ValueError, match="Sample 0: label must be True or False, got 'good'"):
         labelled([{**LABELS[0], "label": "good"}], trainer.tokenizer, 16)
+
+
+def check_held_out(trainer, evaluations):
+    """Two good answers and a bad one, with a KL of their own: of each prompt with the next one's answer."""
+    first, last = evaluations
+    assert first["eval/loss"] == pytest.approx((1 + 1 + 1.5) / 6, abs=1e-5) and first["eval/kl"] == 0
+    rows = [(0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (2, 0)]
+    rollouts = [Rollout(trainer.samples.rollouts[p].prompt, trainer.samples.rollouts[a].response) for p, a in rows]
+    batch, backend = collate(rollouts, trainer.tokenizer.pad_token_id), trainer.backend
+    ratios = (backend.evaluate(batch).logprobs - backend.evaluate(batch, reference=True).logprobs).sum(dim=1).tolist()
+    kl = max(sum(ratios[3:]) / 3, 0)
+    good, bad = (0.5 * (ratios[0] + ratios[2]) / 2, 0.5 * ratios[1])
+    losses = [1 / (1 + math.exp(0.5 * sign * (r - kl))) for r, sign in zip(ratios[:3], (1, -1, 1), strict=True)]
+    wanted = {"loss": (losses[0] + 1.5 * losses[1] + losses[2]) / 3, "kl": kl, "rewards/chosen": good}
+    wanted |= {"rewards/rejected": bad, "accuracy": sum(loss < 0.5 for loss in losses) / 3}
+    found = {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(("method", "shown"), [("DPO", ["0/6", "4/6", "0/14"]), ("KTO", ["0/3", "0/3", "0/7"])])
+def test_a_signal_while_the_reference_reads_ends_the_run(tmp_path, monkeypatch, caplog, method, shown):
+    # four rows at once: first the held-out ones, then those to train on, of which the second four are not read any more
+    monkeypatch.setattr("trlx.trainer.preferences.ROWS_AT_ONCE", 4)
+    evaluate, told, reads = AccelerateBackend.evaluate, [], []
+    monkeypatch.setattr("trlx.run.display.Display.working", lambda self, text: told.append(text))
+
+    def signalled(self, batch, reference=False):
+        reads.extend([len(batch)] * reference)
+        if len(reads) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, batch, reference)
+
+    monkeypatch.setattr(AccelerateBackend, "evaluate", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        run(method, tmp_path, train={"eval_interval": 100})
+    assert stopped.value.code == 75 and "Stopped at step 0 by SIGTERM" in caplog.text and len(reads) == 3
+    assert [text for text in told if "reference" in text] == [f"the reference reads answers {at}" for at in shown]

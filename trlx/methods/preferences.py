@@ -65,7 +65,8 @@ def kto_loss(
 
     r = log π(y) / π_ref(y);   λ_D (1 − σ(β(r − z))) for desirable answers, λ_U (1 − σ(β(z − r))) for the others
 
-    `kl` is z, the KL of policy and reference, a constant. Rows without response tokens are padding.
+    `kl` is z, the KL of policy and reference, a constant. The accuracy is the share of answers whose r is on the right
+    side of z: above it if they are desirable. Rows without response tokens are padding.
     """
     counts = batch.response_mask.any(dim=1)
     ratios = log_ratios(outputs, batch)[counts]
@@ -73,7 +74,8 @@ def kto_loss(
     sign = torch.where(desirable, 1.0, -1.0)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)
     loss = weight * torch.sigmoid(-sign * beta * (ratios - kl))
-    metrics = means_of({"loss": loss, "kl": torch.full_like(ratios, kl)})
+    right = (sign * (ratios - kl) > 0).float()
+    metrics = means_of({"loss": loss, "accuracy": right, "kl": torch.full_like(ratios, kl)})
     for name, rows in (("chosen", desirable), ("rejected", ~desirable)):
         metrics[f"rewards/{name}"] = mean_of(beta * ratios, rows)
     return loss.sum(), metrics

@@ -46,28 +46,23 @@ class EvaluationResult:
         return None
 
 
-@dataclass(slots=True)
-class HeldOut:
-    """Samples of an offline method that it does not train on."""
+def means_over(backend: Backend, store: RolloutStore, loss: LossFn, together: int) -> dict[str, float]:
+    """The metrics of `loss` over all rows of `store`, without an update. Call it on every process.
 
-    backend: Backend
-    store: RolloutStore
-    loss: LossFn
-    """It may read nothing but log-probabilities from the model's outputs, as `Backend.evaluate` gives no more."""
-    together: int
-    """Rows that are never split: the two of a pair."""
+    `loss` may read nothing but log-probabilities from the model's outputs, as `Backend.evaluate` gives no more. Blocks
+    of `together` rows are never split.
 
-    def means(self) -> dict[str, float]:
-        """The metrics of the loss over all samples, named ``eval/<name>``. Call it on every process."""
-        found, count = [], ROWS_AT_ONCE * self.backend.data_size
-        for first in range(0, len(self.store), count):
-            leave_if_asked(self.backend)
-            rows = list(range(len(self.store)))[first : first + count]
-            batch = shard(self.store, rows, self.backend.data_rank, self.backend.data_size, self.together)
-            names, packed = pack(self.loss(self.backend.evaluate(batch), batch)[1])
-            found.append(packed)
-        means = finish(names, merge_packed(torch.stack(self.backend.gather_objects(found))))
-        return {f"eval/{name}": mean for name, mean in means.items()}
+    Raises:
+        Interrupted: a signal asked the run to leave.
+    """
+    found, count = [], ROWS_AT_ONCE * backend.data_size
+    for first in range(0, len(store), count):
+        leave_if_asked(backend)
+        rows = list(range(len(store)))[first : first + count]
+        batch = shard(store, rows, backend.data_rank, backend.data_size, together)
+        names, packed = pack(loss(backend.evaluate(batch), batch)[1])
+        found.append(packed)
+    return finish(names, merge_packed(torch.stack(backend.gather_objects(found))))
 
 
 @dataclass(slots=True)
@@ -86,7 +81,8 @@ class Evaluator:
     scorer: Scorer | None
     metric_fn: Callable[..., Any] | None
     display: Display
-    held_out: HeldOut | None = None
+    held_out: Callable[[], dict[str, float]] | None = None
+    """Returns means over samples that are not trained on, see `means_over`; logged as ``eval/<name>``."""
     _metric: Metric | None = field(init=False)
 
     def __post_init__(self):
@@ -114,7 +110,8 @@ class Evaluator:
             argument, _, value = suffix.removeprefix("@").partition("=")
             result.columns = [argument, *columns] if suffix else columns
             result.rows += [[value, *row] if suffix else row for row in rows]
-        result.metrics |= self.held_out.means() if self.held_out is not None else {}
+        held_out = {} if self.held_out is None else self.held_out()
+        result.metrics |= {f"eval/{name}": mean for name, mean in held_out.items()}
         return result
 
     def _sample(self, sampling: SamplingConfig) -> list[Rollout]:

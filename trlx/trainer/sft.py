@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from trlx.data.store import RolloutStore
 from trlx.methods.masked import Metrics
 from trlx.methods.sft import sft_loss
 from trlx.trainer.base import Trainer
-from trlx.trainer.evaluate import HeldOut
+from trlx.trainer.evaluate import means_over
 
 
 class SFTTrainer(Trainer):
@@ -26,7 +27,7 @@ class SFTTrainer(Trainer):
         """Sets the samples of evaluations. Call it on every process, after `add_eval_pipeline`."""
         rollouts, pad_id = self._dialogues(samples, seq_length), self.tokenizer.pad_token_id
         store = RolloutStore(rollouts, pad_id, self.backend.row_format)
-        self.evaluator.held_out = HeldOut(self.backend, store, self.loss, self.rows_together)
+        self.evaluator.held_out = partial(means_over, self.backend, store, self.loss, self.rows_together)
 
     def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         return sft_loss(outputs, batch)
