@@ -121,6 +121,43 @@ def test_a_pair_without_room_for_its_answers_is_dropped_whole(caplog):
 
 
 @pytest.mark.parametrize(
+    ("answers", "length", "found"),
+    [
+        # 8 tokens: the longer answer has 5 with its eos, which leaves 3 to both prompts
+        (("abcd", "a"), 8, [("fgh", "abcd</s>"), ("fgh", "a</s>")]),
+        (("a", "abcd"), 8, [("fgh", "a</s>"), ("fgh", "abcd</s>")]),
+        # no room is left, or the answer itself is cut: a bos stands for both prompts
+        (("abcd", "a"), 5, [("<s>", "bcd</s>"), ("<s>", "a</s>")]),
+        (("abcd", "a"), 4, [("<s>", "cd</s>"), ("<s>", "a</s>")]),
+        # all of it has room
+        (("abcd", "a"), 99, [("defgh", "abcd</s>"), ("defgh", "a</s>")]),
+    ],
+)
+def test_cut_on_the_left_both_answers_of_a_pair_keep_one_prompt(answers, length, found):
+    tokenizer = char_tokenizer()
+    tokenizer.truncation_side = "left"
+    row = {"prompt": "defgh", "chosen": answers[0], "rejected": answers[1]}
+    assert texts(pairs([row], tokenizer, length), tokenizer) == found
+    # a bos in front is kept, so one token less of the prompt is
+    with_bos = pairs([{**row, "prompt": "<s>defgh"}], tokenizer, length)
+    prompts = {8: "<s>gh", 5: "<s>", 4: "<s>", 99: "<s>defgh"}
+    assert [prompt for prompt, _ in texts(with_bos, tokenizer)] == [prompts[length]] * 2
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_so_do_those_of_a_chat(template):
+    tokenizer = with_template(template)
+    tokenizer.truncation_side = "left"
+    whole = [chat("a", "b", "c", "d"), chat("a", "b", "c", "e", "f", "g")]
+    row = {"chosen": whole[0], "rejected": whole[1]}
+    (short, one), (long, other) = texts(pairs([row], tokenizer, 20), tokenizer)
+    assert short == long == "\nu:c<|end|>\na:" and (one, other) == (
+        "d<|end|>",
+        "e<|end|>\nu:f<|end|>\na:g<|end|>",
+    )
+
+
+@pytest.mark.parametrize(
     ("row", "words"),
     [
         ("abc", "Sample 1 must have prompt and chosen and rejected, got 'abc'"),

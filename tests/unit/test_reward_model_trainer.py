@@ -234,4 +234,4 @@ def test_a_pair_whose_answer_has_no_room_for_its_eos_is_dropped_whole(caplog):
     assert "2 of 3 pairs were dropped" in caplog.text
     tokenizer.truncation_side = "left"
     rows = whole_pairs(samples[:1], tokenizer, 6)
-    assert [row.prompt + row.response for row in rows] == [[4, 5, 6, 2], [5, 6, 7, 8, 9, 2]]
+    assert [row.prompt + row.response for row in rows] == [[5, 6, 2], [5, 6, 7, 8, 9, 2]]

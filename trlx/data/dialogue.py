@@ -34,27 +34,23 @@ def dialogues(
     With `special_tokens`, for encoder-decoder models, prompts and outputs get all special tokens of the tokenizer. The
     first ``context[i]`` messages of chat i are not trained.
 
-    Longer samples are cut on the tokenizer's truncation side, but keep a bos in front. Samples that lose all output
-    tokens are dropped with one warning, and with each all of its block of `together` consecutive samples. Raises a
-    ValueError or TypeError if there are no samples, if one is none of these, or if all lose their output tokens.
+    Longer samples are cut on the tokenizer's truncation side, but keep a bos in front; samples of a block of `together`
+    consecutive samples keep equal prompts. Samples that lose all output tokens are dropped with one warning, and with
+    each all of its block. Raises a ValueError or TypeError if there are no samples, if one is none of these, or if all
+    lose their output tokens.
     """
     samples = sample_list(samples)
     if not samples:
         raise ValueError("The list of samples is empty: pass at least one text, dialogue or chat")
     for index, sample in enumerate(samples):
         _check(index, sample)
-    start, rollouts = beginning(tokenizer), []
-    context = context or [0] * len(samples)
-    for index, tokens in enumerate(_tokenized(samples, tokenizer, special_tokens, context, together)):
-        ids, trained = zip(*_cut(tokens, start, tokenizer.truncation_side, max_length), strict=True)
-        if True in trained:
-            first = trained.index(True)
-            flags = None if all(trained[first:]) else list(trained[first:])
-            score = 0.0 if scores is None else scores[index]
-            rollouts.append(Rollout(prompt=list(ids[:first]), response=list(ids[first:]), score=score, trained=flags))
-        else:
-            rollouts.append(None)
-    blocks = [rollouts[at : at + together] for at in range(0, len(rollouts), together)]
+    start, side, length = beginning(tokenizer), tokenizer.truncation_side, max_length
+    rows = _tokenized(samples, tokenizer, special_tokens, context or [0] * len(samples), together)
+    score = iter([0.0] * len(samples) if scores is None else scores)
+    blocks = []
+    for block in zip(*[rows] * together, strict=True):
+        alike = _with_equal_prompts(block, start, side, length)
+        blocks.append([_rollout(_cut(tokens, start, side, length), next(score)) for tokens in alike])
     kept = [block for block in blocks if None not in block]
     _report_dropped(len(blocks) - len(kept), len(blocks), max_length, together)
     return [rollout for block in kept for rollout in block]
@@ -97,12 +93,36 @@ def _tokenized(
         yield [(token, number % 2 == 1) for number, turn in enumerate(turns) for token in turn]
 
 
+def _with_equal_prompts(
+    block: Sequence[list[tuple[int, bool]]], start: list[int], side: str, max_length: int
+) -> list[list[tuple[int, bool]]]:
+    """The samples of a block, their prompts cut to what the longest response leaves, if `side` is left."""
+    if side == "right":
+        return [*block]
+    ends = [next((at for at, (_, is_output) in enumerate(tokens) if is_output), len(tokens)) for tokens in block]
+    room = max_length - max(len(tokens) - end for tokens, end in zip(block, ends, strict=True))
+    prompts = [tokens[:end] for tokens, end in zip(block, ends, strict=True)]
+    kept = [begins_with([token for token, _ in prompt], start) for prompt in prompts]
+    cut = [shorten(prompt, max(room, front), side, front) for prompt, front in zip(prompts, kept, strict=True)]
+    return [prompt + tokens[end:] for prompt, tokens, end in zip(cut, block, ends, strict=True)]
+
+
 def _cut(tokens: list[tuple[int, bool]], start: list[int], side: str, max_length: int) -> list[tuple[int, bool]]:
     """At most `max_length` of the pairs; where they begin with an output, `start` comes first."""
     tokens = shorten(tokens, max_length, side, kept=begins_with([token for token, _ in tokens], start))
     if not tokens[0][1]:
         return tokens
     return [(token, False) for token in start] + shorten(tokens, max(max_length - len(start), 0), side)
+
+
+def _rollout(tokens: list[tuple[int, bool]], score: float) -> Rollout | None:
+    """None: no token of an output is left."""
+    ids, trained = zip(*tokens, strict=True)
+    if True not in trained:
+        return None
+    first = trained.index(True)
+    flags = None if all(trained[first:]) else list(trained[first:])
+    return Rollout(prompt=list(ids[:first]), response=list(ids[first:]), score=score, trained=flags)
 
 
 def _report_dropped(dropped: int, total: int, max_length: int, together: int) -> None:
