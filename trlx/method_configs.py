@@ -167,6 +167,8 @@ class GRPOConfig(CollectionConfig):
         self.require_choice("kl_in", ["loss", "reward"])
         least = 1 if self.advantage == "reinforce++" else 2
         self.require(self.num_generations >= least, "num_generations", f"be at least {least} with this advantage")
+        rule = "be 0 with method.num_generations 1, because the scores of every group are then equal"
+        self.require(self.num_generations > 1 or not self.max_resamplings, "max_resamplings", rule)
         self.require(self.num_rollouts >= self.num_generations, "num_rollouts", "be at least method.num_generations")
         self.require(self.cliprange > 0, "cliprange", "be positive")
         high = self.cliprange_high

@@ -215,6 +215,7 @@ def test_the_loss_has_every_setting_in_its_place(tmp_path, monkeypatch):
     ("method", "words"),
     [
         ({"num_generations": 1}, "method.num_generations must be at least 2 with this advantage"),
+        ({"num_generations": 1, "advantage": "reinforce++", "max_resamplings": 1}, "max_resamplings must be 0 with"),
         ({"num_generations": 8}, "method.num_rollouts must be at least method.num_generations"),
         ({"advantage": "gae"}, "method.advantage"),
         ({"kl_in": "both"}, "method.kl_in"),
