@@ -1,13 +1,15 @@
 """GRPO and its relatives: numbers worked by hand, and that each setting arrives where it counts."""
 
 import math
+import re
 
 import pytest
 import torch
 
 from tests.builders import tiny_gpt2_config
 from tests.fake_backend import FakeBackend
-from tests.runs import tiny_config
+from tests.runs import run, tiny_config
+from tests.unit.test_seq2seq import CONFIGS, run_seq2seq
 from trlx.batch import Sample, TokenBatch, TokenOutputs
 from trlx.config import TRLConfig
 from trlx.data.prompts import PromptPipeline
@@ -15,6 +17,7 @@ from trlx.methods.advantages import group_advantages, overlong_penalty, rewards_
 from trlx.methods.grpo import UNITS, grpo_loss
 from trlx.methods.masked import finish, pack
 from trlx.methods.units import Unit
+from trlx.rewards.weighted import WeightedRewards
 from trlx.trainer.grpo import GRPOTrainer
 
 EOS = 2
@@ -109,15 +112,28 @@ REFERENCE = {4: -1.0, EOS: -1.0, 5: -1.0, 6: -0.75, 7: -1.5}
 ANSWERS = [[4, EOS], [5, 6, 7], [6, EOS], [4, 4, EOS]]
 """Two of each prompt, in order."""
 SCORES = {(4, EOS): 2.0, (5, 6, 7): 4.0, (6, EOS): 1.0, (4, 4, EOS): 4.0}
+PARTS = {(4, EOS): [0.5, 1], (5, 6, 7): [0.5, 0, 2], (6, EOS): [0, 1], (4, 4, EOS): [0.5, 0.5, 1.5]}
 
 
-def trainer_of(folder, monkeypatch, answers=ANSWERS, scores=SCORES, **method):
+def per_sample(output_ids):
+    return [SCORES[tuple(ids)] for ids in output_ids]
+
+
+def per_token(output_ids):
+    return [PARTS[tuple(ids)] for ids in output_ids]
+
+
+def one(outputs):
+    return [1.0] * len(outputs)
+
+
+# twice the numbers per token, less 1 at the last one: 1, 1; 1, 0, 3; 0, 1; 1, 1, 2 add up to SCORES
+WEIGHTED = WeightedRewards([(per_token, 2.0), (one, -1.0)])
+
+
+def trainer_of(folder, monkeypatch, answers=ANSWERS, reward=per_sample, **method):
     monkeypatch.setattr(FakeBackend, "logprobs", LOGPROBS)
     monkeypatch.setattr(FakeBackend, "ref_logprobs", REFERENCE)
-
-    def reward(samples, output_ids, **kwargs):
-        return [scores[tuple(ids)] for ids in output_ids]
-
     settings = tiny_config(folder, "PPO", model={"model_path": tiny_gpt2_config()}).to_dict()
     sizes = {"num_rollouts": 4, "num_generations": 2, "chunk_size": 2, "gen_kwargs": {"max_new_tokens": 4}}
     settings["method"] = {"name": "GRPOConfig", **sizes, **method}
@@ -150,16 +166,24 @@ def by_row(batch):
         ({"advantage": "rloo", "scale_reward": "ref", "ref_std": 2.0}, [-1, 1, -1.5, 1.5]),
     ],
 )
-def test_the_advantage_of_a_sample_stands_at_each_of_its_tokens(tmp_path, monkeypatch, method, wanted):
-    batch = trainer_of(tmp_path, monkeypatch, **method).collect()
+@pytest.mark.parametrize("reward", [per_sample, WEIGHTED], ids=["per sample", "weighted, per token"])
+def test_the_advantage_of_a_sample_stands_at_each_of_its_tokens(tmp_path, monkeypatch, method, wanted, reward):
+    batch = trainer_of(tmp_path, monkeypatch, reward=reward, **method).collect()
     assert batch.group.tolist() == [0, 0, 1, 1] and batch.old_values is None
     assert by_row(batch) == [near([a] * len(ids)) for a, ids in zip(wanted, ANSWERS, strict=True)]
 
 
-def test_reinforce_plus_plus_whitens_rewards_to_go_over_the_collection(tmp_path, monkeypatch):
-    trainer = trainer_of(tmp_path, monkeypatch, advantage="reinforce++", kl_in="reward", kl_coef=0.2)
-    # rewards: -0.1, 2; 0.2, -0.1, 4; -0.1, 1; -0.1, -0.1, 4
-    to_go = [[1.9, 2], [4.1, 3.9, 4], [0.9, 1], [3.8, 3.9, 4]]
+@pytest.mark.parametrize(
+    ("reward", "to_go"),
+    [
+        # rewards: -0.1, 2; 0.2, -0.1, 4; -0.1, 1; -0.1, -0.1, 4
+        (per_sample, [[1.9, 2], [4.1, 3.9, 4], [0.9, 1], [3.8, 3.9, 4]]),
+        # 0.9, 1; 1.2, -0.1, 3; -0.1, 1; 0.9, 0.9, 2
+        (WEIGHTED, [[1.9, 1], [4.1, 2.9, 3], [0.9, 1], [3.8, 2.9, 2]]),
+    ],
+)
+def test_reinforce_plus_plus_whitens_rewards_to_go_over_the_collection(tmp_path, monkeypatch, reward, to_go):
+    trainer = trainer_of(tmp_path, monkeypatch, reward=reward, advantage="reinforce++", kl_in="reward", kl_coef=0.2)
     flat = [number for row in to_go for number in row]
     mean = sum(flat) / 10
     std = (sum((number - mean) ** 2 for number in flat) / 10) ** 0.5
@@ -209,6 +233,43 @@ def test_the_loss_has_every_setting_in_its_place(tmp_path, monkeypatch):
         assert float(trainer.loss(outputs, batch)[0]) == near(wanted)
         assert trainer.unit is (Unit.TOKEN if method["loss_type"] == "dapo" else Unit.SEQUENCE)
     assert trainer_of(tmp_path, monkeypatch, num_iterations=3).passes_per_epoch == 3
+
+
+RLOO = {"advantage": "rloo", "loss_type": "dapo", "kl_in": "reward"}
+REINFORCE = {"advantage": "reinforce++", "loss_type": "dapo", "kl_in": "reward", "num_generations": 1}
+LORA = {"peft_config": {"peft_type": "LORA", "r": 4}}
+
+
+@pytest.mark.parametrize("method", [{}, RLOO, REINFORCE], ids=["grpo", "rloo", "reinforce++"])
+@pytest.mark.parametrize(
+    ("family", "model", "trained"),
+    [
+        ("gpt2", {"num_layers_unfrozen": 1}, "transformer.(h.1|ln_f)."),
+        ("gpt2", LORA, ".*lora_"),
+        ("t5", {"num_layers_unfrozen": 1}, "decoder.(block.2|final_layer_norm)."),
+        ("t5", LORA, ".*lora_"),
+    ],
+)
+def test_it_starts_at_the_reference_and_changes_only_what_trains(tmp_path, family, model, trained, method):
+    if model is LORA:
+        pytest.importorskip("peft")
+    settings = {"method": method, "train": {"total_steps": 0, "minibatch_size": 4}}
+    if family == "t5":
+        trainer = run_seq2seq("GRPO", tmp_path, {"model_path": CONFIGS["t5"](), **model}, **settings)
+    else:
+        trainer = run("GRPO", tmp_path, model=model, **settings)
+    backend, batch = trainer.backend, trainer.collect()
+    first = backend.evaluate(batch).logprobs
+    assert trainer.pending["policy/kl"] == 0 and torch.equal(batch.ref_logprobs, first)
+    before = {name: weight.clone() for name, weight in backend.policy.model.named_parameters()}
+    stats = backend.train_step(batch, trainer.loss, trainer.unit)
+    assert stats["policy/ratio_deviation/max"] < 1e-5
+    changed = {
+        name for name, weight in backend.policy.model.named_parameters() if not torch.equal(weight, before[name])
+    }
+    assert changed and [name for name in changed if not re.match(trained, name)] == []
+    assert torch.equal(backend.evaluate(batch, reference=True).logprobs, first)
+    assert not torch.equal(backend.evaluate(batch).logprobs, first)
 
 
 @pytest.mark.parametrize(

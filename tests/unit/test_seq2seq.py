@@ -70,7 +70,7 @@ def run_seq2seq(algorithm, folder, model, **changes):
     """`run` for an encoder-decoder model."""
     model, tokenizer = {"model_arch_type": "seq2seq", **model}, {"tokenizer_path": tokenizer_that_ends_texts()}
     config = tiny_config(folder, algorithm, model=model, tokenizer=tokenizer, **changes)
-    data = DATA[algorithm] | ({"reward_fn": spread} if algorithm == "PPO" else {})
+    data = DATA[algorithm] | ({"reward_fn": spread} if algorithm in ("PPO", "GRPO") else {})
     return trlx.train(config=config, metric_fn=length, **data)
 
 
