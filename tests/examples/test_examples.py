@@ -2,14 +2,16 @@
 
 import importlib
 import json
+import random
 import threading
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from transformers import GPTJConfig, GPTJForSequenceClassification
 
 import trlx
-from examples import published_rewards
+from examples import arithmetic, published_rewards
 from examples.common import arguments, byte_tokenizer, configure
 from examples.experiments.grounded_program_synthesis.lang import ProgramError, examples, run
 from examples.experiments.grounded_program_synthesis.train_trlx import correctness
@@ -25,9 +27,11 @@ from trlx.strict import ConfigError
 
 PPO = {"method.num_rollouts": 4, "method.chunk_size": 8, "method.ppo_epochs": 1, "method.gen_kwargs.max_new_tokens": 4}
 OFFLINE = {"method.gen_kwargs.max_new_tokens": 4}
+GRPO = OFFLINE | {"method.num_rollouts": 8, "method.chunk_size": 8}
 RFT = {"method.n_generations_per_prompt": 2, "method.gen_kwargs.max_new_tokens": 4}
 SAMPLED = {"method.gen_experience_kwargs.max_new_tokens": 4}
 SCRIPTS = {
+    "arithmetic": GRPO,
     "architext": PPO,
     "simulacra": OFFLINE,
     "ppo_sentiments": PPO,
@@ -118,6 +122,37 @@ def test_the_tiny_model_takes_a_few_steps_on_made_data_unless_something_else_is_
     for each, steps in ((given, 4), (other, 9)):
         config = configure(trlx.load_preset("ppo"), each["hparams"])
         assert (config.train.total_steps, config.model.model_path.n_layer) == (steps, 2)
+
+
+def test_the_pupil_learns_from_its_teacher_and_then_from_the_reward(tmp_path, capsys):
+    hparams = {**QUICK, **GRPO, "model.model_path": "pupil", "train.checkpoint_dir": str(tmp_path / "run")}
+    del hparams["train.seq_length"]
+    arithmetic.main(hparams, data="made", lessons=1)
+    for folder in ("run_pupil", "run/checkpoint_1/hf_model"):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["n_embd"] == 96
+    printed = capsys.readouterr().out
+    assert "held out\n  step    0  0.0" in printed and "\n  step    1  0.0" in printed
+
+
+def test_sums_are_worked_out_from_the_right_and_a_teacher_forgets_to_carry():
+    draw = random.Random(0)
+    assert arithmetic.worked(47, 38, 0.0, draw) == "7+8=15 4+3+1=8 #### 85"
+    assert arithmetic.worked(47, 38, 1.0, draw) == "7+8=15 4+3=7 #### 75"
+    assert arithmetic.worked(75, 72, 1.0, draw) == "5+2=7 7+7=14 #### 147"
+    rows = arithmetic.problems(60, seed=0, digits=1)
+    assert len({row["question"] for row in rows}) == 60
+    assert all(eval(row["question"]) == int(row["answer"]) for row in rows)
+
+
+def test_a_model_of_the_hub_gets_an_instruction_the_presets_sizes_and_no_teacher(monkeypatch):
+    monkeypatch.setattr(trlx, "train", started := MagicMock())
+    arithmetic.main({"model": {"model_path": "Qwen/Qwen2.5-0.5B-Instruct"}, "train.seed": 3})
+    (_, given) = started.call_args
+    assert started.call_count == 1 and len(given["eval_prompts"]) == 256 and len(given["prompts"]) == 4000
+    assert given["prompts"][0]["prompt"][0]["content"].startswith(arithmetic.INSTRUCTION)
+    assert len(given["prompts"][0]["prompt"][0]["content"]) == len(arithmetic.INSTRUCTION) + 13
+    config = given["config"]
+    assert (config.method.gen_kwargs["max_new_tokens"], config.optimizer.kwargs["lr"]) == (256, 1e-6)
 
 
 def always_two(samples, **kwargs):
