@@ -33,7 +33,7 @@ TEMPLATE = (
 SMALL = {
     "method": {"num_rollouts": 256, "chunk_size": 256, "gen_kwargs": {"max_new_tokens": 32}},
     "optimizer": {"kwargs": {"lr": 2.0e-4}},
-    "train": {"seq_length": 48, "batch_size": 128, "minibatch_size": None, "total_steps": 80, "eval_interval": 10},
+    "train": {"seq_length": 48, "batch_size": 128, "minibatch_size": None, "total_steps": 60, "eval_interval": 10},
 }
 """Settings for the pupil: 32 problems at once, eight answers to each."""
 
@@ -99,9 +99,9 @@ def worked(a: int, b: int, forgets: float, draw: random.Random) -> str:
         total = sum(terms)
         steps.append(f"{'+'.join(map(str, terms))}={total}")
         a, b = a // 10, b // 10
-        result = str(total % 10 if a or b else total) + result
+        result = f"{total % 10}{result}"
         carry = int(total > 9 and draw.random() >= forgets)
-    return f"{' '.join(steps)} #### {result}"
+    return f"{' '.join(steps)} #### {'1' * carry}{result}"
 
 
 def asked(rows: Rows, instruction: str) -> Rows:
