@@ -1,0 +1,75 @@
+"""The speed benchmarks: that all contenders do the same work, on tiny sizes. Nothing here looks at the times."""
+
+import itertools
+import time
+from importlib.util import find_spec
+
+import pytest
+
+from benchmarks.speed.ours import trainer_of
+from benchmarks.speed.plain import PlainPPO
+from benchmarks.speed.run import check_alike, ratios, runner
+from benchmarks.speed.stopwatch import Stopwatch
+from benchmarks.speed.workloads import PERIOD, WORKLOADS, answers, prompts, tiny
+
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
+PAIRS = [(name, contender) for name, load in WORKLOADS.items() if load.ragged for contender in load.contenders]
+MARKED = [
+    pytest.param(*pair, marks=[needs_trl, pytest.mark.filterwarnings("ignore")] if "trl" in pair[1] else [])
+    for pair in PAIRS
+]
+
+
+@pytest.mark.parametrize(("workload", "contender"), MARKED)
+def test_contenders_sample_responses_of_the_same_lengths_and_train_as_many_tokens(workload, contender):
+    load = tiny(WORKLOADS[workload])
+    found = {name: runner(name)(load) for name in ("trlx", contender)}
+    check_alike(found)
+    asked = sorted(ids[-1] % PERIOD for ids in prompts(load) for _ in range(load.group))
+    given = sum(len(prompt) - 1 + len(answer) + 1 for prompt, answer in zip(prompts(load), answers(load), strict=True))
+    expected = {"sft": ([], given), "ppo": (asked, sum(asked)), "sampling": (asked, 0), "grpo": (asked, sum(asked))}
+    if load.task in expected:
+        assert (found["trlx"]["lengths"], found["trlx"]["tokens"]) == expected[load.task]
+    assert found["trlx"]["total"] == pytest.approx(sum(found["trlx"][phase] for phase in Stopwatch().seconds))
+
+
+@pytest.mark.parametrize("workload", ["gpt2-small", "gpt2-small-2-blocks"])
+def test_the_plain_loop_trains_as_many_weights_as_trlx(workload, tmp_path):
+    load = tiny(WORKLOADS[workload])
+    plain = sum(weight.numel() for weight in PlainPPO(load).optimizer.param_groups[0]["params"])
+    trainer = trainer_of(load, str(tmp_path), lambda outputs: [0.0] * len(outputs))
+    assert trainer.backend.parameter_counts()[0] == plain
+
+
+@pytest.mark.parametrize("contender", ["trlx", "plain"])
+def test_a_workload_of_full_length_runs(contender):
+    found = runner(contender)(tiny(WORKLOADS["randomwalks"]))
+    assert len(found["lengths"]) == 4
+
+
+def test_contenders_that_do_other_work_are_refused():
+    with pytest.raises(RuntimeError, match="tokens of plain are 8, of trlx 9"):
+        check_alike({"trlx": {"lengths": [4, 5], "tokens": 9}, "plain": {"lengths": [4, 5], "tokens": 8}})
+
+
+def test_a_ratio_is_of_one_turn():
+    ours = [{"total": total, **dict.fromkeys(("generate", "reward", "score", "update"), 0.0), "peak_mib": 10.0}
+            for total in (1.0, 6.0, 4.0)]  # fmt: skip
+    others = [run | {"total": 2.0, "peak_mib": 20.0} for run in ours]
+    found = ratios(ours, others)
+    assert found == {
+        "total": {"min": 0.5, "median": 2.0, "max": 3.0},
+        "peak_mib": {"min": 0.5, "median": 0.5, "max": 0.5},
+    }
+
+
+def test_a_second_counts_under_the_inner_phase_alone(monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "process_time", lambda: float(next(seconds)))
+    watch = Stopwatch()  # at 0
+    with watch.within("score"):  # 1: rest had 1 s
+        with watch.within("generate"):  # 2
+            pass  # 3
+        watch.timed("reward", lambda: None)()  # 4 and 5
+    found = watch.result()  # 6 ends the score, 7 the rest
+    assert found == {"generate": 1, "reward": 1, "score": 3, "update": 0, "rest": 2, "total": 7, "tokens": 0}
