@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from tests.builders import VOCABULARY, char_tokenizer, tiny_gpt2_config
 from tests.processes import together
@@ -24,6 +23,7 @@ from trlx.methods.grpo import grpo_loss
 from trlx.methods.ilql import ilql_loss
 from trlx.methods.ppo import ppo_loss
 from trlx.methods.preferences import dpo_loss, kto_loss
+from trlx.methods.reward import reward_loss
 from trlx.methods.sft import sft_loss
 from trlx.methods.units import Unit
 
@@ -56,13 +56,16 @@ NEEDS = {
     "ILQL": ModelNeeds(value_head=True, q_heads=2, dropout=False),
     "SFT": ModelNeeds(dropout=False),
     "GRPO": ModelNeeds(reference=True, dropout=False),
+    "Reward": ModelNeeds(score_head=True, dropout=False),
 }
 LOSSES = {
     "PPO": partial(ppo_loss, cliprange=0.2, cliprange_value=0.2, vf_coef=1.0, dual_clip=None),
     "ILQL": partial(ilql_loss, tau=0.7, gamma=0.9, cql_scale=0.1, awac_scale=1.0, beta=0.5),
     "SFT": sft_loss,
     "GRPO": partial(grpo_loss, kind="gspo", cliprange=0.2, cliprange_high=0.3, max_length=8, kl_coef=0.1),
+    "Reward": partial(reward_loss, center_coef=0.1),
 }
+UNITS = {"GRPO": Unit.SEQUENCE, "Reward": Unit.PAIR}
 WITHOUT_HEADS = [
     (partial(dpo_loss, kind="sigmoid", beta=0.1), Unit.PAIR),
     (partial(kto_loss, kl=0.5, beta=0.1, undesirable_weight=1.5), Unit.SEQUENCE),
@@ -70,8 +73,7 @@ WITHOUT_HEADS = [
 
 
 def steps(algorithm: str) -> list[tuple]:
-    unit = Unit.SEQUENCE if algorithm == "GRPO" else Unit.TOKEN
-    return [(LOSSES[algorithm], unit)] * 3 + WITHOUT_HEADS * (algorithm == "SFT")
+    return [(LOSSES[algorithm], UNITS.get(algorithm, Unit.TOKEN))] * 3 + WITHOUT_HEADS * (algorithm == "SFT")
 
 
 MAIN = ("gpt2", "llama", "qwen2")
@@ -147,6 +149,7 @@ def write_truth(folder: Path, family: str, algorithm: str, unfrozen: int = -1) -
 
 def _columns(outputs) -> dict[str, torch.Tensor]:
     named = {name: getattr(outputs, name) for name in ("logprobs", "values", "q", "target_q", "q_logprobs")}
+    named["last"] = None if outputs.last is None else outputs.last[:, None]
     return {name: column.detach().contiguous() for name, column in named.items() if column is not None}
 
 
@@ -215,13 +218,13 @@ def world() -> int:
 
 
 def compare_outputs(folder: Path, backend, mine: TokenBatch) -> torch.Tensor:
-    found, truth = backend.evaluate(mine), load_file(folder / "scores")
+    outputs, truth = backend.evaluate(mine), load_file(folder / "scores")
     at = slice(backend.data_rank * len(mine), (backend.data_rank + 1) * len(mine))
     width = mine.tokens.shape[1]
-    for name in ("logprobs", "values"):
+    for name in ("logprobs", "values", "last"):
         if name in truth:
-            assert_close(getattr(found, name), truth[name][at, :width], name)
-    return found.logprobs
+            assert_close(_columns(outputs)[name], truth[name][at, :width], name)
+    return outputs.logprobs
 
 
 def compare_gradients(folder: Path, backend, mine: TokenBatch, algorithm: str) -> None:
@@ -317,11 +320,13 @@ def test_so_they_are_for_the_other_families(truth):
 
 @pytest.mark.parametrize("unfrozen", [0, 1])
 def test_exactly_the_top_blocks_train(tmp_path, unfrozen):
-    write_truth(tmp_path / "gpt2-PPO", "gpt2", "PPO", unfrozen)
-    before = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2-PPO" / "model").state_dict()
-    after = load_file(tmp_path / "gpt2-PPO" / "trained")
-    changed = {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
-    assert bool(changed) is bool(unfrozen)
-    assert all(name.startswith(("transformer.h.3.", "transformer.ln_f.")) for name in changed)
-    together(2, compare, tmp_path, [("gpt2", "PPO")], [layout(2), layout(1, 2), layout(1, 2, virtual=2)], unfrozen)
-    together(4, compare, tmp_path, [("gpt2", "PPO")], [layout(1, 4), layout(2, 2, sequence=True)], unfrozen)
+    for algorithm, score in (("PPO", set()), ("Reward", {"score.weight"})):
+        folder = tmp_path / f"gpt2-{algorithm}"
+        write_truth(folder, "gpt2", algorithm, unfrozen)
+        before, after = load_file(folder / "model" / "model.safetensors"), load_file(folder / "trained")
+        changed = {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
+        assert score <= changed and bool(changed - score) is bool(unfrozen)
+        assert all(name.startswith(("transformer.h.3.", "transformer.ln_f.")) for name in changed - score)
+    cases = [("gpt2", "PPO"), ("gpt2", "Reward")]
+    together(2, compare, tmp_path, cases, [layout(2), layout(1, 2), layout(1, 2, virtual=2)], unfrozen)
+    together(4, compare, tmp_path, cases, [layout(1, 4), layout(2, 2, sequence=True)], unfrozen)

@@ -141,20 +141,31 @@ class Scored(Causal):
 
     @staticmethod
     def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Makes sure that transformers, too, reads the score of a row at its eos: it takes the last token that is not
-        pad. So where pad is eos, the tokenizer and the model get a new pad token.
+        """Prepares the model for its tokenizer, see `scores_at_eos`.
 
         Raises:
             ValueError: the model is quantized.
         """
         if getattr(model, "is_quantized", False):
             raise ValueError("A reward model cannot be quantized: leave load_in_8bit and load_in_4bit out")
-        if tokenizer.pad_token_id == tokenizer.eos_token_id:
-            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-            if tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
-                model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        model.config.trlx_scores_eos = True  # which tells `trlx.SequenceClassifierReward` to end samples with eos
+        tokens = model.get_input_embeddings().weight.shape[0]
+        needed = scores_at_eos(model.config, tokenizer, tokens)
+        if needed > tokens:
+            model.resize_token_embeddings(needed, mean_resizing=False)
+
+
+def scores_at_eos(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> int:
+    """Makes sure that transformers, too, reads the score of a row at its eos: it takes the last token that is not pad.
+
+    So where pad is eos, the tokenizer gets a new pad token. Returns how many tokens the model must know then, if it now
+    knows `tokens`.
+    """
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        tokens = max(tokens, tokenizer.pad_token_id + 1)
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.trlx_scores_eos = True  # which tells `trlx.SequenceClassifierReward` to end samples with eos
+    return tokens
 
 
 @register_architecture("seq2seq")

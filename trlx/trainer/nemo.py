@@ -71,11 +71,8 @@ class NeMoDPOTrainer(OnMegatron, DPOTrainer):
 
 
 @register_trainer
-class NeMoRewardTrainer(RewardTrainer):
-    """Not there yet: it is refused."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        raise ValueError("Reward models do not train on Megatron yet: write AccelerateRewardTrainer in train.trainer")
+class NeMoRewardTrainer(OnMegatron, RewardTrainer):
+    """Reward models with tensor and pipeline parallelism."""
 
 
 @register_trainer

@@ -73,7 +73,9 @@ class MegatronBackend(Backend):
 
         rows = padded_vocab(self.vocab_size, settings.make_vocab_size_divisible_by * settings.sizes.tensor)
         self.stage = build_chunks(decoder, settings, rows, needs, train.seed, self.device)
-        self.weights = StageWeights(self.stage, entries(decoder, self.model_source.family, rows), self.parallel)
+        self.weights = StageWeights(
+            self.stage, entries(decoder, self.model_source.family, rows, needs.score_head), self.parallel
+        )
         self.model_source.load(self.weights)
         self.fingerprint = self.weights.digest()
         freeze(self.stage, model.num_layers_unfrozen)
@@ -109,6 +111,10 @@ class MegatronBackend(Backend):
         microbatches = self._microbatches(batch)
         with self.reference.active() if reference else nullcontext():
             found = run_forward(self.stage, microbatches)
+        if self.needs.score_head:
+            scores = torch.cat([outputs.last for outputs in found])[: len(batch)] if found else torch.zeros(len(batch))
+            last = self.parallel.from_last_stage(scores.to(self.device)).cpu()
+            return TokenOutputs(torch.zeros(batch.tokens.shape), last=last)
         logprobs = self._collected([outputs.logprobs for outputs in found], microbatches, batch)
         if reference or not self.needs.value_head:
             return TokenOutputs(logprobs)
@@ -225,8 +231,6 @@ class MegatronBackend(Backend):
 
 def _refuse(needs: ModelNeeds) -> None:
     """Refuses what this backend does not support."""
-    if needs.score_head:
-        raise ValueError("Reward models do not train on Megatron yet: take a trainer on Accelerate")
     if needs.value_layers:
         raise ValueError("method.num_value_layers_unfrozen must be 0 with a NeMo trainer, which has a value head only")
 

@@ -1,10 +1,11 @@
-"""Value and Q heads on the last stage. Every tensor rank has the value head; Q is sharded by vocabulary."""
+"""The heads on the last stage. Every tensor rank has those of values and scores; Q is sharded by vocabulary."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
@@ -26,7 +27,24 @@ def make_heads(decoder: DecoderConfig, shard: VocabularyShard, needs: ModelNeeds
             heads["value"] = ValueHead(decoder.hidden_size)
         if needs.q_heads:
             heads["q"] = VocabularyParallelQHeads(QHeads(decoder.hidden_size, decoder.vocab_size, needs.q_heads), shard)
+        if needs.score_head:
+            heads["score"] = ScoreHead(decoder.hidden_size, decoder.init_std)
     return heads if len(heads) else None
+
+
+class ScoreHead(nn.Module):
+    """One number for a state: the linear layer ``score`` of the classifiers of transformers, in float32.
+
+    Its first weights are those that transformers draws from the same seed.
+    """
+
+    def __init__(self, hidden: int, init_std: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden).normal_(std=init_std))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Scores [N] float32 of states [N, d]."""
+        return F.linear(states.float(), self.weight).squeeze(-1)
 
 
 class VocabularyParallelQHeads(nn.Module):

@@ -31,6 +31,10 @@ class Slice(Protocol):
     def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
+EMBEDDING = "embedding.word_embeddings.weight"
+SCORE = "heads.score.weight"
+"""The head of a reward model, by our name. It stands among the weights of the model, as in transformers."""
+
 Read = Callable[[str], Slice]
 """From a Hugging Face name to the tensor."""
 
@@ -64,12 +68,15 @@ class Entry(ABC):
         """The Hugging Face tensors, from the shards of all tensor ranks in rank order."""
 
 
-def entries(decoder: DecoderConfig, family: str, vocab_rows: int | None = None) -> dict[str, Entry]:
+def entries(
+    decoder: DecoderConfig, family: str, vocab_rows: int | None = None, scored: bool = False
+) -> dict[str, Entry]:
     """All weights of a decoder, by Megatron-Core's name with the layer's number in the whole model.
 
     `family` decides the Hugging Face names (see ``families``); `MEGATRON` has a name for every weight. The embedding
     has `vocab_rows` rows (see `padded_vocab`); None: one per token. There is always an ``output_layer.weight``: in a
     tied model it maps to the embedding's tensor, as the last pipeline stage has a copy of it, which is not exported.
+    Only a reward model (`scored`) has `SCORE` instead.
 
     Raises:
         ValueError: the family is unknown, or has no name for a weight of this decoder.
@@ -78,9 +85,7 @@ def entries(decoder: DecoderConfig, family: str, vocab_rows: int | None = None) 
         raise ValueError(f"There are no weight names for {family!r}; known are {', '.join(NAMES)}")
     names, hidden = NAMES[family], decoder.hidden_size
     rows = decoder.vocab_size if vocab_rows is None else vocab_rows
-    found: dict[str, Entry] = {
-        "embedding.word_embeddings.weight": Vocabulary(f"{names.embedding}.weight", decoder.vocab_size, hidden, rows)
-    }
+    found: dict[str, Entry] = {EMBEDDING: Vocabulary(f"{names.embedding}.weight", decoder.vocab_size, hidden, rows)}
     if decoder.position == "learned":
         name = _named(names.position, "learned positions", family)
         table = Replicated(f"{name}.weight", (decoder.max_position_embeddings, hidden))
@@ -89,6 +94,8 @@ def entries(decoder: DecoderConfig, family: str, vocab_rows: int | None = None) 
         for name, entry in _layer(decoder, names, names.layer.format(layer), family):
             found[f"decoder.layers.{layer}.{name}"] = entry
     found |= _norm("decoder.final_layernorm", names.final_norm, hidden, decoder)
+    if scored:
+        return found | {SCORE: Replicated("score.weight", (1, hidden))}
     head = names.embedding if decoder.tied else names.head
     found["output_layer.weight"] = Vocabulary(f"{head}.weight", decoder.vocab_size, hidden, rows)
     return found

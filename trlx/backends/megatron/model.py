@@ -34,8 +34,8 @@ ACTIVATIONS = {
 class PolicyStage(GPTModel):
     """One pipeline stage, or one chunk of an interleaved stage. The last one has the heads.
 
-    Called with tokens [B, T] and their response mask, the last stage returns `TokenOutputs`, the others hidden
-    states.
+    Called with tokens [B, T], their response mask and the lengths of rows, the last stage returns `TokenOutputs`, the
+    others hidden states. With a score head there is no output layer.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PolicyStage(GPTModel):
             max_sequence_length=decoder.max_position_embeddings,
             pre_process=is_first,
             post_process=is_last,
-            share_embeddings_and_output_weights=decoder.tied,
+            share_embeddings_and_output_weights=decoder.tied and not needs.score_head,
             position_embedding_type={"learned": "learned_absolute", "rope": "rope"}[decoder.position],
             rotary_percent=decoder.rotary_percentage,
             rotary_base=decoder.rotary_base,
@@ -65,6 +65,8 @@ class PolicyStage(GPTModel):
             rope_scaling_factor=decoder.rotary_scaling or 1.0,
             vp_stage=chunk,
         )
+        if is_last and needs.score_head:
+            self.output_layer.weight = None
         self.decoder.__class__ = FreezableBlock  # GPTModel takes no class for its decoder
         self.trains_below = True
         """Whether layers before this stage or chunk train."""
@@ -85,8 +87,12 @@ class PolicyStage(GPTModel):
             scale = torch.tensor(decoder.embedding_scale, dtype=config.params_dtype)
             self.embedding.register_forward_hook(lambda _, args, embedded: embedded * scale.to(embedded.device))
 
-    def forward(self, tokens: Tensor, response_mask: Tensor | None = None, **kwargs: Any) -> Tensor | TokenOutputs:
+    def forward(
+        self, tokens: Tensor, response_mask: Tensor | None = None, lengths: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | TokenOutputs:
         """Hidden states of a stage; on the last stage the outputs where `response_mask` [B, T] is True.
+
+        With a score head these are the scores at the last tokens of rows, whose `lengths` [B] do not count padding.
 
         With an ``inference_context`` the last stage returns logits [B, V] and hidden states [B, d] of the last column.
         """
@@ -94,7 +100,7 @@ class PolicyStage(GPTModel):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         mask = kwargs.pop("attention_mask", None)
-        return super().forward(tokens, positions, mask, loss_mask=response_mask, **kwargs)
+        return super().forward(tokens, positions, mask, loss_mask=(response_mask, lengths), **kwargs)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Takes the hidden states of the previous stage, detached if no layer before this stage trains."""
@@ -110,7 +116,7 @@ class PolicyStage(GPTModel):
         hidden_states: Tensor,
         input_ids: Tensor,
         *_: Any,
-        loss_mask: Tensor | None = None,
+        loss_mask: tuple[Tensor, Tensor] | None = None,
         inference_context: Any = None,
         **__: Any,
     ) -> Tensor | TokenOutputs | tuple[Tensor, Tensor]:
@@ -123,7 +129,7 @@ class PolicyStage(GPTModel):
         if self.config.sequence_parallel:
             # forward gathers all tokens on every rank; backward keeps each rank's own
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, False, tensor_group())
-        return self._outputs(hidden_states.transpose(0, 1), input_ids, loss_mask)
+        return self._outputs(hidden_states.transpose(0, 1), input_ids, *loss_mask)
 
     @torch.no_grad()
     def _clear_padding(self) -> None:
@@ -134,7 +140,10 @@ class PolicyStage(GPTModel):
         for table in tables:
             table[real:].zero_()
 
-    def _outputs(self, hidden: Tensor, tokens: Tensor, response_mask: Tensor) -> TokenOutputs:
+    def _outputs(self, hidden: Tensor, tokens: Tensor, response_mask: Tensor, lengths: Tensor) -> TokenOutputs:
+        if self.heads is not None and "score" in self.heads:
+            at_last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+            return TokenOutputs(torch.zeros(tokens.shape, device=hidden.device), last=self.heads["score"](at_last))
         assert not response_mask[:, 0].any(), "the first token of a row has no hidden state before it"
         at = response_mask.flatten().nonzero().squeeze(1)
         chosen = tokens.flatten().index_select(0, at)

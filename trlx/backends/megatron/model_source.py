@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from trlx import logging
 from trlx.backends.base import ModelNeeds
 from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.families import decoder_config_of, find_hf_config
+from trlx.backends.megatron.mapping import EMBEDDING, SCORE
 from trlx.backends.megatron.nemo.file import read_megatron_cfg
 from trlx.backends.megatron.nemo.weights import family_of, is_companion, is_nemo, open_nemo, write_nemo
 from trlx.backends.megatron.settings import MegatronSettings
@@ -33,6 +37,7 @@ from trlx.backends.megatron.weights import (
     write_index,
 )
 from trlx.config import ModelConfig, TrainConfig
+from trlx.models.architecture import Causal, Scored, scores_at_eos
 from trlx.models.heads import QHeads, ValueHead
 from trlx.models.limits import check_length, check_vocabulary
 from trlx.models.policy import HEADS_FILE, fitting_heads, load_model, make_heads
@@ -57,6 +62,11 @@ class ModelSource:
     """The first weights; None: random weights of Megatron-Core."""
     heads: InMemory | None = None
     """The first weights of those heads that do not start at random."""
+    tokens: int = field(init=False)
+    """Rows of the embedding in `tensors`; a reward model may need one more, for its pad token."""
+
+    def __post_init__(self):
+        self.tokens = self.decoder.vocab_size
 
     @property
     def family(self) -> str:
@@ -71,8 +81,12 @@ class ModelSource:
         """
         if self.tensors is not None:
             parallel = weights.parallel
-            named = [(weight.name, weight.value) for weight in weights.of_model()]
-            load_weights(named, weights.entries, self.tensors, parallel.tensor_rank, parallel.sizes.tensor)
+            stored = {**weights.entries}
+            stored[EMBEDDING] = dataclasses.replace(stored[EMBEDDING], tokens=self.tokens)
+            if stored.get(SCORE) and "score.weight" not in self.tensors.names():
+                del stored[SCORE]  # a language model has none: it stays as it was drawn
+            named = [(w.name, w.value) for w in weights.of_model() if w.name != SCORE or SCORE in stored]
+            load_weights(named, stored, self.tensors, parallel.tensor_rank, parallel.sizes.tensor)
         if self.heads is not None:
             fitting = [weight for weight in weights.of_heads() if weight.entry.hf_names[0] in self.heads.tensors]
             weights.load(self.heads.read, fitting)
@@ -122,7 +136,7 @@ def find_source(
 
     Raises:
         ValueError: the pretrained model does not match the NeMo config file, or is too small for the tokenizer or for
-            ``train.seq_length``.
+            ``train.seq_length``; or a reward model has no architecture in transformers.
         OSError: the model does not exist.
     """
     if settings.pretrained_model is not None:
@@ -137,7 +151,9 @@ def find_source(
     if found.heads is not None:
         taken = fitting_heads(found.heads.tensors, _head_shapes(found.decoder, needs), found.heads.where)
         found.heads = InMemory(taken, found.heads.where)
-    found.config = _for_export(found.config, settings.dtype)
+    if needs.score_head:
+        _make_classifier(found, tokenizer)
+    found.config = _for_export(found.config, settings.dtype, needs.score_head)
     check_vocabulary(found.decoder.vocab_size, tokenizer)
     _check_length(found.decoder, train.seq_length)
     return found
@@ -165,7 +181,7 @@ def _random(model: ModelConfig, needs: ModelNeeds, seed: int) -> ModelSource:
     decoder = decoder_config_of(model.model_path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = load_model(model.model_path, model.model_extra_configs)
+        made = load_model(model.model_path, model.model_extra_configs, Scored if needs.score_head else Causal)
         value, q = make_heads(made, needs.value_head, 0, needs.q_heads)
     tensors = {
         f"{name}.{key}": tensor
@@ -185,6 +201,14 @@ def _head_shapes(decoder: DecoderConfig, needs: ModelNeeds) -> dict[str, torch.S
     return {
         f"{kind}.{name}": weight.shape for kind, head in heads.items() for name, weight in head.state_dict().items()
     }
+
+
+def _make_classifier(found: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
+    if found.config is None:
+        raise ValueError("A reward model needs an architecture of transformers, and this model fits none")
+    tokens = scores_at_eos(found.config, tokenizer, found.decoder.vocab_size)
+    found.config.num_labels, found.config.vocab_size = 1, tokens
+    found.decoder = dataclasses.replace(found.decoder, vocab_size=tokens)
 
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
@@ -210,12 +234,13 @@ def _with_dropout(decoder: DecoderConfig, settings: MegatronSettings) -> Decoder
     return dataclasses.replace(decoder, **given)
 
 
-def _for_export(config: PretrainedConfig | None, dtype: torch.dtype) -> PretrainedConfig | None:
+def _for_export(config: PretrainedConfig | None, dtype: torch.dtype, scored: bool) -> PretrainedConfig | None:
     if config is None:
         logger.warning(f"transformers has no architecture for this model: hf_model/ will hold {ARCHIVE} instead")
         return None
     config = type(config).from_dict(config.to_dict())
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if scored else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    config.architectures = [names[config.model_type]]
     config.dtype = dtype
     return config
 

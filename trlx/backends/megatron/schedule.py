@@ -94,7 +94,7 @@ def _run(
 
     def step(iterator: Iterator[TokenBatch], model: nn.Module) -> tuple[Any, Callable]:
         microbatch, began = next(iterator), time.perf_counter()
-        output = model(microbatch.tokens, microbatch.response_mask)
+        output = model(microbatch.tokens, microbatch.response_mask, microbatch.attention_mask.sum(dim=1))
         clock.seconds += time.perf_counter() - began
         return output, on_last(microbatch)
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trlx.backends.megatron.mapping import Entry, Replicated, Vocabulary
+from trlx.backends.megatron.mapping import SCORE, Entry, Replicated, Vocabulary
 from trlx.backends.megatron.model import PolicyStage
 from trlx.backends.megatron.parallel import ParallelState
 from trlx.backends.megatron.updates import Updates
@@ -61,12 +61,12 @@ class StageWeights:
                 weight.value.copy_(self._shard(weight, read))
 
     def of_model(self) -> list[Weight]:
-        """Weights of the language model."""
-        return [weight for weight in self.weights if not weight.name.startswith(HEADS)]
+        """Weights in the files of the model: those of the language model, or of the classifier with its score."""
+        return [weight for weight in self.weights if weight.name == SCORE or not weight.name.startswith(HEADS)]
 
     def of_heads(self) -> list[Weight]:
-        """Weights of the heads, which the last stage has."""
-        return [weight for weight in self.weights if weight.name.startswith(HEADS)]
+        """Weights of the other heads, which the last stage has."""
+        return [weight for weight in self.weights if weight.name != SCORE and weight.name.startswith(HEADS)]
 
     def trained(self) -> list[Weight]:
         """Weights in a checkpoint: those that train, and all heads. The others are loaded from the first model."""

@@ -69,8 +69,8 @@ def checked_reader(source: TensorSource, entries: Mapping[str, Entry]) -> Read:
             raise ValueError(
                 f"{located[name]} in {source.where} is {list(got)}, but a model of this configuration has {list(shape)}"
             )
-    # a tied model's output layer is the embedding
-    _refuse_unused(source, set(located.values()), located[entries["output_layer.weight"].hf_names[0]])
+    output = entries.get("output_layer.weight")  # of a tied model it is the embedding
+    _refuse_unused(source, set(located.values()), output and located[output.hf_names[0]])
     return lambda name: source.read(located[name])
 
 
@@ -215,12 +215,12 @@ def _spellings(name: str) -> Iterable[str]:
             yield name.removeprefix(base)
 
 
-def _refuse_unused(source: TensorSource, used: set[str], head: str) -> None:
+def _refuse_unused(source: TensorSource, used: set[str], head: str | None) -> None:
     unused = [name for name in source.names() if name not in used and not name.endswith(CONSTANTS)]
     others = [name for name in unused if name not in HEADS]
     if others:
         raise ValueError(f"{source.where} has {_listed(others)}, which no model of this configuration uses")
-    for name in unused:
+    for name in unused if head else ():  # a reward model has no use for an output head
         # many tied models were saved with a copy of the embedding as their head
         if not _same(source, name, head):
             raise ValueError(

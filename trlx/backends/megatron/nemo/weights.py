@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from trlx.backends.megatron.decoder_config import DecoderConfig
 from trlx.backends.megatron.families import TRAINING_ONLY, decoder_config_of, find_hf_config
-from trlx.backends.megatron.mapping import MEGATRON, VOCAB_DIVISOR, Entry, Read, entries, padded_vocab
+from trlx.backends.megatron.mapping import EMBEDDING, MEGATRON, VOCAB_DIVISOR, Entry, Read, entries, padded_vocab
 from trlx.backends.megatron.nemo.archive import CONFIG_FILE, WEIGHTS_FILE, Archive, Rank, opened, write_archive
 from trlx.backends.megatron.nemo.config import read_config, warn_of_unknown, write_config
 from trlx.backends.megatron.nemo.names import Shard, in_stage, layer_of, nemo_name
@@ -27,11 +27,7 @@ from trlx.backends.megatron.weights import InMemory, TensorSource
 from trlx.models.policy import HEADS_FILE
 
 HF_CONFIG = "config.json"
-EMBEDDING, POSITIONS, HEAD = (
-    "embedding.word_embeddings.weight",
-    "embedding.position_embeddings.weight",
-    "output_layer.weight",
-)
+POSITIONS, HEAD = "embedding.position_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
