@@ -74,7 +74,7 @@ def check_same(whole, parts, steps=STEPS):
     assert {"policy", "optimizer", "dropout"} <= files
 
 
-@pytest.mark.parametrize("algorithm", ["PPO", "SFT", "ILQL", "DPO", "KTO"])
+@pytest.mark.parametrize("algorithm", ["PPO", "SFT", "ILQL", "DPO", "KTO", "Reward"])
 def test_a_resumed_run_is_bit_equal(tmp_path, algorithm):
     dropout = {"model": {"model_path": tiny_gpt2_config(**DROPOUT)}}
     runs = [

@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, T5Config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, T5Config
 
-from tests.builders import tiny_gpt2_config
+from tests.builders import char_tokenizer, tiny_gpt2_config
 from tests.distributed.test_two_processes import CALM, NO_DROPOUT, close
 from tests.processes import together
-from tests.runs import DATA, metrics, run, tiny_config
+from tests.runs import DATA, WITH_MARGIN, metrics, run, tiny_config
+from tests.unit.test_reward_model_trainer import scores_of
+from trlx import SequenceClassifierReward
 from trlx.checkpoint import newest
 
 pytestmark = pytest.mark.distributed
@@ -22,10 +24,15 @@ GREEDY = {
     "DPO": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False}, "sft_coef": 0.1},
     "KTO": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False}},
     "ILQL": {"gen_kwargs": {"max_new_tokens": 6, "do_sample": False, "beta": [0, 2]}},
+    "Reward": {"center_coef": 0.01},
 }
 
 
-def twenty_steps(trainer: str, algorithm: str, folder, data_size=1, model=None, **options) -> None:
+BEGINNINGS = {"Reward": tiny_gpt2_config(layers=4, initializer_range=0.15)}
+"""Models whose gradients do not magnify rounding."""
+
+
+def twenty_steps(trainer: str, algorithm: str, folder, data_size=1, **options) -> None:
     """A run of 20 steps on rows that no random number chooses."""
     train = {
         "trainer": f"{trainer}{algorithm}Trainer",
@@ -36,7 +43,7 @@ def twenty_steps(trainer: str, algorithm: str, folder, data_size=1, model=None, 
         "eval_interval": 10,
         "checkpoint_interval": 20,
     }
-    changes = {"model": {"model_path": model or tiny_gpt2_config(layers=4)}, "optimizer": CALM, "train": train}
+    changes = {"model": {"model_path": BEGINNINGS.get(algorithm) or tiny_gpt2_config(layers=4)}, "optimizer": CALM, "train": train}
     trainer = run(algorithm, folder, method=GREEDY[algorithm], **changes)
     (folder / "parameters.json").write_text(json.dumps(trainer.backend.parameter_counts()))
 
@@ -48,6 +55,7 @@ def test_the_curves_of_both_backends_agree(tmp_path, algorithm):
     together(4, twenty_steps, "NeMo", algorithm, tmp_path / "layers", **layout)
     together(2, twenty_steps, "NeMo", algorithm, tmp_path / "rows", 2)
     one = metrics(tmp_path / "accelerate")
+    loader = AutoModelForSequenceClassification if algorithm == "Reward" else AutoModelForCausalLM
     assert sum("grad_norm" in line for line in one) == 20
     for folder in ("layers", "rows"):
         other = metrics(tmp_path / folder)
@@ -59,19 +67,19 @@ def test_the_curves_of_both_backends_agree(tmp_path, algorithm):
             shown = [name for name in mine if name != "padding_percentage"]  # each process trims its own rows
             assert [theirs[name] for name in shown] == pytest.approx([mine[name] for name in shown], abs=1e-4, rel=1e-4)
         exported = [
-            AutoModelForCausalLM.from_pretrained(newest(tmp_path / name) / "hf_model").state_dict()
-            for name in ("accelerate", folder)
+            loader.from_pretrained(newest(tmp_path / name) / "hf_model").state_dict() for name in ("accelerate", folder)
         ]
         close(*exported, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", ["ILQL", "PPO"])
+@pytest.mark.parametrize("algorithm", ["ILQL", "PPO", "Reward"])
 def test_interleaved_stages_take_any_number_of_microbatches(tmp_path, algorithm):
-    # 7 rows in batches of 4, one at a time: 3 microbatches are left for two stages at the end
+    # 7 rows in batches of 4, one at a time: 3 microbatches are left for two stages at the end; of 7 pairs, one pair
     layout = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    method = {"PPO": {"num_rollouts": 7, "chunk_size": 7}, "ILQL": {}}[algorithm]
+    method = {"num_rollouts": 7, "chunk_size": 7} if algorithm == "PPO" else {}
+    rows = 2 if algorithm == "Reward" else 1
     for trainer, size, options in (("Accelerate", 1, {}), ("NeMo", 2, layout)):
-        train = {"trainer": f"{trainer}{algorithm}Trainer", "trainer_kwargs": options, "minibatch_size": 1}
+        train = {"trainer": f"{trainer}{algorithm}Trainer", "trainer_kwargs": options, "minibatch_size": rows}
         changes = {"train": {**train, "total_steps": 4}, "method": {**GREEDY[algorithm], **method}, "optimizer": CALM}
         model = {"model_path": tiny_gpt2_config(layers=4)}
         together(size, run, algorithm, tmp_path / trainer, model=model, **changes)
@@ -125,6 +133,35 @@ def test_heads_cross_too(tmp_path, first, second):
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert ppo.keys() == {name for name in one if name.startswith("value.")} != one.keys()
     assert all(torch.equal(one[name], ppo[name]) for name in ppo)
+
+
+def reward_models_of(folder, first: str, second: str) -> None:
+    """What one backend learnt from a language model, what the other starts from, and its own start."""
+    layout = {"Accelerate": {}, "NeMo": {"tensor_model_parallel_size": 2}}
+    steps = ((second, "start", "causal", 0), (first, "one", "causal", 3), (second, "two", "one/export", 0))
+    for trainer, name, source, total in steps:
+        train = {"trainer": f"{trainer}RewardTrainer", "trainer_kwargs": layout[trainer], "total_steps": total}
+        tokenizer = {"tokenizer_path": char_tokenizer(pad_is_eos=True)}
+        model = {"model_path": str(folder / source)}
+        made = run("Reward", folder / name, model=model, tokenizer=tokenizer, train=train)
+        made.save_pretrained(folder / name / "export")
+        (folder / name / "scores").write_text(json.dumps([row[2:] for row in made.evaluator.run().rows]))
+
+
+@pytest.mark.parametrize(("first", "second"), [("Accelerate", "NeMo"), ("NeMo", "Accelerate")])
+def test_a_reward_model_begins_alike_and_what_is_saved_scores_alike_everywhere(tmp_path, first, second):
+    AutoModelForCausalLM.from_config(tiny_gpt2_config(initializer_range=0.2)).save_pretrained(tmp_path / "causal")
+    together(2, reward_models_of, tmp_path, first, second)
+    assert metrics(tmp_path / "start")[0] == pytest.approx(metrics(tmp_path / "one")[0], abs=1e-5)
+    learnt, loaded = (json.loads((tmp_path / name / "scores").read_text()) for name in ("one", "two"))
+    flat, expected = (
+        [sample["prompt"] + sample[side] for sample in WITH_MARGIN[:3] for side in ("chosen", "rejected")],
+        sum(learnt, []),
+    )
+    assert max(expected) - min(expected) > 0.1
+    assert sum(loaded, []) == pytest.approx(expected, abs=1e-5)
+    assert scores_of(tmp_path / "one" / "export", flat) == pytest.approx(expected, abs=1e-5)
+    assert SequenceClassifierReward(str(tmp_path / "one" / "export"))(samples=flat) == pytest.approx(expected, abs=1e-5)
 
 
 def scored_on_each_rank(folder) -> None:
@@ -189,7 +226,7 @@ def refused_at_construction(folder) -> None:
 
     def build(algorithm: str, **changes):
         config = tiny_config(folder, algorithm, **changes)
-        trainers.get(f"NeMo{algorithm}Trainer")(config, DATA["PPO"]["reward_fn"], **config.train.trainer_kwargs)
+        trainers.get(f"NeMo{algorithm}Trainer")(config, DATA[algorithm].get("reward_fn"), **config.train.trainer_kwargs)
 
     for algorithm, changes, words in (
         ("PPO", {"method": {"gen_kwargs": {"topk": 1}}}, "Unknown key 'method.gen_kwargs.topk'. Did you mean 'top_k'"),
