@@ -31,6 +31,7 @@ NEEDS = {
     "PPO": ModelNeeds(value_head=True, reference=True, dropout=False),
     "ILQL": ModelNeeds(value_head=True, q_heads=2, dropout=False),
     "SFT": ModelNeeds(dropout=False),
+    "Reward": ModelNeeds(score_head=True, dropout=False),
 }
 SMALL = 64
 """Bytes below which a message is a count, a norm or the shape of a tensor that follows."""
@@ -146,7 +147,7 @@ def batch(case: Case) -> TokenBatch:
 
 def scored(outputs: Any, microbatch: TokenBatch) -> tuple[Tensor, dict]:
     """A loss that every output has a part in."""
-    parts = [outputs.logprobs, outputs.values, outputs.q, outputs.q_logprobs]
+    parts = [outputs.logprobs, outputs.values, outputs.q, outputs.q_logprobs, outputs.last]
     return sum(shard.sum() for shard in parts if shard is not None) * 0.01, {}
 
 

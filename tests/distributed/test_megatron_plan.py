@@ -47,6 +47,8 @@ ON_ONE = [
     Case(GPT2, recompute={**FULL, "method": "block", "num_layers": 2}),
     Case(NEOX),
     Case(LLAMA),
+    Case(LLAMA, algorithm="Reward"),
+    Case(GPT2, algorithm="Reward", precision="bf16"),
     Case(QWEN3, algorithm="PPO"),
 ]
 FROZEN = [
@@ -69,6 +71,9 @@ ON_FOUR = [
     Case(LLAMA, TENSOR | PIPELINE | SEQUENCE, "ILQL"),
     Case(LLAMA, {"pipeline_model_parallel_size": 4}, "PPO"),
     Case(QWEN3, TENSOR | SEQUENCE),
+    Case(GPT2, TENSOR | PIPELINE | SEQUENCE, "Reward"),
+    Case(LLAMA, TENSOR | PIPELINE, "Reward", unfrozen=0),
+    Case(LLAMA, PIPELINE | CHUNKS, "Reward", unfrozen=1),
     Case(QWEN3, TENSOR | PIPELINE),
 ]
 

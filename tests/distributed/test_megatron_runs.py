@@ -43,7 +43,8 @@ def twenty_steps(trainer: str, algorithm: str, folder, data_size=1, **options) -
         "eval_interval": 10,
         "checkpoint_interval": 20,
     }
-    changes = {"model": {"model_path": BEGINNINGS.get(algorithm) or tiny_gpt2_config(layers=4)}, "optimizer": CALM, "train": train}
+    model = {"model_path": BEGINNINGS.get(algorithm) or tiny_gpt2_config(layers=4)}
+    changes = {"model": model, "optimizer": CALM, "train": train}
     trainer = run(algorithm, folder, method=GREEDY[algorithm], **changes)
     (folder / "parameters.json").write_text(json.dumps(trainer.backend.parameter_counts()))
 

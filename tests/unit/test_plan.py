@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.pipeline_bubble import predicted, replay
 from docs.scaling_tables import MARK, page
+from tests.builders import tiny_gpt2_config
 from tests.unit.megatron_configs import ROOT
 from trlx.__main__ import main
 from trlx.backends.base import ModelNeeds
@@ -16,9 +17,10 @@ from trlx.backends.megatron.settings import ParallelSizes, Recompute
 from trlx.launch.plan.layouts import fit, fullest, launch_line
 from trlx.launch.plan.memory import activations, cache, chunk_activations, in_flight, layer_activations, memory
 from trlx.launch.plan.parameters import parameters, total_parameters
-from trlx.launch.plan.run import Run, read_config, read_run
+from trlx.launch.plan.run import TRAINERS, Run, read_config, read_run
 from trlx.launch.plan.traffic import RING, Message, bubble, messages, traffic
 from trlx.presets import load_preset
+from trlx.registry import trainers
 from trlx.strict import ConfigError
 
 SHAPE = DecoderConfig(
@@ -205,8 +207,6 @@ def test_the_20b_preset_is_read_with_its_layout():
 
 
 def test_a_folder_with_a_model_is_read(tmp_path):
-    from tests.builders import tiny_gpt2_config
-
     tiny_gpt2_config().save_pretrained(tmp_path)
     run = read_run(read_config(str(tmp_path), "sft", ["train.trainer_kwargs.tensor_model_parallel_size=2"]), gpus=4)
     assert (run.shape.hidden_size, run.parallel.tensor, run.data, run.needs.value_head) == (32, 2, 2, False)
@@ -218,7 +218,9 @@ def test_gpus_that_a_layout_does_not_divide_are_refused():
 
 
 def test_a_method_without_a_nemo_trainer_is_refused():
-    with pytest.raises(ValueError, match="no NeMo trainer for RFT: write one of PPO, ILQL, SFT"):
+    with pytest.raises(
+        ValueError, match="no NeMo trainer for RFT: write one of PPO, GRPO, ILQL, SFT, DPO, KTO, Reward"
+    ):
         read_run(load_preset("rft"))
 
 
@@ -239,6 +241,50 @@ def test_one_node_and_several_start_with_their_own_file():
 def test_the_plan_reads_what_the_trainer_of_a_method_needs():
     needs = read_run(read_config("megatron_1.3b", "ilql", ["method.two_qs=false"])).needs
     assert (needs.value_head, needs.q_heads, needs.reference, needs.dropout) == (True, 1, False, True)
+
+
+@pytest.mark.parametrize(
+    "method, settings, needs, response",
+    [
+        ("grpo", ["method.kl_coef=0.1"], ModelNeeds(reference=True, dropout=False), 100),
+        ("grpo", ["method.kl_coef=0"], ModelNeeds(dropout=False), 100),
+        ("dpo", [], ModelNeeds(reference=True, dropout=False), 1023),
+        ("kto", [], ModelNeeds(reference=True, dropout=False), 1023),
+        ("reward", [], ModelNeeds(score_head=True), 1),
+    ],
+)
+def test_every_nemo_trainer_has_a_plan(tmp_path, method, settings, needs, response):
+    tiny_gpt2_config().save_pretrained(tmp_path)
+    length = ["train.seq_length=1024", *(["method.gen_kwargs.max_new_tokens=100"] if method == "grpo" else [])]
+    for name in ("megatron_1.3b", str(tmp_path)):
+        config = read_config(name, method, [*length, *settings])
+        run = read_run(config)
+        assert (run.needs, run.response) == (needs, response)
+        assert trainers.get(config.train.trainer) is TRAINERS[config.method.name]
+
+
+def test_a_reward_model_has_a_score_and_neither_output_layer_nor_logits():
+    untied = dataclasses.replace(SHAPE, tied=False)
+    base = changed(shape=untied, parallel=ParallelSizes(2, 2, None, True))
+    scored = dataclasses.replace(base, needs=ModelNeeds(score_head=True))
+    whole, without = parameters(base, 1), parameters(scored, 1)
+    # 10 tokens fill up to 16: 8 rows of the output layer on each tensor rank
+    assert (whole.model - without.model, whole.trained - without.trained) == (8 * 8, 8 * 8)
+    assert (without.heads, without.trained_heads) == (8, 8)
+    assert parameters(base, 0) == parameters(scored, 0)
+    assert total_parameters(untied) - total_parameters(untied, output_layer=False) == 10 * 8
+    # the last norm keeps its input, mean and spread of half of the tokens; the score two states as float32
+    layers = activations(scored, 1)
+    held = memory(scored, 1)
+    assert held.temporary == 2 * 16 * (8 * 2 + 8) / 2 + 2 * 8 * 4 and held.activations >= layers
+    # all states are gathered, and nothing is reduced over the vocabulary
+    of_last = [each for each in messages(scored, 1) if each.group == "tensor"]
+    assert of_last[2:] == [
+        Message("tensor", "all_gather", 2 * 16 * 8 * 2, 4),
+        Message("tensor", "all_reduce", 4 * parameters(scored, 1).replicated),
+    ]
+    tied = dataclasses.replace(scored, shape=SHAPE)
+    assert traffic(tied, 0)["embedding"] == 0 < traffic(dataclasses.replace(base, shape=SHAPE), 0)["embedding"]
 
 
 def test_the_command_prints_every_stage_and_how_to_start(capsys, monkeypatch):

@@ -127,7 +127,7 @@ def scores_of(folder, samples):
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
-def test_what_is_saved_scores_as_the_trainer_does_in_plain_transformers_and_as_a_reward(tmp_path, pad_is_eos):
+def test_what_is_saved_scores_as_the_trainer_does_in_plain_transformers_and_as_a_reward(tmp_path, pad_is_eos, caplog):
     tokenizer = {"tokenizer_path": char_tokenizer(pad_is_eos=pad_is_eos)}
     trainer = run("Reward", tmp_path / "run", tokenizer=tokenizer, train={"total_steps": 30, "eval_interval": 30})
     trainer.save_pretrained(tmp_path / "reward")
@@ -141,6 +141,7 @@ def test_what_is_saved_scores_as_the_trainer_does_in_plain_transformers_and_as_a
     assert reward(samples=[text + "</s>" for text in flat], tokenizer=char_tokenizer()) == pytest.approx(expected)
     assert all(chosen > rejected for _, _, chosen, rejected in rows)
     last = metrics(tmp_path / "run")[-1]
+    assert f"  best     accuracy 1 at step {trainer.best_step}: " in caplog.text
     assert trainer.best_reward == last["eval/accuracy"] == 1 and last["eval/calibration_error"] < 0.2
     if not pad_is_eos:
         config = tiny_config(tmp_path / "ppo", "PPO", train={"total_steps": 2})
@@ -187,7 +188,6 @@ def test_an_adapter_merged_into_the_model_scores_as_the_trainer_does(tmp_path):
         ({}, {"stop_sequences": ["a"]}, "nothing would use stop_sequences"),
         ({"train": {"sampler": "recorded"}}, {}, "nothing would use train.sampler"),
         ({"train": {"minibatch_size": 1}}, {}, "pair|together|multiple"),
-        ({"train": {"trainer": "NeMoRewardTrainer"}}, {}, "Reward models do not train on Megatron yet"),
         ({"model": {"model_arch_type": "seq2seq"}}, {}, "a reward model needs causal"),
         ({"method": {"center_coef": -1}}, {}, "method.center_coef"),
         ({"model": {"peft_config": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}}}, {}, "virtual tokens"),

@@ -258,7 +258,8 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_reward(tmp_path, last):
 
 def test_of_a_sweep_the_best_value_is_the_objective_and_reward_fn_goes_before_a_metric():
     def objective(**means):
-        return EvaluationResult({name.replace("_", "/"): mean for name, mean in means.items()}).objective
+        result = EvaluationResult({name.replace("_", "/"): mean for name, mean in means.items()})
+        return result.objective(AccelerateSFTTrainer.best_by)
 
     swept = {"reward_mean@beta=0": 1.0, "reward_mean@beta=1": 3.0, "reward_mean@beta=2": 2.0}
     assert objective(**swept) == 3.0

@@ -52,7 +52,9 @@ def _add_plan(commands) -> None:
     command.add_argument(
         "--set", nargs="+", action="extend", default=[], dest="overrides", metavar="KEY=VALUE", help="dotted settings"
     )
-    command.add_argument("--method", default="ppo", help="preset of the method: ppo, ilql or sft (default: ppo)")
+    command.add_argument(
+        "--method", default="ppo", help="preset of the method: ppo, grpo, dpo, reward, ... (default: ppo)"
+    )
     command.add_argument("--gpus", type=int, help="GPUs in all (default: as many as the preset says)")
     command.add_argument("--tp", type=int, help="tensor ranks")
     command.add_argument("--pp", type=int, help="pipeline stages")

@@ -60,6 +60,8 @@ class Trainer(OldNames, ABC):
     """Whether `trlx.train` needs a reward for each given sample."""
     generates: ClassVar[bool] = True
     """False: the model generates nothing. Evaluations need `add_eval_samples`, which sets `evaluator`."""
+    best_by: ClassVar[tuple[str, ...]] = ("reward/mean", "metrics/reward")
+    """Metrics of an evaluation: `best_checkpoint` has the highest value of the first that is there."""
     unit: Unit = Unit.TOKEN
     """What `loss` sums over; the backend divides the sum by the number of units."""
     passes_per_epoch: int = 1
@@ -343,7 +345,7 @@ class Trainer(OldNames, ABC):
             samples = [dict(zip(result.columns, row, strict=True)) for row in result.rows]
             self.tracker.log_samples("eval", step, samples)
             self.display.evaluation(step, result.metrics, result.columns, result.rows)
-            self._keep_best(result.objective)
+            self._keep_best(result.objective(self.best_by))
         return result.metrics
 
     def _next_batch(self) -> TokenBatch:

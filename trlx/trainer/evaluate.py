@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trlx.backends.base import Backend, LossFn
-from trlx.batch import Rollout, Sample
+from trlx.batch import Rollout, Sample, TokenBatch, TokenOutputs
 from trlx.data.prompts import Prompt
 from trlx.data.store import RolloutStore, own_rows, shard
 from trlx.methods.masked import finish, merge_packed, pack
@@ -34,12 +34,10 @@ class EvaluationResult:
     metrics: dict[str, float] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     rows: list[list[Any]] = field(default_factory=list)
-    best_by: tuple[str, ...] = ("reward/mean", "metrics/reward")
 
-    @property
-    def objective(self) -> float | None:
-        """What `best_checkpoint` maximises: the highest value, in a sweep, of the first metric in `best_by`."""
-        for name in self.best_by:
+    def objective(self, best_by: tuple[str, ...]) -> float | None:
+        """What `best_checkpoint` maximises: the highest value, in a sweep, of the first of these metrics."""
+        for name in best_by:
             found = [value for key, value in self.metrics.items() if key.split("@")[0] == name]
             if found:
                 return max(found)
@@ -55,14 +53,24 @@ def means_over(backend: Backend, store: RolloutStore, loss: LossFn, together: in
     Raises:
         Interrupted: a signal asked the run to leave.
     """
-    found, count = [], ROWS_AT_ONCE * backend.data_size
-    for first in range(0, len(store), count):
-        leave_if_asked(backend)
-        rows = list(range(len(store)))[first : first + count]
-        batch = shard(store, rows, backend.data_rank, backend.data_size, together)
-        names, packed = pack(loss(backend.evaluate(batch), batch)[1])
+    found = []
+    for batch, outputs in evaluated(backend, store, together):
+        names, packed = pack(loss(outputs, batch)[1])
         found.append(packed)
     return finish(names, merge_packed(torch.stack(backend.gather_objects(found))))
+
+
+def evaluated(backend: Backend, store: RolloutStore, together: int) -> Iterator[tuple[TokenBatch, TokenOutputs]]:
+    """This process's share of `store`, a part at a time, and what the model says about it.
+
+    The processes share blocks of `together` rows. Iterate to the end on every process.
+    """
+    size = ROWS_AT_ONCE * backend.data_size
+    for first in range(0, len(store), size):
+        leave_if_asked(backend)
+        rows = list(range(first, min(first + size, len(store))))
+        batch = shard(store, rows, backend.data_rank, backend.data_size, together)
+        yield batch, backend.evaluate(batch)
 
 
 @dataclass(slots=True)

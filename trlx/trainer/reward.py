@@ -15,14 +15,13 @@ from trlx import logging
 from trlx.backends.base import Backend, ModelNeeds
 from trlx.batch import Rollout, TokenBatch, TokenOutputs
 from trlx.data.preferences import pairs
-from trlx.data.store import RolloutStore, shard
+from trlx.data.store import RolloutStore
 from trlx.method_configs import RewardConfig
 from trlx.methods.masked import Metrics
 from trlx.methods.reward import calibration_error, reward_loss
 from trlx.methods.units import Unit
-from trlx.run.guards import leave_if_asked
 from trlx.trainer.base import Trainer
-from trlx.trainer.evaluate import EvaluationResult
+from trlx.trainer.evaluate import EvaluationResult, evaluated
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +35,7 @@ class RewardTrainer(Trainer):
     method_class = RewardConfig
     unit = Unit.PAIR
     generates = False
+    best_by = ("eval/accuracy",)
 
     def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None):
         given = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences}
@@ -57,7 +57,7 @@ class RewardTrainer(Trainer):
         """Sets the pairs of evaluations."""
         rollouts = whole_pairs(samples, self.tokenizer, seq_length)
         store = RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.row_format)
-        self.evaluator = PairEvaluator(self.backend, self.tokenizer, store, self.config.train.batch_size)
+        self.evaluator = PairEvaluator(self.backend, self.tokenizer, store)
 
     def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         return reward_loss(outputs, batch, self.method.center_coef)
@@ -100,19 +100,13 @@ class PairEvaluator:
     backend: Backend
     tokenizer: PreTrainedTokenizerBase
     store: RolloutStore
-    batch_size: int
-    """Rows scored at once on each process."""
 
     def run(self, step: int = 0) -> EvaluationResult:
         """Call it on every process; each gets the same result."""
         together, backend = Unit.PAIR.rows, self.backend
         found: list[list[float]] = []
-        size = self.batch_size * backend.data_size
-        for start in range(0, len(self.store), size):
-            leave_if_asked(backend)
-            rows = list(range(start, min(start + size, len(self.store))))
-            batch = shard(self.store, rows, backend.data_rank, backend.data_size, together)
-            scores = backend.evaluate(batch).last.view(-1, together)  # [pairs, 2]
+        for batch, outputs in evaluated(backend, self.store, together):
+            scores = outputs.last.view(-1, together)  # [pairs, 2]
             found += backend.gather_objects(scores[batch.response_mask.any(dim=1)[0::2]].tolist())
         rewards = torch.tensor(found)
         margins = torch.tensor([float(rollout.score) for rollout in self.store.rollouts[0::2]])
@@ -128,4 +122,4 @@ class PairEvaluator:
         texts = [self.tokenizer.decode(r.prompt + r.response) for r in self.store.rollouts[: SHOWN * together]]
         table = [[*texts[2 * pair : 2 * pair + 2], *scores] for pair, scores in enumerate(found[:SHOWN])]
         columns = ["chosen", "rejected", "reward of chosen", "reward of rejected"]
-        return EvaluationResult(metrics, columns, table, best_by=("eval/accuracy",))
+        return EvaluationResult(metrics, columns, table)

@@ -120,12 +120,14 @@ def score_activations(run: Run, stage: int) -> float:
     if not run.is_last(stage):
         return 0
     hidden, held, trains = run.shape.hidden_size, 0, run.unfrozen != 0
+    final_norm = trains * run.tokens * (_norm_input(run) + _statistics(run)) / run.sequence_split
+    if not run.output_layer:
+        return final_norm + run.rows * FLOAT * hidden
     if run.scored * run.vocab_part <= CHUNK_ELEMENTS:
         held += FLOAT * (run.vocab_part * (2 * trains + 3 * run.needs.q_heads) + 2 * hidden * run.needs.q_heads)
     as_float = FLOAT * hidden if run.element < FLOAT else 0
     held += run.needs.value_head * (as_float + FLOAT * 2 * hidden) + (as_float if run.needs.q_heads else 0)
-    final_norm = run.tokens * (_norm_input(run) + _statistics(run)) / run.sequence_split
-    return trains * final_norm + run.scored * (run.element * hidden + held)
+    return final_norm + run.scored * (run.element * hidden + held)
 
 
 def computed_again(run: Run, stage: int) -> float:
@@ -214,4 +216,5 @@ def _feed_forward_copies(run: Run) -> int:
 
 def _logits_at_once(run: Run, stage: int) -> float:
     """Bytes that computing the scores takes for a moment: logits, exponentials and a gradient, in float32."""
-    return 3 * FLOAT * min(run.scored * run.vocab_part, CHUNK_ELEMENTS) if run.is_last(stage) else 0
+    is_needed = run.is_last(stage) and run.output_layer
+    return 3 * FLOAT * min(run.scored * run.vocab_part, CHUNK_ELEMENTS) if is_needed else 0

@@ -17,7 +17,7 @@ class Parameters:
     trained: int
     """Those of `model` that train."""
     heads: int
-    """Weights of the V and Q heads and of the Q targets, always float32."""
+    """Weights of the heads and of the Q targets, always float32."""
     trained_heads: int
     replicated: int
     """Trained weights that are the same on every tensor rank, while each rank has only a part of their gradient."""
@@ -42,7 +42,7 @@ def parameters(run: Run, stage: int) -> Parameters:
     norm = 0
     if run.is_last(stage):
         norm = norm_parameters(shape, shape.hidden_size)
-        has_own = not shape.tied or run.parallel.pipeline > 1
+        has_own = run.output_layer and (not shape.tied or run.parallel.pipeline > 1)
         trains = run.unfrozen == -1 or (run.unfrozen > 0 and not shape.tied)
         counts["model"] += norm + (table if has_own else 0)
         norm = norm if run.unfrozen else 0
@@ -72,12 +72,17 @@ def qk_norm_parameters(shape: DecoderConfig) -> int:
     return 2 * norm_parameters(shape, shape.kv_channels) if shape.qk_norm else 0
 
 
-def total_parameters(shape: DecoderConfig) -> int:
+def total_parameters(shape: DecoderConfig, output_layer: bool = True) -> int:
     """Weights of the language model: no padding, and a tied embedding counts once."""
     table = shape.vocab_size * shape.hidden_size
     positions = shape.max_position_embeddings * shape.hidden_size if shape.position == "learned" else 0
     layers = shape.num_layers * sum(layer_parameters(shape, 1))
-    return table * (1 if shape.tied else 2) + positions + layers + norm_parameters(shape, shape.hidden_size)
+    return (
+        table * (2 if output_layer and not shape.tied else 1)
+        + positions
+        + layers
+        + norm_parameters(shape, shape.hidden_size)
+    )
 
 
 def _replicated(run: Run, trained_layers: int, final_norm: int) -> int:
@@ -91,9 +96,10 @@ def _replicated(run: Run, trained_layers: int, final_norm: int) -> int:
 
 
 def _heads(run: Run) -> tuple[int, int]:
-    """(All, trained): h -> 2h -> 1 for V; h -> 2h -> part of the vocabulary for each Q head and its frozen target."""
+    """(All, trained): h -> 2h -> 1 for V; h -> 2h -> part of the vocabulary for each Q head and its frozen target;
+    h -> 1 for the score of a reward model."""
     hidden = run.shape.hidden_size
     first = 2 * hidden * (hidden + 1)
-    value = first + 2 * hidden + 1 if run.needs.value_head else 0
+    value = (first + 2 * hidden + 1 if run.needs.value_head else 0) + hidden * run.needs.score_head
     q = run.needs.q_heads * (first + (2 * hidden + 1) * run.vocab_part)
     return value + 2 * q, value + q

@@ -15,11 +15,12 @@ from trlx.config import TRLConfig
 from trlx.method_configs import MethodConfig
 from trlx.presets import load_preset
 from trlx.strict import ConfigError
-from trlx.trainer.nemo import NeMoILQLTrainer, NeMoPPOTrainer, NeMoSFTTrainer
+from trlx.trainer import nemo
 
 GPT2_VOCABULARY = 50257
 """Tokens of a model that a NeMo-shaped file describes, unless the caller gives a number: no tokenizer is loaded."""
-TRAINERS = {"PPOConfig": NeMoPPOTrainer, "ILQLConfig": NeMoILQLTrainer, "SFTConfig": NeMoSFTTrainer}
+METHODS = ("PPO", "GRPO", "ILQL", "SFT", "DPO", "KTO", "Reward")
+TRAINERS = {f"{method}Config": getattr(nemo, f"NeMo{method}Trainer") for method in METHODS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,11 @@ class Run:
         return self.needs.dropout and self.shape.hidden_dropout > 0
 
     @property
+    def output_layer(self) -> bool:
+        """Whether the last stage has one: a reward model has a score instead."""
+        return not self.needs.score_head
+
+    @property
     def vocab_part(self) -> int:
         """Rows of the vocabulary on each tensor rank, padding included."""
         tensor = self.parallel.tensor
@@ -107,8 +113,8 @@ def read_config(name: str, method: str, overrides: list[str]) -> TRLConfig:
     """The preset `method`, and over it `name`: a preset, a YAML file, or a folder with a Hugging Face model."""
     if not Path(name).is_dir():
         return load_preset(method, name, overrides=overrides)
-    trainer = f"train.trainer=NeMo{method.upper()}Trainer"
-    return load_preset(method, overrides=[trainer, f"model.model_path={name}", *overrides])
+    config = load_preset(method, overrides=[f"model.model_path={name}", *overrides])
+    return config.evolve(train={"trainer": config.train.trainer.replace("Accelerate", "NeMo")})
 
 
 def read_run(config: TRLConfig, gpus: int | None = None, vocabulary: int = GPT2_VOCABULARY) -> Run:
@@ -125,7 +131,12 @@ def read_run(config: TRLConfig, gpus: int | None = None, vocabulary: int = GPT2_
     train, needs = config.train, trainer_needs(config.method)
     asked = {key: value for key, value in train.trainer_kwargs.items() if key in OPTIONS}
     settings = read_settings(
-        asked, train=train, model=config.model, optimizer=config.optimizer, scheduler=config.scheduler
+        asked,
+        # without an end of training some schedules have no end either, which does not matter here
+        train=dataclasses.replace(train, total_steps=train.total_steps or 1),
+        model=config.model,
+        optimizer=config.optimizer,
+        scheduler=config.scheduler,
     )
     shape = _shape(settings, config, vocabulary)
     parallel = settings.sizes
@@ -178,8 +189,8 @@ def _shape(settings: MegatronSettings, config: TRLConfig, vocabulary: int) -> De
 
 
 def _response(config: TRLConfig) -> int:
-    """The longest response: all tokens but the first, or as many as PPO generates."""
-    most = config.train.seq_length - 1
-    if config.method.name != "PPOConfig":
-        return most
+    """The longest response: all tokens but the first, or as many as are generated; of a reward model the eos."""
+    trainer, most = TRAINERS[config.method.name], config.train.seq_length - 1
+    if not trainer.online:
+        return most if trainer.generates else 1
     return min(most, int(config.method.gen_kwargs.get("max_new_tokens", most)))

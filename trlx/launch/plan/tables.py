@@ -11,7 +11,7 @@ from trlx.config import TRLConfig
 from trlx.launch.plan.layouts import FULL, fit, fullest, launch_line
 from trlx.launch.plan.memory import cache, memory
 from trlx.launch.plan.parameters import parameters, total_parameters
-from trlx.launch.plan.run import Run, read_config, read_run
+from trlx.launch.plan.run import TRAINERS, Run, read_config, read_run
 from trlx.launch.plan.traffic import bubble, traffic
 
 GIB = 2**30
@@ -56,9 +56,9 @@ def _headline(name: str, run: Run) -> Iterator[str]:
     virtual = f", {parallel.virtual} chunks of layers a stage" if parallel.virtual else ""
     sequence = ", sequence parallel" if parallel.sequence else ""
     trained = "all" if run.unfrozen == -1 else f"the top {run.unfrozen}"
+    billions = total_parameters(run.shape, run.output_layer) / 1e9
     yield (
-        f"[bold]{name}[/bold]: {total_parameters(run.shape) / 1e9:.2f} billion parameters, {trained} of "
-        f"{run.shape.num_layers} layers trained"
+        f"[bold]{name}[/bold]: {billions:.2f} billion parameters, {trained} of {run.shape.num_layers} layers trained"
     )
     yield (
         f"{run.gpus} GPUs = {parallel.tensor} (tensor) x {parallel.pipeline} (pipeline) x {run.data} (data)"
@@ -97,9 +97,12 @@ def _table(columns: list[str]) -> Table:
 
 
 def _remarks(config: TRLConfig, run: Run, limit: float) -> Iterator[str]:
-    rows = int(getattr(config.method, "chunk_size", config.train.batch_size))
-    kept = max(cache(run, stage, rows, run.length) for stage in run.stages) / GIB
-    yield f"Generating {rows} rows of {run.length} tokens on each data rank takes {kept:.2f} GiB for keys and values."
+    if TRAINERS[config.method.name].generates:
+        rows = int(getattr(config.method, "chunk_size", config.train.batch_size))
+        kept = max(cache(run, stage, rows, run.length) for stage in run.stages) / GIB
+        yield (
+            f"Generating {rows} rows of {run.length} tokens on each data rank takes {kept:.2f} GiB for keys and values."
+        )
     if fullest(run).total <= limit:
         yield f"It fits into {limit / GIB:.0f} GiB."
     else:

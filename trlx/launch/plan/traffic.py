@@ -105,6 +105,8 @@ def _scores(run: Run, state: int) -> Iterator[Message]:
     """One number per token for each reduction over the vocabulary, and the gradients of the heads' inputs."""
     if run.parallel.sequence:
         yield Message("tensor", "all_gather", state, run.microbatches)
+    if not run.output_layer:
+        return
     is_chunked = run.scored * run.vocab_part > CHUNK_ELEMENTS
     reductions = 3 + 5 * run.needs.q_heads
     number = FLOAT * run.scored
@@ -125,7 +127,7 @@ def _pipeline(run: Run, stage: int) -> Iterator[Message]:
         sends -= 1
     state = run.tokens * run.element * run.shape.hidden_size // run.sequence_split
     yield Message("pipeline", "send", state, sends * run.microbatches)
-    if run.shape.tied and run.unfrozen == -1 and (stage == 0 or run.is_last(stage)):
+    if run.shape.tied and run.output_layer and run.unfrozen == -1 and (stage == 0 or run.is_last(stage)):
         yield Message("embedding", "all_reduce", FLOAT * run.vocab_part * run.shape.hidden_size)
 
 
