@@ -224,6 +224,11 @@ def test_a_signal_to_any_process_saves_and_stops_all(tmp_path):
 def refused_at_construction(folder) -> None:
     """Settings that are wrong anywhere, or that this backend cannot do, before anything is sampled."""
     from trlx.api import trainers
+    from trlx.backends.megatron.nemo.file import read_megatron_cfg
+
+    sizes = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "num_attention_heads": 2, "kv_channels": 4}
+    described = {"megatron_cfg": {"model": read_megatron_cfg("megatron_2b")["model"] | sizes}}
+    unlike_any = {"model": {"model_path": "described"}, "train": {"trainer_kwargs": described}}
 
     def build(algorithm: str, **changes):
         config = tiny_config(folder, algorithm, **changes)
@@ -248,6 +253,8 @@ def refused_at_construction(folder) -> None:
         ("SFT", {"model": {"num_layers_unfrozen": 3}}, "num_layers_unfrozen is 3, but the model has 2 blocks"),
         ("SFT", {"model": {"model_path": T5Config()}}, "does not support the architecture 't5'"),
         ("SFT", {"optimizer": {"kwargs": {"learning_rate": 1.0}}}, "write optimizer.kwargs.lr instead"),
+        ("Reward", {"model": {"peft_config": {"peft_type": "LORA", "r": 2}}}, "model.peft_config asks for an adapter"),
+        ("Reward", unlike_any, "A reward model needs an architecture of transformers, and this model fits none"),
     ):
         with pytest.raises(ValueError, match=words):
             build(algorithm, **changes)
