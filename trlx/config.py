@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 from trlx import logging
 from trlx.method_configs import MethodConfig, get_method
-from trlx.registry import architectures
+from trlx.registry import architectures, methods
 from trlx.strict import ConfigError, Section, build, called_here, suggestion, unknown_key, with_numbers
 from trlx.tracebacks import short_errors
 
@@ -336,8 +336,12 @@ def register_resolvers() -> None:
     with warnings.catch_warnings():  # 2.4 calls it register_resolver, which in 2.3 is the name of something else
         warnings.simplefilter("ignore", UserWarning)
         OmegaConf.register_new_resolver("multiply", operator.mul, replace=True)
-        nemo_trainer = lambda method: f"NeMo{method.lower().removesuffix('config').upper()}Trainer"  # noqa: E731
-        OmegaConf.register_new_resolver("nemo_trainer", nemo_trainer, replace=True)
+        OmegaConf.register_new_resolver("nemo_trainer", _nemo_trainer, replace=True)
+
+
+def _nemo_trainer(method: str) -> str:
+    written = {name.lower(): name for name in methods.names()}  # a config may name its method in any case
+    return f"NeMo{written.get(method.lower(), method).removesuffix('Config')}Trainer"
 
 
 def _plain(value: Any) -> Any:

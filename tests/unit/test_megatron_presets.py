@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.unit.megatron_configs import ROOT, read, settings_of
+from trlx.api import trainers
 from trlx.backends.megatron.settings import ParallelSizes
 from trlx.backends.megatron.size_checks import check_sizes
 from trlx.compat.functions import default_nemo_1_3b_config
@@ -44,10 +45,16 @@ def test_only_the_2b_model_turns_and_gates():
     assert (shapes["2b"].rotary_percentage, shapes["2b"].norm_offset, shapes["2b"].tied) == (0.5, 1.0, False)
 
 
-@pytest.mark.parametrize(("method", "name"), [("ppo", "PPO"), ("ilql", "ILQL"), ("sft", "SFT")])
-def test_a_preset_takes_the_trainer_of_the_method(method, name):
-    config = TRLConfig.load_yaml(ROOT / f"configs/{method}.yaml", ROOT / "configs/megatron_20b.yaml")
-    assert config.train.trainer == f"NeMo{name}Trainer"
+@pytest.mark.parametrize("name", ["PPO", "GRPO", "ILQL", "SFT", "DPO", "KTO", "Reward"])
+def test_a_preset_takes_the_trainer_of_the_method(name):
+    config = TRLConfig.load_yaml(ROOT / f"configs/{name.lower()}.yaml", ROOT / "configs/megatron_20b.yaml")
+    assert config.train.trainer == trainers.get(config.train.trainer).__name__ == f"NeMo{name}Trainer"
+
+
+def test_so_it_does_where_the_method_is_written_in_lower_case():
+    assert load_preset("ppo", "megatron_2b", overrides=["method.name=ppoconfig"]).train.trainer == "NeMoPPOTrainer"
+    with pytest.raises(ValueError, match="^Unknown method 'Mine'"):
+        load_preset("ppo", "megatron_2b", overrides=["method.name=Mine"])
 
 
 def test_a_preset_alone_says_what_it_goes_over():
