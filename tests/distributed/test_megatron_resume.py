@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from tests.builders import tiny_gpt2_config
 from tests.distributed.test_kill import wait_for_a_random_moment
@@ -141,7 +141,7 @@ def whole_tensors(folder, kind):
     return {name: tensor for (file, name), tensor in saved(folder).items() if file.startswith(f"{kind}-")}
 
 
-@pytest.mark.parametrize("algorithm", ["PPO", "SFT", "ILQL"])
+@pytest.mark.parametrize("algorithm", ["PPO", "SFT", "ILQL", "Reward"])
 def test_a_run_goes_on_in_other_layouts(tmp_path, algorithm):
     # PPO samples: the tokens of each layout are those that the others would have drawn from there on
     whole, turns = tmp_path / "whole", tmp_path / "turns"
@@ -223,21 +223,22 @@ def check_readable(folder):
             state["schedule"]["step"] >= 0 and {"policy-000.safetensors", "optimizer-000.safetensors"} <= tensors.keys()
         )
     if found:
-        AutoModelForCausalLM.from_pretrained(max(found) / "hf_model")
+        AutoModel.from_pretrained(max(found) / "hf_model")
 
 
-def test_a_run_killed_again_and_again_ends_like_one_left_in_peace(tmp_path):
+@pytest.mark.parametrize(("algorithm", "layout"), [("PPO", TENSOR), ("Reward", PIPELINE)])
+def test_a_run_killed_again_and_again_ends_like_one_left_in_peace(tmp_path, algorithm, layout):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    together(2, nemo, "PPO", whole, TENSOR, LONG)
+    together(2, nemo, algorithm, whole, layout, LONG)
     killed.mkdir()
-    dice = random.Random("tensor ranks")
+    dice = random.Random(f"two processes {algorithm}")
     for _ in range(KILLS):
-        ranks = start(2, nemo, "PPO", killed, TENSOR, {**LONG, **AUTO})
+        ranks = start(2, nemo, algorithm, killed, layout, {**LONG, **AUTO})
         wait_for_a_random_moment(dice, ranks, killed)
         assert all(process.is_alive() for process in ranks), "the run ended before it could be killed"
         kill(dice.sample(ranks, 2))
         check_readable(killed)
-    together(2, nemo, "PPO", killed, TENSOR, {**LONG, **AUTO})
+    together(2, nemo, algorithm, killed, layout, {**LONG, **AUTO})
     assert metrics(killed) == metrics(whole)
     expected, found = saved(whole), saved(killed)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []

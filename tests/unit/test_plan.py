@@ -208,8 +208,10 @@ def test_the_20b_preset_is_read_with_its_layout():
 
 def test_a_folder_with_a_model_is_read(tmp_path):
     tiny_gpt2_config().save_pretrained(tmp_path)
-    run = read_run(read_config(str(tmp_path), "sft", ["train.trainer_kwargs.tensor_model_parallel_size=2"]), gpus=4)
+    changes = ["train.trainer_kwargs.tensor_model_parallel_size=2", "optimizer.name=distributed_fused_adam"]
+    run = read_run(read_config(str(tmp_path), "sft", changes), gpus=4)
     assert (run.shape.hidden_size, run.parallel.tensor, run.data, run.needs.value_head) == (32, 2, 2, False)
+    assert run.distributed
 
 
 def test_gpus_that_a_layout_does_not_divide_are_refused():

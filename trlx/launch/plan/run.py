@@ -113,8 +113,8 @@ def read_config(name: str, method: str, overrides: list[str]) -> TRLConfig:
     """The preset `method`, and over it `name`: a preset, a YAML file, or a folder with a Hugging Face model."""
     if not Path(name).is_dir():
         return load_preset(method, name, overrides=overrides)
-    config = load_preset(method, overrides=[f"model.model_path={name}", *overrides])
-    return config.evolve(train={"trainer": config.train.trainer.replace("Accelerate", "NeMo")})
+    trainer = load_preset(method).train.trainer.replace("Accelerate", "NeMo")
+    return load_preset(method, overrides=[f"train.trainer={trainer}", f"model.model_path={name}", *overrides])
 
 
 def read_run(config: TRLConfig, gpus: int | None = None, vocabulary: int = GPT2_VOCABULARY) -> Run:
