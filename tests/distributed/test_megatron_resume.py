@@ -145,9 +145,10 @@ def whole_tensors(folder, kind):
 def test_a_run_goes_on_in_other_layouts(tmp_path, algorithm):
     # PPO samples: the tokens of each layout are those that the others would have drawn from there on
     whole, turns = tmp_path / "whole", tmp_path / "turns"
-    together(1, nemo, algorithm, whole, {}, optimizer=CALM)
+    slow = {"optimizer": {"kwargs": {**CALM["kwargs"], "lr": 5e-4}}}  # a longer step magnifies rounding
+    together(1, nemo, algorithm, whole, {}, **slow)
     for size, layout, steps in ((2, TENSOR, 3), (2, PIPELINE | CHUNKS, 6), (1, {}, 8)):
-        together(size, nemo, algorithm, turns, layout, {"total_steps": steps, **AUTO}, optimizer=CALM)
+        together(size, nemo, algorithm, turns, layout, {"total_steps": steps, **AUTO}, **slow)
     expected, found = metrics(whole), metrics(turns)
     assert [line.keys() for line in found] == [line.keys() for line in expected]
     for mine, theirs in zip(found, expected, strict=True):

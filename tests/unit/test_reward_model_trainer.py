@@ -19,6 +19,7 @@ from trlx.methods.reward import calibration_error, reward_loss
 from trlx.models.architecture import Scored, architecture_for
 from trlx.models.decoder import output_head
 from trlx.models.policy import build_policy, load_model
+from trlx.trainer.accelerate import AccelerateRewardTrainer
 from trlx.trainer.reward import whole_pairs
 
 SLOPE = 1 / (1 + math.e)  # of -log sigmoid(x) at x = 1, downwards
@@ -49,9 +50,10 @@ def test_the_loss_is_bradley_terry_less_the_margin_and_a_pair_that_fills_up_does
     assert numbers["rewards/std"] == pytest.approx(torch.tensor([2.0, 0.5, 0.0, 1.0]).std().item())
 
 
-def test_centring_pulls_the_sum_of_a_pair_to_0():
+def test_centring_pulls_the_sum_of_a_pair_to_0(tmp_path):
     rewards = torch.tensor([2.0, 1.0], requires_grad=True)
-    loss, _ = reward_loss(TokenOutputs(torch.zeros(2, 3), last=rewards), of_pairs([0.0]), center_coef=0.1)
+    trainer = AccelerateRewardTrainer(tiny_config(tmp_path, "Reward", method={"center_coef": 0.1}))
+    loss, _ = trainer.loss(TokenOutputs(torch.zeros(2, 3), last=rewards), of_pairs([0.0]))
     loss.backward()
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)) + 0.1 * 9, abs=1e-6)
     assert rewards.grad.tolist() == pytest.approx([-SLOPE + 0.1 * 2 * 3, SLOPE + 0.1 * 2 * 3], abs=1e-6)
