@@ -153,7 +153,8 @@ class TrainConfig(Section, section="train"):
     rollout_logging_dir: str | None = None
     """Folder that gets every rollout's token ids."""
     save_best: bool = True
-    """Keep the checkpoint with the highest reward/mean (or metrics/reward) as ``best_checkpoint``."""
+    """Keep the checkpoint with the highest reward/mean (else metrics/reward, else eval/accuracy of preferences) as
+    ``best_checkpoint``."""
     save_optimizer: bool = True
     """Write optimizer state into checkpoints; without it a run cannot be resumed exactly."""
     resume_from_checkpoint: str | None = None

@@ -74,7 +74,7 @@ def check_same(whole, parts, steps=STEPS):
     assert {"policy", "optimizer", "dropout"} <= files
 
 
-@pytest.mark.parametrize("algorithm", ["PPO", "SFT", "ILQL", "DPO", "KTO", "Reward"])
+@pytest.mark.parametrize("algorithm", ["PPO", "GRPO", "SFT", "ILQL", "DPO", "KTO", "Reward"])
 def test_a_resumed_run_is_bit_equal(tmp_path, algorithm):
     dropout = {"model": {"model_path": tiny_gpt2_config(**DROPOUT)}}
     runs = [
@@ -227,7 +227,7 @@ def check_readable(folder):
         AutoModel.from_pretrained(max(found) / "hf_model")
 
 
-@pytest.mark.parametrize(("algorithm", "layout"), [("PPO", TENSOR), ("Reward", PIPELINE)])
+@pytest.mark.parametrize(("algorithm", "layout"), [("PPO", TENSOR), ("KTO", PIPELINE), ("Reward", PIPELINE)])
 def test_a_run_killed_again_and_again_ends_like_one_left_in_peace(tmp_path, algorithm, layout):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     together(2, nemo, algorithm, whole, layout, LONG)

@@ -10,6 +10,7 @@ import trlx
 from tests.builders import char_tokenizer
 from tests.runs import LABELS, PAIRS, PROMPTS, metrics, run, tiny_config
 from tests.unit.test_chat import MARKED, PLAIN, chat, with_template
+from trlx import checkpoint
 from trlx.api import _config
 from trlx.backends.accelerate import AccelerateBackend
 from trlx.batch import Rollout, TokenOutputs
@@ -176,7 +177,7 @@ def test_chats_without_a_common_beginning_need_a_prompt():
         pairs([{"chosen": chat("a", "b"), "rejected": chat("c", "d")}], with_template(PLAIN), 30)
 
 
-def test_the_reference_reads_every_answer_once_and_a_run_begins_without_a_margin(tmp_path, monkeypatch):
+def test_the_reference_reads_every_answer_once_and_a_run_begins_without_a_margin(tmp_path, monkeypatch, caplog):
     calls, evaluate = [], AccelerateBackend.evaluate
     monkeypatch.setattr("trlx.trainer.preferences.ROWS_AT_ONCE", 6)
     monkeypatch.setattr("trlx.trainer.evaluate.ROWS_AT_ONCE", 4)
@@ -198,6 +199,9 @@ def test_the_reference_reads_every_answer_once_and_a_run_begins_without_a_margin
     evaluations = [line for line in metrics(tmp_path) if "eval/loss" in line]
     assert [line["step"] for line in evaluations] == [0, 8]
     assert evaluations[0]["eval/margin"] == pytest.approx(0, abs=1e-6) and evaluations[1]["eval/accuracy"] == 1
+    # nothing judges samples, so the best checkpoint is that of the highest held-out accuracy
+    assert f"  best     accuracy 1 at step 8: {tmp_path}/best_checkpoint/hf_model" in caplog.text
+    assert checkpoint.read_state(tmp_path / "best_checkpoint")[0]["best"] == [1.0, 8, "eval/accuracy"]
     seen = trainer.evaluator.held_out.args[0].rows(slice(None))
     found = finish(*pack(dpo_loss(evaluate(trainer.backend, seen), seen, "sigmoid", **method)[1]))
     assert evaluations[1] == pytest.approx(evaluations[1] | {f"eval/{name}": mean for name, mean in found.items()})
@@ -272,7 +276,9 @@ def test_kto_compares_with_the_kl_on_answers_to_other_prompts(tmp_path):
     batch, backend = trainer.mismatched.rows(slice(None)), trainer.backend
     gap = (backend.evaluate(batch).logprobs - backend.evaluate(batch, reference=True).logprobs).sum() / 7
     assert trainer.kl == pytest.approx(max(float(gap), 0), abs=1e-5)
-    check_held_out(trainer, [line for line in metrics(tmp_path) if "eval/loss" in line])
+    evaluations = [line for line in metrics(tmp_path) if "eval/loss" in line]
+    check_held_out(trainer, evaluations)
+    assert trainer.best_reward == max(line["eval/accuracy"] for line in evaluations)
     assert _config({}, None, None, None, LABELS).train.trainer == "AccelerateKTOTrainer"
     with pytest.raises(ValueError, match="Sample 0: label must be True or False, got 'good'"):
         labelled([{**LABELS[0], "label": "good"}], trainer.tokenizer, 16)

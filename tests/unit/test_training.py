@@ -14,7 +14,7 @@ from trlx.backends.accelerate import AccelerateBackend
 from trlx.methods.units import Unit
 from trlx.rewards.scoring import RewardError
 from trlx.run.guards import SkippedSteps
-from trlx.trainer.accelerate import AccelerateSFTTrainer
+from trlx.trainer.accelerate import AccelerateDPOTrainer, AccelerateSFTTrainer
 from trlx.trainer.evaluate import EvaluationResult
 
 
@@ -259,12 +259,12 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_reward(tmp_path, last):
 def test_of_a_sweep_the_best_value_is_the_objective_and_reward_fn_goes_before_a_metric():
     def objective(**means):
         result = EvaluationResult({name.replace("_", "/"): mean for name, mean in means.items()})
-        return result.objective(AccelerateSFTTrainer.best_by)
+        return result.objective(AccelerateDPOTrainer.best_by)
 
     swept = {"reward_mean@beta=0": 1.0, "reward_mean@beta=1": 3.0, "reward_mean@beta=2": 2.0}
-    assert objective(**swept) == 3.0
-    assert objective(metrics_reward=5.0) == 5.0 and objective(metrics_reward=5.0, **swept) == 3.0
-    assert objective(metrics_length=5.0) is None
+    assert objective(**swept) == ("reward/mean", 3.0) == objective(metrics_reward=5.0, **swept)
+    assert objective(eval_accuracy=0.9, metrics_reward=0.5) == ("metrics/reward", 0.5)
+    assert objective(metrics_length=5.0) == ("", None) and objective(eval_accuracy=0.9) == ("eval/accuracy", 0.9)
 
 
 def test_generate_takes_tensors_with_masks_and_returns_prompts_with_responses(tmp_path):

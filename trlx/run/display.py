@@ -214,7 +214,7 @@ def _conclusion(trainer: Trainer, seconds: float) -> str:
         of = "" if trainer.best_step is None else f" at step {trainer.best_step}"
         best = folder / "best_checkpoint" / "hf_model"  # absent if the run resumed from another folder
         where = f": {best}" if trainer.config.train.save_best and best.is_dir() else ""
-        name = trainer.best_by[-1].rpartition("/")[2]
+        name = trainer.best_metric.removesuffix("/mean").rpartition("/")[2]
         lines["best"] = f"{name} {trainer.best_reward:.4g}{of}{where}"
     if trainer.saved is not None:
         lines["weights"] = str(trainer.saved[0] / "hf_model")

@@ -106,7 +106,7 @@ class Trainer(OldNames, ABC):
         self.pending: dict[str, float] = {}  # collect() measured these; the next step logs them
         self.saved: tuple[Path, int] | None = None  # the last checkpoint to resume from, and its step
         self.at_boundary = True  # between two steps, where a checkpoint can be resumed exactly
-        self.best_reward, self.best_step = None, None
+        self.best_reward, self.best_step, self.best_metric = None, None, ""
         self.tracker_state: dict[str, Any] = {}
         self.skipped = SkippedSteps()
         self._probe: TokenBatch | None = None  # a row of the last step
@@ -170,7 +170,7 @@ class Trainer(OldNames, ABC):
         method adds its own state: ``super().state_dict() | {...}``."""
         return {
             "schedule": self.schedule.state_dict(),
-            "best": [self.best_reward, self.best_step],
+            "best": [self.best_reward, self.best_step, self.best_metric],
             "skipped_steps": self.skipped.total,
             # after training the tracker is closed, and its last state holds
             "tracker": (self.tracker and self.tracker.state()) or self.tracker_state,
@@ -179,7 +179,7 @@ class Trainer(OldNames, ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.schedule.load_state_dict(state["schedule"])
-        self.best_reward, self.best_step = state["best"]
+        self.best_reward, self.best_step, self.best_metric = state["best"]
         self.skipped.total, self.tracker_state = state["skipped_steps"], state["tracker"]
 
     # users call these
@@ -345,7 +345,7 @@ class Trainer(OldNames, ABC):
             samples = [dict(zip(result.columns, row, strict=True)) for row in result.rows]
             self.tracker.log_samples("eval", step, samples)
             self.display.evaluation(step, result.metrics, result.columns, result.rows)
-            self._keep_best(result.objective(self.best_by))
+            self._keep_best(*result.objective(self.best_by))
         return result.metrics
 
     def _next_batch(self) -> TokenBatch:
@@ -391,8 +391,8 @@ class Trainer(OldNames, ABC):
         if is_last or (is_due and not self.skipped.in_a_row):
             self.save()
 
-    def _keep_best(self, objective: float | None) -> None:
-        best = self.best_reward
+    def _keep_best(self, name: str, objective: float | None) -> None:
+        best, self.best_metric = self.best_reward, name or self.best_metric
         if objective is None or not math.isfinite(objective) or (best is not None and objective <= best):
             return
         self.best_reward, self.best_step = objective, self.schedule.step

@@ -35,13 +35,13 @@ class EvaluationResult:
     columns: list[str] = field(default_factory=list)
     rows: list[list[Any]] = field(default_factory=list)
 
-    def objective(self, best_by: tuple[str, ...]) -> float | None:
-        """What `best_checkpoint` maximises: the highest value, in a sweep, of the first of these metrics."""
+    def objective(self, best_by: tuple[str, ...]) -> tuple[str, float | None]:
+        """What `best_checkpoint` maximises: the first of these metrics that is there, and its highest value."""
         for name in best_by:
             found = [value for key, value in self.metrics.items() if key.split("@")[0] == name]
             if found:
-                return max(found)
-        return None
+                return name, max(found)
+        return "", None
 
 
 def means_over(backend: Backend, store: RolloutStore, loss: LossFn, together: int) -> dict[str, float]:

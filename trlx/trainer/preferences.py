@@ -27,6 +27,8 @@ class PreferenceTrainer(Trainer):
     The reference reads every answer once, before the first evaluation or epoch that needs it.
     """
 
+    best_by = (*Trainer.best_by, "eval/accuracy")
+
     @staticmethod
     def needs(method: Any) -> ModelNeeds:
         # with dropout the policy would differ from the reference before it has learnt anything
