@@ -1,4 +1,4 @@
-"""A GPT-2 whose responses have given lengths, in any sampler."""
+"""Models whose responses have given lengths, in any sampler."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+)
 
 PERIOD = 64
 
 
-class CountdownConfig(GPT2Config):
-    """Id 0 is eos; the vocabulary holds at least `PERIOD` ids."""
-
-    model_type = "countdown_gpt2"
-    auto_map = {}  # TRL reads it
-
-
-class CountdownModel(GPT2LMHeadModel):
+class Countdown:
     """While it samples, each id is 1 less than the one before it, modulo `PERIOD`; only eos, the id 0, follows a 1.
 
     So a prompt whose last id is n modulo `PERIOD`, with n from 1 to ``PERIOD - 1``, gets a response of n tokens, eos
     included. The model decides that from the last token alone: a sampler needs no setting, and may drop, move or repeat
-    rows. It samples if it runs with a key-value cache; without one its logits are those of GPT-2.
+    rows. It samples if it runs with a key-value cache; without one its logits are those of its family. The vocabulary
+    holds at least `PERIOD` ids.
     """
 
-    config_class = CountdownConfig
-
-    def __init__(self, config: CountdownConfig):
+    def __init__(self, config: PretrainedConfig):
         super().__init__(config)
         self.last: Tensor | None = None
-        self.transformer.register_forward_pre_hook(self._note, with_kwargs=True)
-        self.lm_head.register_forward_hook(self._forbid)
+        self.base_model.register_forward_pre_hook(self._note, with_kwargs=True)
+        self.get_output_embeddings().register_forward_hook(self._forbid)
 
     @cached_property
     def forbidden(self) -> Tensor:
@@ -54,5 +54,24 @@ class CountdownModel(GPT2LMHeadModel):
             (logits if logits.ndim == 2 else logits[:, -1]).masked_fill_(self.forbidden[self.last], -torch.inf)
 
 
-AutoConfig.register(CountdownConfig.model_type, CountdownConfig)
-AutoModelForCausalLM.register(CountdownConfig, CountdownModel)
+class CountdownGPT2Config(GPT2Config):
+    model_type = "countdown_gpt2"
+    auto_map = {}  # TRL reads it
+
+
+class CountdownGPT2(Countdown, GPT2LMHeadModel):
+    config_class = CountdownGPT2Config
+
+
+class CountdownLlamaConfig(LlamaConfig):
+    model_type = "countdown_llama"
+    auto_map = {}
+
+
+class CountdownLlama(Countdown, LlamaForCausalLM):
+    config_class = CountdownLlamaConfig
+
+
+for _model in (CountdownGPT2, CountdownLlama):
+    AutoConfig.register(_model.config_class.model_type, _model.config_class)
+    AutoModelForCausalLM.register(_model.config_class, _model)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.speed.stopwatch import Stopwatch
 from benchmarks.speed.workloads import EOS, Reward, Workload, answers, model_config, number_tokenizer, prompts
@@ -33,7 +33,7 @@ def left_padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return tokens, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
 
-def _model(load: Workload) -> GPT2LMHeadModel:
+def _model(load: Workload) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(model_config(load)).eval()
     if load.unfrozen >= 0:
         model.requires_grad_(False)
@@ -123,11 +123,11 @@ class PlainPPO:
         return tokens, torch.stack(masks, dim=1)
 
     def logprobs(
-        self, model: GPT2LMHeadModel, tokens: Tensor, attention: Tensor | None, mask: Tensor
+        self, model: PreTrainedModel, tokens: Tensor, attention: Tensor | None, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the responses, 0 outside the mask; the hidden states [B, R, d] before their tokens."""
         position = None if attention is None else _positions(attention)
-        hidden = model.transformer(tokens, attention_mask=attention, position_ids=position, use_cache=False)[0]
+        hidden = model.base_model(tokens, attention_mask=attention, position_ids=position, use_cache=False)[0]
         start = tokens.shape[1] - mask.shape[1]
         hidden = hidden[:, start - 1 : -1]
         chosen = -F.cross_entropy(model.lm_head(hidden[mask]), tokens[:, start:][mask], reduction="none")
@@ -196,7 +196,7 @@ def _sft(load: Workload) -> dict[str, Any]:
             widest = int(lengths[rows].max())
             tokens = torch.tensor([samples[row] + [EOS] * (widest - len(samples[row])) for row in rows])
             used = torch.arange(widest) < lengths[rows, None]  # a mask of attention would change nothing
-            hidden = model.transformer(tokens, use_cache=False)[0][:, :-1]
+            hidden = model.base_model(tokens, use_cache=False)[0][:, :-1]
             _step(optimizer, F.cross_entropy(model.lm_head(hidden[used[:, 1:]]), tokens[:, 1:][used[:, 1:]]))
             watch.tokens += int(used[:, 1:].sum())
     return {**watch.result(), "lengths": []}

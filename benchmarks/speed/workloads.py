@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import GPT2Config, PretrainedConfig, PreTrainedTokenizerFast
 
-from benchmarks.speed.countdown import PERIOD, CountdownConfig
+from benchmarks.speed.countdown import PERIOD, CountdownGPT2Config, CountdownLlamaConfig
 
 EOS = 0
 """The id of eos, which is also the padding."""
@@ -39,6 +39,8 @@ class Workload:
     unfrozen: int = -1
     """Blocks that train, from the top; -1: everything trains."""
     lr: float = 1e-5
+    llama: bool = False
+    """Llama's architecture in place of GPT-2's; for ragged workloads that sample."""
     layers: int = 12
     width: int = 768
     heads: int = 12
@@ -66,6 +68,7 @@ WORKLOADS = {
     "gpt2-small-2-blocks": replace(PPO, unfrozen=2),
     "gpt2-small-ragged": replace(PPO, ragged=True),
     "gpt2-small-ragged-2-blocks": replace(PPO, ragged=True, unfrozen=2),
+    "llama-160m-ragged": replace(PPO, ragged=True, llama=True, vocab=32000),
     "sampling": Workload("sampling", ("generate",), rows=64, ragged=True),
     "sft-ragged": Workload("sft", ("plain", "trl", "trl-packed"), 32, prompt_length=48, new_tokens=80, ragged=True),
     "grpo-ragged": Workload("grpo", ("trl",), rows=4, group=8, ragged=True),
@@ -82,20 +85,28 @@ def tiny(load: Workload) -> Workload:
     return replace(load, **sizes, **counts, epochs=1, unfrozen=min(load.unfrozen, 1))
 
 
-def model_config(load: Workload) -> GPT2Config:
+def model_config(load: Workload) -> PretrainedConfig:
     """The model; if responses are ragged, it ends them itself at the lengths that the prompts ask for."""
+    special = {"bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": EOS}
+    if load.llama:
+        return CountdownLlamaConfig(
+            num_hidden_layers=load.layers,
+            hidden_size=load.width,
+            num_attention_heads=load.heads,
+            intermediate_size=4 * load.width,
+            vocab_size=load.vocab,
+            **special,
+        )
     generates = load.task in ("ppo", "sampling", "grpo", "rloo")
-    return (CountdownConfig if load.ragged and generates else GPT2Config)(
+    return (CountdownGPT2Config if load.ragged and generates else GPT2Config)(
         n_layer=load.layers,
         n_embd=load.width,
         n_head=load.heads,
         vocab_size=load.vocab,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
         attn_pdrop=0.0,
         embd_pdrop=0.0,
         resid_pdrop=0.0,
+        **special,
     )
 
 
@@ -131,7 +142,7 @@ def _ids(draws: random.Random, load: Workload, count: int) -> list[int]:
 
 
 def prompts(load: Workload) -> list[list[int]]:
-    """Ids of the prompts. The last one of each asks for the length of the response, see `CountdownModel`."""
+    """Ids of the prompts. The last one of each asks for the length of the response, see `Countdown`."""
     draws = random.Random(0)
     found = [_ids(draws, load, length) for length in _lengths(draws, load.rows, load.prompt_length, load.ragged)]
     if load.ragged:
