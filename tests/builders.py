@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from trlx.sampling.base import Sampler
-from trlx.sampling.generate import TransformersSampler
+from trlx.sampling.decode import DecodingSampler
 
 UNPACK = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 """How to unpack an archive; Python knows the argument from 3.11.4 on."""
@@ -81,5 +81,5 @@ def tiny_gpt2(
 
 def responses(sampler, prompts, sampling) -> list[list[int]]:
     """The token ids that a sampler, or that of a policy, draws."""
-    sampler = sampler if isinstance(sampler, Sampler) else TransformersSampler(sampler, "cpu")
+    sampler = sampler if isinstance(sampler, Sampler) else DecodingSampler(sampler, "cpu")
     return [sample.ids for sample in sampler.generate(prompts, sampling)]

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.builders import char_tokenizer
 from trlx.backends.megatron.cpu import prepare_engine
-from trlx.backends.megatron.drawing import Drawing
+from trlx.sampling.drawing import Drawing
 from trlx.sampling.settings import SamplingConfig
 from trlx.sampling.stopping import Stopper
 

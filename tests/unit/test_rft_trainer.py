@@ -62,7 +62,11 @@ def test_training_ends_with_the_last_epoch_evaluated_and_saved(tmp_path):
 
 
 def test_each_epoch_trains_on_the_samples_that_reach_their_prompts_threshold_each_once(tmp_path):
-    trainer = run("RFT", tmp_path, train={"epochs": 1, "total_steps": 500})
+    def first_letter(outputs, **kwargs):
+        return [ord(output[:1] or "a") for output in outputs]
+
+    config = tiny_config(tmp_path, "RFT", train={"epochs": 1, "total_steps": 500})
+    trainer = trlx.train(config=config, reward_fn=first_letter, prompts=PROMPTS)
     history = trainer.history
     limit = thresholds([tuple(r.prompt) for r in history], [r.score for r in history], 0.5)
     wanted = {(tuple(r.prompt), tuple(r.response)) for r in history if r.score >= limit[tuple(r.prompt)]}

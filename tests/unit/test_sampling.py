@@ -5,6 +5,8 @@ from tests.builders import responses as drawn
 from trlx.batch import Sample
 from trlx.data.prompts import Prompt
 from trlx.models.policy import build_policy
+from trlx.sampling.decode import DecodingSampler
+from trlx.sampling.generate import TransformersSampler
 from trlx.sampling.settings import SamplingConfig, check_rollouts, cut_at_eos, sweep, sweep_variants
 from trlx.sampling.stopping import Stopper
 
@@ -188,10 +190,13 @@ def test_every_eos_of_a_list_ends_a_response(model):
     first, second = drawn(policy, prompts, SamplingConfig(6, do_sample=False, extra=PENALTY))
     assert len({*first, *second, 35}) == 12  # of 11 tokens that come no other is one of these three
     sampling = SamplingConfig(6, do_sample=False, eos_token_id=[35, second[3], first[1]], extra=PENALTY)
-    passes = []
-    model.register_forward_hook(lambda *_: passes.append(1))
-    assert drawn(policy, prompts, sampling) == [first[:2], second[:4]]
-    assert len(passes) == 4  # and none after the end of the longer one
+    for kind in (TransformersSampler, DecodingSampler):
+        sampler, passes = kind(policy, "cpu"), []
+        drawn(sampler, prompts[:1], sampling)  # the loop checks the model in its first call
+        hook = model.transformer.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        assert drawn(sampler, prompts, sampling) == [first[:2], second[:4]]
+        hook.remove()
+        assert len(passes) == 4  # and none after the end of the longer one
 
 
 def test_the_least_number_of_tokens_does_not_count_the_prompt(model):

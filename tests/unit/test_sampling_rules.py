@@ -12,6 +12,7 @@ from tests.builders import responses, tiny_gpt2
 from tests.unit.test_seq2seq import CONFIGS
 from trlx.models.architecture import EncoderDecoder
 from trlx.models.policy import build_policy, load_model
+from trlx.sampling.generate import TransformersSampler
 from trlx.sampling.rules import KNOWN, Rules
 from trlx.sampling.settings import SamplingConfig, cut_at_eos
 
@@ -164,7 +165,7 @@ def test_samples_are_those_of_plain_generate(kind):
         expected = policy.model.generate(**inputs, generation_config=config)[:, start:].tolist()
         torch.manual_seed(1)
         chosen = {name: value for name, value in {**plain, **given}.items() if name != "decoder_start_token_id"}
-        found = responses(policy, prompts, settings(**chosen))
+        found = responses(TransformersSampler(policy, "cpu"), prompts, settings(**chosen))
         assert found == [cut_at_eos(ids, [2]) for ids in expected], given
         unchanged = unchanged or found
         assert not given or found != unchanged, given

@@ -42,7 +42,9 @@ from trlx.models.decoder import output_head
 from trlx.models.limits import check_positions, check_vocabulary
 from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
 from trlx.models.reference import Reference, digest
+from trlx.registry import register_sampler
 from trlx.sampling.base import Sampler
+from trlx.sampling.decode import DecodingSampler
 from trlx.sampling.generate import TransformersSampler
 
 logger = logging.get_logger(__name__)
@@ -105,10 +107,11 @@ class AccelerateBackend(Backend):
         self.scheduler = self.scheduler_at(0)
 
     def sampler(self) -> Sampler:
-        return TransformersSampler(self.policy, self.device, self._for_sampling)
+        return DecodingSampler(self.policy, self.device, self.for_sampling)
 
     @contextmanager
-    def _for_sampling(self) -> Iterator[None]:
+    def for_sampling(self) -> Iterator[None]:
+        """The context in which a sampler runs `policy`."""
         # round as evaluate() and train_step() do
         with self.accelerator.autocast(), self.sharding.unsharded():
             yield
@@ -247,6 +250,20 @@ class AccelerateBackend(Backend):
         heads = {} if self.policy.heads is None else self.policy.heads.state_dict(prefix="heads.", keep_vars=True)
         trained = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
         return dict(sorted({**trained, **heads}.items()))
+
+
+@register_sampler("generate")
+class GenerateSampler(TransformersSampler):
+    """``train.sampler: generate``: transformers' own ``generate`` draws all samples.
+
+    Raises:
+        ValueError: the backend is another.
+    """
+
+    def __init__(self, backend: AccelerateBackend, tokenizer: PreTrainedTokenizerBase):
+        if not isinstance(backend, AccelerateBackend):
+            raise ValueError("train.sampler generate does not work with a NeMo trainer: leave it out")
+        super().__init__(backend.policy, backend.device, backend.for_sampling)
 
 
 def _sharding_for(accelerator: Accelerator, uses_deepspeed: bool, max_grad_norm: float) -> Replicated:

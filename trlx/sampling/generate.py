@@ -21,7 +21,7 @@ from trlx.models.decoder import output_head, state_givers
 from trlx.models.policy import Policy
 from trlx.sampling.base import Sampler
 from trlx.sampling.rules import KNOWN, Rules
-from trlx.sampling.settings import SamplingConfig, cut_at_eos
+from trlx.sampling.settings import SamplingConfig, check_logits, cut_at_eos
 
 KEPT_SETTINGS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """What stays of a model's own ``generation_config``: how its sequences are built, but not how they are sampled."""
@@ -57,11 +57,9 @@ class TransformersSampler(Sampler):
         self.check(sampling)
         self.policy.eval()
         with self.around():
-            return [Sample(ids, version=self.version) for ids in self._responses(prompts, sampling)]
+            return self._samples(prompts, sampling) if prompts else []
 
-    def _responses(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[list[int]]:
-        if not prompts:
-            return []
+    def _samples(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[Sample]:
         inputs, width = self.policy.architecture.sampler_inputs(prompts, sampling.pad_token_id)
         begun = inputs["decoder_input_ids"].tolist() if "decoder_input_ids" in inputs else prompts
         rules = _AsProcessor(Rules(sampling, self.device, self.policy.heads), self.policy, begun, width)
@@ -74,7 +72,8 @@ class TransformersSampler(Sampler):
                 stopping_criteria=StoppingCriteriaList(criteria),
                 synced_gpus=False,  # each process has whole weights, so none waits for another
             )
-        return [cut_at_eos(ids, sampling.eos_token_ids) for ids in sequences[:, width:].tolist()]
+        drawn = [cut_at_eos(ids, sampling.eos_token_ids) for ids in sequences[:, width:].tolist()]
+        return [Sample(ids, version=self.version) for ids in drawn]
 
 
 class _AsProcessor(LogitsProcessor):
@@ -94,6 +93,7 @@ class _AsProcessor(LogitsProcessor):
             new = input_ids[:, self.width :].tolist()
             return [[*self.begun[index // beams], *ids] for index, ids in enumerate(new)]
 
+        check_logits(scores)
         step = input_ids.shape[1] - self.width
         return self.rules(scores, input_ids[:, -1], rows, step, self.states)
 
@@ -119,7 +119,7 @@ def generation_config(sampling: SamplingConfig) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=sampling.do_sample,
-        eos_token_id=sampling.eos_token_ids,
+        eos_token_id=sampling.eos_token_ids or None,  # beam search takes the first of a list
         pad_token_id=sampling.pad_token_id,
         use_cache=True,
         **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampling.do_sample else {}),

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from trlx.methods.ilql import shifted_logits
-from trlx.sampling.settings import SHAPING, SamplingConfig, check_logits
+from trlx.sampling.settings import SHAPING, SamplingConfig
 
 Table = Mapping[str, tuple[Any, Callable[[Any, "Rules"], Any]]]
 """For each setting: the value that changes nothing, and what makes the rule from another value."""
@@ -70,6 +70,10 @@ class Rules:
         self.forbidden = None if mask is None else torch.as_tensor(mask, dtype=torch.bool, device=device)
         self.looking_back = self._made(LOOKING_BACK, sampling)
         self.narrowing = self._made(NARROWING if sampling.do_sample else {}, sampling)
+        narrowed = [rule for rule in self.narrowing if not isinstance(rule, TemperatureLogitsWarper)]
+        changed = self.looking_back or narrowed or self.beta or mask is not None or (self.min_new_tokens and self.eos)
+        self.is_policy = sampling.do_sample and not changed
+        """Whether tokens are drawn from softmax(logits / temperature), which is the policy that trains."""
 
     def __call__(
         self, logits: Tensor, last: Tensor, rows: Callable[[], list[list[int]]], step: int, hidden: Tensor | None
@@ -81,11 +85,7 @@ class Rules:
             rows: returns all tokens of each row so far, without padding.
             step: number of response tokens so far.
             hidden: [B, d], the hidden states that gave the logits; only ``beta`` needs them.
-
-        Raises:
-            FloatingPointError: see `check_logits`.
         """
-        check_logits(logits)
         if self.looking_back:
             logits = self._looked_back(logits, rows())
         if step < self.min_new_tokens and self.eos:

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
-from trlx.backends.megatron.drawing import Drawing
 from trlx.backends.megatron.model import PolicyStage
 from trlx.backends.megatron.parallel import ParallelState, pipeline_group
 from trlx.batch import Sample
 from trlx.data.collate import left_pad
 from trlx.data.store import own_rows
 from trlx.sampling.base import Sampler
+from trlx.sampling.drawing import Drawing, uniforms
 from trlx.sampling.rules import KNOWN, Rules
 from trlx.sampling.settings import SamplingConfig, cut_at_eos
 
@@ -56,14 +56,12 @@ class PipelineSampler(Sampler):
 
     def _responses(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[list[int]]:
         stage, parallel = self.stage, self.parallel
-        uniforms = torch.rand(
-            len(prompts), sampling.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-        )
+        numbers = uniforms(seed, len(prompts), sampling.max_new_tokens)
         groups = []
         for i in range(parallel.sizes.pipeline):
             rows = own_rows(len(prompts), i, parallel.sizes.pipeline)
             if prompts[rows]:
-                own = uniforms[rows].to(parallel.device)
+                own = numbers[rows].to(parallel.device)
                 groups.append(_Group(prompts[rows], sampling, own, parallel.device, stage[-1].heads))
         pipeline = _Pipeline(stage, parallel, groups)
         with _whole_sequences(stage):

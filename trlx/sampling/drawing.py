@@ -1,0 +1,95 @@
+"""Draws one token per row from its logits, with random numbers that depend on the row and the step alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from trlx.sampling.rules import Rules
+from trlx.sampling.settings import SamplingConfig, check_logits
+
+
+def uniforms(seed: int, rows: int, steps: int) -> Tensor:
+    """float64 [rows, steps] in [0, 1). More rows do not change the numbers of those before them."""
+    return torch.rand(rows, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class Drawing:
+    """Draws the tokens of one group of rows, step by step.
+
+    Args:
+        uniforms: float64 [B, max_new_tokens] in [0, 1): one random number per row and step.
+        heads: those of the policy; only ILQL's shift needs them.
+    """
+
+    def __init__(
+        self, sampling: SamplingConfig, prompts: list[list[int]], uniforms: Tensor, heads: nn.ModuleDict | None = None
+    ):
+        self.sampling = sampling
+        self.uniforms = uniforms
+        self.rules = Rules(sampling, uniforms.device, heads)
+        self.rows = [list(prompt) for prompt in prompts]
+        self.starts = [len(prompt) for prompt in prompts]
+        self.done = [False] * len(prompts)
+        self.logprobs: list[list[float]] = [[] for _ in prompts]
+        """For each row, log-probabilities of its tokens in the distribution that they were drawn from."""
+        self.step = 0
+        self.hold(list(range(len(prompts))))
+
+    def hold(self, rows: list[int]) -> None:
+        """From now on `draw` gets and gives only these rows, in this order."""
+        self.held, self.numbers = rows, self.uniforms[rows]
+
+    def draw(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """int64 [3, B]: the next token of each row, whether the row was done before it, and after it.
+
+        `logits` [B, V] float32 and `hidden` [B, d] are those of the last column.
+
+        Raises:
+            FloatingPointError: see `check_logits`.
+            ValueError: the rules leave a row no token.
+        """
+        before = [self.done[row] for row in self.held]
+        shaped = self.rules(logits, self._last(logits), lambda: [self.rows[i] for i in self.held], self.step, hidden)
+        tokens, logprobs = self._choose(shaped)
+        checked = logprobs if self.sampling.do_sample else logits.amax(dim=-1)
+        # one copy from the device, which waits for it
+        found = torch.stack([tokens.double(), logprobs.double(), checked.double()]).tolist()
+        if not all(done or math.isfinite(number) for done, number in zip(before, found[2], strict=True)):
+            check_logits(logits)
+            raise ValueError("No token can be drawn: logit_mask forbids every token")
+        for row, token, logprob in zip(self.held, map(int, found[0]), found[1], strict=True):
+            self._append(row, token, logprob)
+        self.step += 1
+        drawn = [[self.rows[row][-1] for row in self.held], before, [self.done[row] for row in self.held]]
+        return torch.tensor(drawn, device=logits.device)
+
+    def response(self, row: int) -> list[int]:
+        """The tokens that a row has drawn."""
+        return self.rows[row][self.starts[row] :][: len(self.logprobs[row])]
+
+    def _append(self, row: int, token: int, logprob: float) -> None:
+        ids, stop = self.rows[row], self.sampling.stop
+        if self.done[row]:
+            ids.append(self.sampling.pad_token_id)
+            return
+        ids.append(token)
+        self.logprobs[row].append(logprob)
+        ended = token in self.sampling.eos_token_ids or (stop is not None and stop.done(ids[self.starts[row] :]))
+        self.done[row] = ended
+
+    def _last(self, logits: Tensor) -> Tensor:
+        return torch.tensor([self.rows[row][-1] for row in self.held], device=logits.device)
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens [B], their log-probabilities [B]) from logits [B, V]."""
+        if not self.sampling.do_sample:
+            return logits.argmax(dim=-1), torch.zeros(len(logits), device=logits.device)
+        probabilities = logits.softmax(dim=-1, dtype=torch.float64)
+        # the first token whose cumulative probability exceeds the row's number, scaled by their sum against rounding
+        reached = probabilities.cumsum(dim=-1)
+        wanted = self.numbers[:, self.step, None] * reached[:, -1:]
+        tokens = torch.searchsorted(reached, wanted, right=True).clamp(max=logits.shape[-1] - 1)
+        return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)
