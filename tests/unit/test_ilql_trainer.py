@@ -11,6 +11,7 @@ from tests.runs import DIALOGUES, PROMPTS, REWARDS, length, metrics, run, share_
 from trlx.batch import TokenOutputs
 from trlx.methods.ilql import ilql_loss
 from trlx.models.policy import build_policy
+from trlx.sampling.rules import Rules
 from trlx.sampling.settings import SamplingConfig
 
 EOS = 2
@@ -51,13 +52,14 @@ def random_policy():
 
 def test_sampling_shifts_by_the_lowest_target_q_less_v_then_cuts_to_top_k_then_divides_by_temperature(monkeypatch):
     policy, prompts, drawn = random_policy(), [[5, 6, 7], [8]], []
-    draw = torch.multinomial
+    shape = Rules.__call__
 
-    def noting(probabilities, **kwargs):
-        drawn.append(probabilities.clone())
-        return draw(probabilities, **kwargs)
+    def noting(*args):
+        shaped = shape(*args)
+        drawn.append(shaped.softmax(dim=-1))
+        return shaped
 
-    monkeypatch.setattr(torch, "multinomial", noting)
+    monkeypatch.setattr(Rules, "__call__", noting)
     sampling = SamplingConfig(max_new_tokens=3, top_k=4, temperature=2.0, extra={"beta": 0.5})
     responses = sampled(policy, prompts, sampling)
     assert [probabilities.shape for probabilities in drawn] == [(2, VOCABULARY)] * 3
