@@ -165,8 +165,8 @@ class TrainConfig(Section, section="train"):
     """Folder of metrics.jsonl and samples; null: checkpoint_dir."""
     tags: list[str] | None = field(default_factory=list)
     sampler: Any = "auto"
-    """What draws rollouts: auto (the model that trains), generate (the same through transformers' ``generate``), the name
-    of a registered sampler, or a dict with ``engine`` (that name) and the sampler's arguments."""
+    """What draws rollouts: auto (the model that trains), generate (the same, through transformers' ``generate``), the
+    name of a registered sampler, or a dict with ``engine`` (that name) and the sampler's arguments."""
     seed: int = 1000
     minibatch_size: int | None = None
     """Rows per forward and backward pass; divides batch_size. Null: the whole batch."""
