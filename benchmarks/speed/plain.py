@@ -1,7 +1,8 @@
 """PPO and SFT written by hand in plain PyTorch, as careful people write it for one script: what a library may cost.
 
-They do the arithmetic that the library does, with nothing around it: no configuration, no checks, no logging. Prompts
-are padded on the left, responses on the right, all to the longest; logits are computed only where a token is trained.
+They do the arithmetic that the library does, with nothing around it: no configuration, no checks, no logging. Given the
+same samples, PPO makes the same weights, see tests/unit/test_speed_benchmarks.py. Prompts are padded on the left,
+responses on the right, all to the longest; logits are computed only where a token is trained.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class PlainPPO:
             advantage = (rewards[:, t] + following - values[:, t] + LAM * advantage) * mask[:, t]
             advantages[:, t], following = advantage, values[:, t] * mask[:, t]
         returns, chosen = advantages + values, advantages[mask]
-        return (advantages - chosen.mean()) / (chosen.var() + 1e-8).sqrt(), returns
+        return (advantages - chosen.mean()) / (chosen.var(correction=0) + 1e-8).sqrt(), returns
 
     def update(
         self,
