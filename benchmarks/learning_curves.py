@@ -2,6 +2,7 @@
 
     python -m benchmarks.learning_curves                    # 3 seeds of both presets
     python -m benchmarks.learning_curves --presets randomwalks --seeds 1 2 3 --samples 10
+    python -m benchmarks.learning_curves --presets randomwalks-grpo "randomwalks-grpo method.advantage=rloo"
 
 Every run starts from one language model, pretrained once. A point is the mean optimality of walks sampled from every
 start, `--samples` of each.
@@ -24,10 +25,11 @@ STEPS = range(0, 101, 20)
 
 
 def curve(model: Path, preset: str, seed: int, samples: int, out: Path) -> dict[int, float]:
-    """Mean optimality by optimizer step of one run of 100 steps."""
+    """Mean optimality by optimizer step of one run of 100 steps; settings may follow the name of `preset`."""
     task = RandomWalks()
-    folder = out / f"{preset}-{seed}"
-    config = trlx.load_preset(preset).evolve(
+    folder = out / f"{preset}-{seed}".replace(" ", "-")
+    name, *overrides = preset.split()
+    config = trlx.load_preset(name, overrides=overrides).evolve(
         model={"model_path": str(model)},
         train={"seed": seed, "eval_interval": 20, "checkpoint_dir": str(folder), "save_best": False, "tracker": None},
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import trlx
@@ -64,13 +64,22 @@ def settings(method: str) -> list[str]:
 
 def pairs(task: RandomWalks, walks: list[str]) -> list[dict[str, str]]:
     """Each walk with another one from the same letter that is better or worse, if there is one."""
-    rng, found = random.Random(0), []
+    rng, couples = random.Random(0), []
     score = dict(zip(walks, task.optimality(walks), strict=True))
     for walk in walks:
         others = [other for other in walks if other[0] == walk[0] and score[other] != score[walk]]
         if others:
-            rejected, chosen = sorted([walk, rng.choice(others)], key=score.get)
-            found.append({"prompt": walk[0], "chosen": chosen[1:], "rejected": rejected[1:]})
+            couples.append((walk, rng.choice(others)))
+    return preferences(task, couples)
+
+
+def preferences(task: RandomWalks, couples: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """``{"prompt", "chosen", "rejected"}`` for every two walks from one letter of which one is better."""
+    found = []
+    for walks in couples:
+        (worse, rejected), (better, chosen) = sorted(zip(task.optimality(list(walks)), walks, strict=True))
+        if worse < better:
+            found.append({"prompt": chosen[0], "chosen": chosen[1:], "rejected": rejected[1:]})
     return found
 
 

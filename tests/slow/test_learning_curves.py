@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from benchmarks.learning_curves import curve
-from examples.randomwalks import ilql_randomwalks, ppo_randomwalks
+from examples.randomwalks import ilql_randomwalks, pipeline, ppo_randomwalks
 from examples.randomwalks.sft_randomwalks import pretrain
 from tests.processes import finish, start
 from trlx.launch.report import read_metrics
@@ -33,6 +33,28 @@ def test_ppo_finds_shortest_paths(tmp_path):
     assert 0.25 < mean[0] < 0.45
     assert mean[60] >= 0.90
     assert mean[100] >= 0.97
+
+
+@pytest.mark.parametrize(
+    "changes", ["", "method.advantage=rloo method.kl_in=reward method.kl_coef=0.001"], ids=["grpo", "rloo"]
+)
+def test_grpo_and_rloo_find_shortest_paths(changes, tmp_path):
+    walker = pretrain(tmp_path / "walker")
+    for seed in SEEDS:
+        found = curve(walker, f"randomwalks-grpo {changes}", seed, samples=5, out=tmp_path)
+        assert 0.25 < found[0] < 0.45
+        assert found[100] >= 0.95
+
+
+def test_preferences_lead_to_shortest_paths_through_a_reward_model_and_without_one(tmp_path):
+    curves = {name: dict(series) for name, series in pipeline.main(tmp_path).items()}
+    assert max(curves["reward model"].values()) >= 0.9
+    assert 0.25 < curves["DPO"][0] < 0.45
+    true = curves["PPO, true reward"][120]
+    assert true >= 0.97
+    assert curves["PPO, reward model"][120] >= 0.9 * true
+    assert curves["GRPO, reward model"][120] >= 0.8 * true
+    assert curves["DPO"][200] >= 0.85
 
 
 def test_ilql_finds_shortest_paths_from_a_random_model(tmp_path):

@@ -1,9 +1,11 @@
+import random
+
 import numpy as np
 import pytest
 
 import trlx
-from examples.randomwalks import RandomWalks, ppo_randomwalks, preferences_randomwalks
-from examples.randomwalks.preferences_randomwalks import labelled, pairs
+from examples.randomwalks import RandomWalks, pipeline, ppo_randomwalks, preferences_randomwalks
+from examples.randomwalks.preferences_randomwalks import labelled, pairs, preferences
 from examples.randomwalks.tokenizer import letter_tokenizer
 
 
@@ -130,3 +132,27 @@ def test_judged_walks_train_what_is_asked_for(method, tmp_path, monkeypatch):
     assert (taught, config.train.seed, config.optimizer.kwargs["lr"]) == ("taught", 7, 0.5)
     assert config.method.name.lower() == f"{method}config" and len(arguments["samples"]) > 500
     assert ("eval_samples" in arguments, "metric_fn" in arguments) == (method != "kto", method != "reward")
+
+
+def test_of_two_walks_the_one_closer_to_the_shortest_is_preferred():
+    task = hand_made_graph()
+    best, longer, broken = "cba", "cdcba", "ca"
+    couples = [(longer, best), (best, longer), (longer, broken), (best, best)]
+    pairs = [("ba", "dcba"), ("ba", "dcba"), ("dcba", "a")]
+    assert preferences(task, couples) == [
+        {"prompt": "c", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs
+    ]
+
+
+def test_a_shortened_walk_keeps_its_start():
+    assert {pipeline.shortened("cdba", random.Random(seed)) for seed in range(20)} == {"cba", "cda", "cdb"}
+    assert pipeline.shortened("b", random.Random(0)) == "b"
+
+
+def test_the_pipeline_runs_every_stage(tmp_path, monkeypatch):
+    walks = RandomWalks().walks  # a model that was taught for one step samples no walks that could be compared
+    monkeypatch.setattr(pipeline, "sample_walks", lambda *_: sorted(walks))
+    curves = pipeline.main(tmp_path, steps=1)
+    assert [[step for step, _ in curve] for curve in curves.values()] == [[0, 1]] * 5
+    assert list(curves) == ["PPO, true reward", "PPO, reward model", "GRPO, reward model", "DPO", "reward model"]
+    assert (tmp_path / "pipeline.png").stat().st_size > 1000
