@@ -65,7 +65,7 @@ def main(
     by_task, by_judge = ({"reward_fn": fn, "prompts": task.prompts, **evaluation} for fn in (task.reward_fn, judge))
     runs = {
         "PPO, true reward": learn("randomwalks", "ppo-true", **by_task),
-        "PPO, reward model": learn("randomwalks", "ppo", {"init_kl_coef": 0.05, **LEARNED_REWARD}, **by_judge),
+        "PPO, reward model": learn("randomwalks", "ppo", {"init_kl_coef": 0.2, **LEARNED_REWARD}, **by_judge),
         "GRPO, reward model": learn(
             "randomwalks-grpo", "grpo", {"kl_in": "reward", "kl_coef": 0.1, **LEARNED_REWARD}, **by_judge
         ),
