@@ -24,15 +24,18 @@ class Countdown:
     """While it samples, each id is 1 less than the one before it, modulo `PERIOD`; only eos, the id 0, follows a 1.
 
     So a prompt whose last id is n modulo `PERIOD`, with n from 1 to ``PERIOD - 1``, gets a response of n tokens, eos
-    included. The model decides that from the last token alone: a sampler needs no setting, and may drop, move or repeat
-    rows. It samples if it runs with a key-value cache; without one its logits are those of its family. The vocabulary
-    holds at least `PERIOD` ids.
+    included. It samples if it runs with a key-value cache; without one its logits are those of its family. The
+    vocabulary holds at least `PERIOD` ids.
+
+    A sampler needs no setting. It may call the model, or the trunk and later the head, on other rows in another order:
+    the head recognises a row by its hidden state.
     """
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config)
-        self.last: Tensor | None = None
-        self.base_model.register_forward_pre_hook(self._note, with_kwargs=True)
+        self.read: dict[tuple[float, ...], int] = {}
+        """The last id, modulo `PERIOD`, by the beginning of the hidden state after it."""
+        self.base_model.register_forward_hook(self._note, with_kwargs=True)
         self.get_output_embeddings().register_forward_hook(self._forbid)
 
     @cached_property
@@ -44,14 +47,22 @@ class Countdown:
         table[1] = ids != 0
         return table
 
-    def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _note(self, trunk: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if not (kwargs.get("use_cache") or kwargs.get("past_key_values") is not None):
+            self.read.clear()
+            return
         ids = args[0] if args else kwargs["input_ids"]
-        samples = kwargs.get("use_cache") or kwargs.get("past_key_values") is not None
-        self.last = ids[:, -1] % PERIOD if samples else None
+        self.read.update(zip(_keys(output[0][:, -1]), (ids[:, -1] % PERIOD).tolist(), strict=True))
 
-    def _forbid(self, module: nn.Module, args: tuple, logits: Tensor) -> None:
-        if self.last is not None and len(logits):
-            (logits if logits.ndim == 2 else logits[:, -1]).masked_fill_(self.forbidden[self.last], -torch.inf)
+    def _forbid(self, head: nn.Module, args: tuple[Tensor], logits: Tensor) -> None:
+        hidden, last = (each if each.ndim == 2 else each[:, -1] for each in (args[0], logits))
+        if self.read and len(hidden):
+            last.masked_fill_(self.forbidden[[self.read[key] for key in _keys(hidden)]], -torch.inf)
+
+
+def _keys(hidden: Tensor) -> list[tuple[float, ...]]:
+    """What tells the rows of [B, d] apart."""
+    return [tuple(row) for row in hidden[:, :4].tolist()]
 
 
 class CountdownGPT2Config(GPT2Config):
