@@ -28,6 +28,8 @@ class Sample:
     """Log-probability of each id in the distribution that it was drawn from; None where the sampler does not know."""
     version: int = 0
     """The optimizer step after which the weights had the values that drew it."""
+    values: list[float] | None = None
+    """The value of the state before each id was drawn, where the sampler has a value head."""
 
 
 @dataclass(slots=True)
@@ -58,6 +60,8 @@ class Rollout:
     """The sampler's log-probabilities of the tokens it drew: an eos that replaces a stop sequence has none."""
     version: int = 0
     """See `Sample`."""
+    values: list[float] | None = None
+    """The sampler's values of the states before the tokens it drew."""
     ref_logprobs: list[float] | None = None
     """Log-probabilities of the response tokens under the frozen reference policy, where a method keeps them."""
 

@@ -68,14 +68,15 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
     for index, rollout in enumerate(rollouts):
         _check(index, rollout)
     tokens, mask = right_pad([[*r.prompt, *r.response] for r in rollouts], pad_id)
-    known = rollouts[0].ref_logprobs is not None
     return TokenBatch(
         tokens=tokens,
         attention_mask=mask.bool(),
         response_mask=_padded([[False] * len(r.prompt) + _trained(r) for r in rollouts], False),
         scores=_padded([[0.0] * len(r.prompt) + _token_scores(r) for r in rollouts], 0.0),
         group=torch.tensor([r.group for r in rollouts]),
-        ref_logprobs=_padded([[0.0] * len(r.prompt) + r.ref_logprobs for r in rollouts], 0.0) if known else None,
+        old_logprobs=_said(rollouts, "logprobs"),
+        old_values=_said(rollouts, "values"),
+        ref_logprobs=_said(rollouts, "ref_logprobs"),
     )
 
 
@@ -91,6 +92,14 @@ def right_pad(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 
 def _padded(rows: Sequence[list], value: float, side: str = "right") -> Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], True, value, side)
+
+
+def _said(rollouts: Sequence[Rollout], name: str) -> Tensor | None:
+    """The numbers of all response tokens; None unless every rollout has them all."""
+    rows = [getattr(r, name) for r in rollouts]
+    if any(row is None or len(row) != len(r.response) for row, r in zip(rows, rollouts, strict=True)):
+        return None
+    return _padded([[0.0] * len(r.prompt) + row for row, r in zip(rows, rollouts, strict=True)], 0.0)
 
 
 def _check(index: int, rollout: Rollout) -> None:

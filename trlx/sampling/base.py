@@ -23,6 +23,9 @@ calls it and reads it to its end, as all of them gather the weights together."""
 class Sampler(ABC):
     """Draws responses from the policy: from the weights that train, or from a copy of them."""
 
+    exact: bool = False
+    """Whether the log-probabilities that it gives may be those of the weights that train, so that a pass over its
+    samples can be saved. The first collection of a run is scored all the same, to see how far they are apart."""
     version: int = 0
     """The number of optimizer steps behind the weights that it draws from now."""
 

@@ -10,6 +10,7 @@ from trlx import logging
 from trlx.batch import Sample
 from trlx.models.architecture import Causal
 from trlx.models.cached import Reader, why_unreadable
+from trlx.models.heads import ValueHead
 from trlx.sampling.drawing import Drawing, uniforms
 from trlx.sampling.generate import TransformersSampler
 from trlx.sampling.rules import KNOWN
@@ -30,6 +31,8 @@ class DecodingSampler(TransformersSampler):
     draws does not depend on the rows beside it. ``generate`` samples where the model or a setting needs it.
     """
 
+    exact = True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._told: set[str] = set()
@@ -48,8 +51,10 @@ class DecodingSampler(TransformersSampler):
         reader = Reader(self.policy.model, prompts, self.device)
         drawing = Drawing(sampling, prompts, uniforms(seed, len(prompts), steps).to(self.device), self.policy.heads)
         drawing.hold(reader.order)
+        head = self.policy.value_head if isinstance(self.policy.value_head, ValueHead) else None
         while True:
-            tokens = drawing.draw(self.policy.logits(reader.hidden).float(), reader.hidden)[0]
+            values = head and head(reader.hidden)
+            tokens = drawing.draw(self.policy.logits(reader.hidden).float(), reader.hidden, values)[0]
             going = [at for at, row in enumerate(drawing.held) if not drawing.done[row]]
             if not going or drawing.step == steps:
                 break
@@ -58,8 +63,7 @@ class DecodingSampler(TransformersSampler):
                 reader.keep(going)
                 tokens = tokens[going]
             reader.step(tokens)
-        logprobs = drawing.logprobs if drawing.rules.is_policy else [None] * len(prompts)
-        return [Sample(drawing.response(row), logprobs[row], self.version) for row in range(len(prompts))]
+        return [drawing.sample(row, self.version) for row in range(len(prompts))]
 
     def _setting_of_generate(self, sampling: SamplingConfig) -> str | None:
         """Which setting only ``generate`` knows, in words."""

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from trlx.batch import Sample
 from trlx.sampling.rules import Rules
 from trlx.sampling.settings import SamplingConfig, check_logits
 
@@ -33,8 +34,8 @@ class Drawing:
         self.rows = [list(prompt) for prompt in prompts]
         self.starts = [len(prompt) for prompt in prompts]
         self.done = [False] * len(prompts)
-        self.logprobs: list[list[float]] = [[] for _ in prompts]
-        """For each row, log-probabilities of its tokens in the distribution that they were drawn from."""
+        self.said: list[list[list[float]]] = [[] for _ in prompts]
+        """For each row and token, its log-probability, and the value of the state before it if values were given."""
         self.step = 0
         self.hold(list(range(len(prompts))))
 
@@ -42,10 +43,10 @@ class Drawing:
         """From now on `draw` gets and gives only these rows, in this order."""
         self.held, self.numbers = rows, self.uniforms[rows]
 
-    def draw(self, logits: Tensor, hidden: Tensor) -> Tensor:
+    def draw(self, logits: Tensor, hidden: Tensor, values: Tensor | None = None) -> Tensor:
         """int64 [3, B]: the next token of each row, whether the row was done before it, and after it.
 
-        `logits` [B, V] float32 and `hidden` [B, d] are those of the last column.
+        `logits` [B, V] float32, `hidden` [B, d] and `values` [B] are those of the last column.
 
         Raises:
             FloatingPointError: see `check_logits`.
@@ -56,27 +57,30 @@ class Drawing:
         tokens, logprobs = self._choose(shaped)
         checked = logprobs if self.sampling.do_sample else logits.amax(dim=-1)
         # one copy from the device, which waits for it
-        found = torch.stack([tokens.double(), logprobs.double(), checked.double()]).tolist()
-        if not all(done or math.isfinite(number) for done, number in zip(before, found[2], strict=True)):
+        columns = (tokens, checked, logprobs, *([] if values is None else [values]))
+        drawn, finite, *said = torch.stack([column.double() for column in columns]).tolist()
+        if not all(done or math.isfinite(number) for done, number in zip(before, finite, strict=True)):
             check_logits(logits)
             raise ValueError("No token can be drawn: logit_mask forbids every token")
-        for row, token, logprob in zip(self.held, map(int, found[0]), found[1], strict=True):
-            self._append(row, token, logprob)
+        for row, token, *numbers in zip(self.held, map(int, drawn), *said, strict=True):
+            self._append(row, token, numbers)
         self.step += 1
         drawn = [[self.rows[row][-1] for row in self.held], before, [self.done[row] for row in self.held]]
         return torch.tensor(drawn, device=logits.device)
 
-    def response(self, row: int) -> list[int]:
-        """The tokens that a row has drawn."""
-        return self.rows[row][self.starts[row] :][: len(self.logprobs[row])]
+    def sample(self, row: int, version: int) -> Sample:
+        """What a row has drawn; with its numbers where the policy was not changed by a rule."""
+        ids = self.rows[row][self.starts[row] :][: len(self.said[row])]
+        numbers = map(list, zip(*self.said[row], strict=True)) if self.rules.is_policy else ()
+        return Sample(ids, **dict(zip(("logprobs", "values"), numbers, strict=False)), version=version)
 
-    def _append(self, row: int, token: int, logprob: float) -> None:
+    def _append(self, row: int, token: int, numbers: list[float]) -> None:
         ids, stop = self.rows[row], self.sampling.stop
         if self.done[row]:
             ids.append(self.sampling.pad_token_id)
             return
         ids.append(token)
-        self.logprobs[row].append(logprob)
+        self.said[row].append(numbers)
         ended = token in self.sampling.eos_token_ids or (stop is not None and stop.done(ids[self.starts[row] :]))
         self.done[row] = ended
 

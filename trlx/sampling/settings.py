@@ -122,6 +122,7 @@ class SamplingConfig:
             ended=was_cut or (len(ids) > 0 and ids[-1] in self.eos_token_ids),
             group=group,
             logprobs=None if sample.logprobs is None else sample.logprobs[:drawn],
+            values=None if sample.values is None else sample.values[:drawn],
             version=sample.version,
         )
 

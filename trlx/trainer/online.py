@@ -29,6 +29,8 @@ from trlx.trainer.contract import check_collection
 
 logger = logging.get_logger(__name__)
 
+EXACT_GAP = 1e-4
+"""Nats up to which the log-probabilities of sampler and policy count as the same; float32 stays within 1e-5."""
 LARGE_GAP = 0.05
 """Nats between log-probabilities of sampler and policy; bfloat16 explains about 0.01."""
 SAMPLES_ON_DISK = 8
@@ -50,6 +52,8 @@ class OnlineTrainer(Trainer):
     def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None):
         self.stream: PromptStream | None = None
         self._has_warned = self._warned_of_gap = False
+        self._is_exact: bool | None = None
+        """Whether log-probabilities of sampler and policy were the same; None before they were compared."""
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
         self.scale = self.score_scale()
         self.sampler.check(self.rollout_sampling)
@@ -113,8 +117,10 @@ class OnlineTrainer(Trainer):
         rollouts = self.sample(self.stream.take(self.rows_per_epoch // self.samples_per_prompt))
         self.report(rollouts)
         batch = self.backend.row_format.collate(rollouts, self.tokenizer.pad_token_id)
-        batch = self._with_model_columns(batch)
-        self._compare(rollouts, batch)
+        is_known = self._has_policy_columns(batch)
+        batch = self._with_model_columns(batch, is_known)
+        if not is_known:
+            self._compare(rollouts, batch)
         batch = self._with_scaled_scores(batch)
         batch = check_collection(type(self).__name__, batch, self.advantages(batch))
         self.pending["time/rollout_time"] = time.perf_counter() - began
@@ -163,6 +169,7 @@ class OnlineTrainer(Trainer):
             "scale": self.scale.state_dict(),
             "prompts_drawn": self.stream.position,
             "temperature": self.logprob_temperature,
+            "exact": self._is_exact,
             "rollouts": self.store.columns() if isinstance(self.store, TokenBatch) else {},
         }
 
@@ -170,6 +177,7 @@ class OnlineTrainer(Trainer):
         super().load_state_dict(state)
         self.scale.load_state_dict(state["scale"])
         self.stream.position = state["prompts_drawn"]
+        self._is_exact = state.get("exact")
         needs, rollouts = self.model_needs, state["rollouts"]
         # at another temperature the log-probabilities belong to another policy
         fits = rollouts and state["temperature"] == self.logprob_temperature
@@ -216,17 +224,25 @@ class OnlineTrainer(Trainer):
             return [score for job in jobs for score in self.backend.on_each_rank(interruptible()(job))]
         return self.backend.on_main(interruptible()(lambda: [score for job in jobs for score in job()]))
 
-    def _with_model_columns(self, batch: TokenBatch) -> TokenBatch:
-        """Adds the outputs of policy and reference. Each process evaluates its share of rows."""
+    def _has_policy_columns(self, batch: TokenBatch) -> bool:
+        """Whether the sampler has said all that a pass of the policy would say, up to rounding in float32. In half
+        precision a cache changes log-probabilities by 0.01, and the ratio of the first update would not be 1."""
+        columns = [batch.old_logprobs, *([batch.old_values] if self.model_needs.value_head else [])]
+        is_exact = self.sampler.exact and self._is_exact and self.backend.precision == torch.float32
+        return bool(is_exact) and all(column is not None for column in columns)
+
+    def _with_model_columns(self, batch: TokenBatch, is_known: bool = False) -> TokenBatch:
+        """Adds the outputs of the policy, unless they are known, and of the reference. Each process evaluates its share
+        of rows."""
         needs, rows = self.model_needs, own_rows(len(batch), self.backend.data_rank, self.backend.data_size)
         mine = TokenBatch(**{name: column[rows] for name, column in batch.columns().items()})
-        policy = self.backend.evaluate(mine)
-        found = {"old_logprobs": policy.logprobs}
-        if needs.value_head:
-            found["old_values"] = policy.values
+        found = {}
+        if not is_known:
+            policy = self.backend.evaluate(mine)
+            found = {"old_logprobs": policy.logprobs} | ({"old_values": policy.values} if needs.value_head else {})
         if needs.reference:
             found["ref_logprobs"] = self.backend.evaluate(mine, reference=True).logprobs
-        if self.backend.data_size > 1:
+        if self.backend.data_size > 1 and found:
             shares = self.backend.gather_objects([found])
             found = {name: torch.cat([share[name] for share in shares]) for name in found}
         batch = batch.replace(**found)
@@ -266,6 +282,8 @@ class OnlineTrainer(Trainer):
         if not gaps:
             return
         self.pending |= finish(*pack({"rollouts/logprob_gap": spread_of(torch.cat(gaps).abs())}))
+        if self._is_exact is None:
+            self._is_exact = self.pending["rollouts/logprob_gap/max"] <= EXACT_GAP
         mean = self.pending["rollouts/logprob_gap/mean"]
         if mean > LARGE_GAP and not self._warned_of_gap:
             self._warned_of_gap = True
