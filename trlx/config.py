@@ -169,7 +169,10 @@ class TrainConfig(Section, section="train"):
     name of a registered sampler, or a dict with ``engine`` (that name) and the sampler's arguments."""
     seed: int = 1000
     minibatch_size: int | None = None
-    """Rows per forward and backward pass; divides batch_size. Null: the whole batch."""
+    """The most rows per forward and backward pass; divides batch_size. Null: the whole batch. Rows of about one length
+    go together, and on CPUs and where each GPU has all weights in more passes if that saves padding."""
+    tokens_per_microbatch: int | None = None
+    """The most tokens per forward and backward pass, padding included. Null: no limit. A longer row is a pass alone."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null: off."""
     mixed_precision: str | None = None
@@ -185,7 +188,7 @@ class TrainConfig(Section, section="train"):
 
     def check(self) -> None:
         counts = ("seq_length", "epochs", "batch_size", "eval_interval", "checkpoint_interval", "keep_checkpoints")
-        self.require_range(1, *counts, "minibatch_size")
+        self.require_range(1, *counts, "minibatch_size", "tokens_per_microbatch")
         self.require_range(0, "total_steps")
         self.require_positive("max_grad_norm", "reward_timeout")
         divides = self.minibatch_size is None or self.batch_size % self.minibatch_size == 0

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from trlx import logging
 from trlx.backends.base import HALVES, PATIENCE, UPDATES_FILE, Backend, LossFn, ModelNeeds
 from trlx.backends.deepspeed import ASKED, wants_deepspeed, zero_for
+from trlx.backends.microbatches import FEWEST, pass_cost
 from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
 from trlx.backends.sharding import Replicated, Sharded
 from trlx.batch import TokenBatch, TokenOutputs
@@ -83,9 +84,11 @@ class AccelerateBackend(Backend):
         self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.tokenizer = tokenizer
         self.microbatch_size = train.minibatch_size or train.batch_size
+        self.microbatch_tokens = train.tokens_per_microbatch
+        self.pass_cost = pass_cost(self.device) if self.sharding.independent else FEWEST
         # train mode only where it changes something, because train() visits every module
         self.uses_train_mode = needs.dropout or train.gradient_checkpointing
-        self.has_values = needs.value_head
+        self.has_values, self.has_score = needs.value_head, needs.score_head
 
         torch.manual_seed(train.seed)  # all processes must draw the same random weights
         self.policy = _load_policy(dataclasses.replace(model, model_path=self.source(model, train)), needs, tokenizer)
@@ -131,27 +134,31 @@ class AccelerateBackend(Backend):
         self.policy.eval()
         logprobs = torch.zeros(batch.tokens.shape)
         values = torch.zeros(batch.tokens.shape) if self.has_values and not reference else None
-        last = []
+        last = torch.zeros(len(batch))
         with self.reference.active() if reference else nullcontext(), self.sharding.unsharded():
-            for start, microbatch in self._microbatches(batch):
-                at = slice(start, start + len(microbatch)), slice(microbatch.tokens.shape[1])
+            for rows in self.microbatches(batch):
+                microbatch = batch.rows(rows).to(self.device)
+                width = microbatch.tokens.shape[1]
                 outputs = self.policy(*_columns(microbatch), values=values is not None)
-                logprobs[at] = outputs.logprobs.cpu()
+                logprobs[rows, :width] = outputs.logprobs.cpu()
                 if values is not None:
-                    values[at] = outputs.values.cpu()
+                    values[rows, :width] = outputs.values.cpu()
                 if outputs.last is not None:
-                    last.append(outputs.last.cpu())
-        return TokenOutputs(logprobs, values, last=torch.cat(last) if last else None)
+                    last[rows] = outputs.last.cpu()
+        return TokenOutputs(logprobs, values, last=last if self.has_score else None)
 
-    def train_step(self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN) -> dict[str, float]:
+    def train_step(
+        self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN, together: int = 1
+    ) -> dict[str, float]:
         self.sharding.wrapped.train(self.uses_train_mode)
         self.sharding.optimizer.zero_grad()  # a step that failed may have left gradients
         # the loss is a sum; DDP averages gradients over processes, so multiply by their number
         loss_factor = self.data_size / max(float(self.sum_across(unit.count(batch))), 1.0)
         packed, seconds = [], {"time/forward": 0.0, "time/backward": 0.0}
-        for start, microbatch in self._microbatches(batch):
-            is_last = start + self.microbatch_size >= len(batch)
-            with nullcontext() if is_last else self.sharding.accumulating():
+        *others, last = self.microbatches(batch, max(unit.rows, together))
+        for rows in (*others, last):
+            microbatch = batch.rows(rows).to(self.device)
+            with nullcontext() if rows is last else self.sharding.accumulating():
                 began = time.perf_counter()
                 summed, metrics = loss(self.sharding.wrapped(*_columns(microbatch)), microbatch)
                 halfway = time.perf_counter()
@@ -165,11 +172,6 @@ class AccelerateBackend(Backend):
         if not skipped:
             self.scheduler.step()
         return self._means(packed) | {"grad_norm": norm, "skipped_steps": float(skipped), **rates} | seconds
-
-    def _microbatches(self, batch: TokenBatch) -> Iterator[tuple[int, TokenBatch]]:
-        """(first row, microbatch on the device)."""
-        for start in range(0, len(batch), self.microbatch_size):
-            yield start, batch.rows(slice(start, start + self.microbatch_size)).to(self.device)
 
     def _means(self, found: list[tuple[list[str], Tensor]]) -> dict[str, float]:
         names = found[0][0]
@@ -232,7 +234,7 @@ class AccelerateBackend(Backend):
             self.accelerator.scaler.load_state_dict(updates["scaler"])
 
     def export_hf(self, folder: Path, merge: bool = False) -> None:
-        if merge and not self.sharding.can_merge:
+        if merge and not self.sharding.independent:
             raise ValueError(
                 "An adapter cannot be merged while weights are sharded (FSDP, DeepSpeed): save it without merge=True, "
                 "and merge what is saved in one process"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trlx.backends.distress import attempted, raise_everywhere, told
+from trlx.backends.microbatches import FEWEST, at_least, microbatches, row_lengths
 from trlx.batch import TokenBatch, TokenOutputs
 from trlx.config import ModelConfig, TrainConfig
 from trlx.data.collate import RowFormat
@@ -82,7 +83,11 @@ class Backend(ABC):
     shard: str = ""
     """Names this process's shard of the model in file names; "" on the process that leads."""
     microbatch_size: int
-    """Rows of one forward and backward pass."""
+    """The most rows of one forward and backward pass."""
+    microbatch_tokens: int | None = None
+    """The most tokens of one, padding included."""
+    pass_cost: float = FEWEST
+    """See `microbatches`. Where all processes take part in each pass, they need equally many: as few as possible."""
     vocab_size: int = sys.maxsize
     """Number of tokens that the model knows."""
     positions: int = sys.maxsize
@@ -153,12 +158,17 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def train_step(self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN) -> dict[str, float]:
+    def train_step(
+        self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN, together: int = 1
+    ) -> dict[str, float]:
         """One optimizer step on this process's rows of a global batch.
 
         Divides the summed loss by the number of units in all microbatches of all data ranks, so every split of a batch
-        gives the same gradient. All processes must have the same number of rows. That and `microbatch_size` must be
-        multiples of ``unit.rows``.
+        gives the same gradient. A microbatch has rows of about one length, and at most `microbatch_size`. All processes
+        must have the same number of rows. That and `microbatch_size` must be multiples of ``unit.rows`` and `together`.
+
+        Args:
+            together: blocks of this many consecutive rows stay in one microbatch.
 
         Returns:
             The global means of the loss function's metrics, and ``grad_norm``, ``skipped_steps`` (1.0 if gradients were
@@ -168,6 +178,13 @@ class Backend(ABC):
     @abstractmethod
     def update_heads(self, fn: Callable[[torch.nn.Module], None]) -> None:
         """Calls `fn` with the module of the heads, without gradient, on every process (ILQL target sync)."""
+
+    def microbatches(self, batch: TokenBatch, together: int = 1) -> list[list[int]]:
+        """The row numbers of each microbatch of this process's rows."""
+        found = microbatches(row_lengths(batch), self.microbatch_size, self.pass_cost, together, self.microbatch_tokens)
+        if self.pass_cost < FEWEST or self.microbatch_tokens is None:
+            return found
+        return at_least(max(self.gather_objects([len(found)])), found, together)
 
     @abstractmethod
     def sum_across(self, tensor: Tensor) -> Tensor:

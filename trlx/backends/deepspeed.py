@@ -72,7 +72,7 @@ class Zero2(Replicated):
     """
 
     stage = 2
-    can_merge = False
+    independent = False
 
     def prepare(self, policy: Policy, make_optimizer: MakeOptimizer) -> Optimizer:
         _check_dtypes(policy)

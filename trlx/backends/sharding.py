@@ -32,8 +32,8 @@ class Replicated:
     wrapped: nn.Module
     """Training calls it instead of the policy."""
 
-    can_merge = True
-    """Whether an adapter can be merged into the model."""
+    independent = True
+    """Whether a process can compute, and merge an adapter, without the others."""
     exchange: Exchange = staticmethod(exchange_pointers)
     """Swaps a weight and another value of it."""
 
@@ -113,7 +113,7 @@ class Sharded(Replicated):
         ValueError: accelerate's configuration is not supported.
     """
 
-    can_merge = False
+    independent = False
 
     def __init__(self, accelerator: Accelerator, max_grad_norm: float, plugin: FullyShardedDataParallelPlugin):
         super().__init__(accelerator, max_grad_norm)

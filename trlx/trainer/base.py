@@ -372,7 +372,7 @@ class Trainer(OldNames, ABC):
         tokens = self.store.num_tokens(self.schedule.rows(len(self.store)))
         self.at_boundary = False
         loss = self.loss if self._probe else partial(checked_loss, type(self).__name__, self.loss)
-        metrics = self.backend.train_step(batch, loss, self.unit)
+        metrics = self.backend.train_step(batch, loss, self.unit, self.rows_together)
         self._probe = batch.rows(slice(0, 1))
         if self.schedule.advance(len(self.store)) and self.online:
             self.store = None

@@ -68,6 +68,7 @@ class MegatronBackend(Backend):
         self.processes = dist.get_world_size()
         self.tokenizer, self.needs, self.precision = tokenizer, needs, settings.dtype
         self.microbatch_size = settings.micro_batch_size
+        self.microbatch_tokens = train.tokens_per_microbatch
         self.lr_schedule = repr(settings.optim.schedule)  # may contain train.total_steps
         self.divisor = settings.sizes.tensor if settings.sizes.sequence else 1
 
@@ -108,19 +109,22 @@ class MegatronBackend(Backend):
         if reference and self.reference is None:
             raise ValueError("This method was built without a reference policy")
         self._train_mode(False)
-        microbatches = self._microbatches(batch)
+        rows = self.microbatches(batch)
         with self.reference.active() if reference else nullcontext():
-            found = run_forward(self.stage, microbatches)
+            found = run_forward(self.stage, self._microbatches(batch, rows))
         if self.needs.score_head:
-            scores = torch.cat([outputs.last for outputs in found])[: len(batch)] if found else torch.zeros(len(batch))
-            last = self.parallel.from_last_stage(scores.to(self.device)).cpu()
-            return TokenOutputs(torch.zeros(batch.tokens.shape), last=last)
-        logprobs = self._collected([outputs.logprobs for outputs in found], microbatches, batch)
+            last = torch.zeros(len(batch), device=self.device)
+            for each, outputs in zip(rows, found, strict=False):
+                last[each] = outputs.last
+            return TokenOutputs(torch.zeros(batch.tokens.shape), last=self.parallel.from_last_stage(last).cpu())
+        logprobs = self._collected([outputs.logprobs for outputs in found], rows, batch)
         if reference or not self.needs.value_head:
             return TokenOutputs(logprobs)
-        return TokenOutputs(logprobs, self._collected([outputs.values for outputs in found], microbatches, batch))
+        return TokenOutputs(logprobs, self._collected([outputs.values for outputs in found], rows, batch))
 
-    def train_step(self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN) -> dict[str, float]:
+    def train_step(
+        self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN, together: int = 1
+    ) -> dict[str, float]:
         self._train_mode(True)
         # the loss is a sum; DistributedDataParallel averages gradients over data ranks, so multiply by their number
         loss_factor = self.data_size / max(float(self.sum_across(unit.count(batch))), 1.0)
@@ -133,7 +137,8 @@ class MegatronBackend(Backend):
             chunk.zero_grad_buffer()
         self.updates.clear()
         began = time.perf_counter()
-        found, forward = run_forward_backward(self.wrapped, self._microbatches(batch, unit.rows), on_outputs)
+        pieces = self._microbatches(batch, self.microbatches(batch, max(unit.rows, together)))
+        found, forward = run_forward_backward(self.wrapped, pieces, on_outputs)
         backward = time.perf_counter() - began - forward
         return self._means(found) | self.updates.apply() | {"time/forward": forward, "time/backward": backward}
 
@@ -189,28 +194,25 @@ class MegatronBackend(Backend):
     def parameter_counts(self) -> tuple[int, int]:
         return self.weights.counts()
 
-    def _microbatches(self, batch: TokenBatch, together: int = 1) -> list[TokenBatch]:
+    def _microbatches(self, batch: TokenBatch, rows: list[list[int]]) -> list[TokenBatch]:
         """Microbatches on the device, padded to a width that sequence parallelism can divide.
 
-        An interleaved schedule needs a multiple of the stages, so microbatches of `together` rows with an empty
-        response mask are added.
+        An interleaved schedule needs a multiple of the stages, so microbatches with an empty response mask are added.
         """
-        microbatches = [_widened(rows, self.divisor).to(self.device) for rows in batch.split(self.microbatch_size)]
+        pieces = [_widened(batch.rows(each), self.divisor).to(self.device) for each in rows]
         sizes = self.parallel.sizes
-        missing = -len(microbatches) % sizes.pipeline if sizes.virtual else 0
+        missing = -len(pieces) % sizes.pipeline if sizes.virtual else 0
         if not missing:
-            return microbatches
-        first = microbatches[0].rows(slice(0, together))
-        empty = _widened(first.replace(response_mask=torch.zeros_like(first.response_mask)), self.divisor)
-        return microbatches + [empty] * missing
+            return pieces
+        last = pieces[-1]
+        return pieces + [last.replace(response_mask=torch.zeros_like(last.response_mask))] * missing
 
-    def _collected(self, found: list[Tensor], microbatches: list[TokenBatch], batch: TokenBatch) -> Tensor:
+    def _collected(self, found: list[Tensor], rows: list[list[int]], batch: TokenBatch) -> Tensor:
         """Per-token outputs of all microbatches as one [B, T] tensor on the CPU, on every stage."""
         whole = torch.zeros(batch.tokens.shape, device=self.device)
-        starts = range(0, len(batch), self.microbatch_size)
-        for start, microbatch, outputs in zip(starts, microbatches, found, strict=False):
+        for each, outputs in zip(rows, found, strict=False):
             width = min(outputs.shape[1], whole.shape[1])
-            whole[start : start + len(microbatch), :width] = outputs[:, :width]
+            whole[each, :width] = outputs[: len(each), :width]
         return self.parallel.from_last_stage(whole).cpu()
 
     def _means(self, found: list[tuple[list[str], Tensor]]) -> dict[str, float]:

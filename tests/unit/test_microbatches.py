@@ -1,0 +1,68 @@
+"""How batches are cut into microbatches: by hand, and in a step of a trainer."""
+
+import pytest
+import torch
+
+import trlx
+from tests.runs import tiny_config
+from trlx.backends.microbatches import FEWEST, PASS_COST, at_least, microbatches, row_lengths
+from trlx.batch import TokenBatch
+from trlx.trainer.accelerate import AccelerateSFTTrainer
+
+
+def test_rows_of_one_length_stay_in_order_and_fill_microbatches():
+    assert microbatches([5, 5, 5, 5, 5], most_rows=2, pass_cost=64) == [[0, 1], [2, 3], [4]]
+
+
+def test_long_and_short_rows_are_computed_apart_if_that_saves_more_than_a_pass_costs():
+    # together 5 x 80 = 400; apart 2 x 80 + 3 x 12 = 196 and one more pass
+    lengths = [80, 10, 70, 12, 11]
+    assert microbatches(lengths, most_rows=5, pass_cost=203) == [[0, 2], [1, 3, 4]]
+    assert microbatches(lengths, most_rows=5, pass_cost=205) == [[0, 1, 2, 3, 4]]
+    assert microbatches(lengths, most_rows=5, pass_cost=9) == [[0], [2], [1, 3, 4]]  # 80 + 70 < 2 x 80 - 9
+
+
+def test_pairs_stay_together_and_in_order():
+    assert microbatches([3, 80, 76, 2, 11, 12], most_rows=4, pass_cost=10, together=2) == [[0, 1, 2, 3], [4, 5]]
+    assert microbatches([3, 8, 70, 2, 11, 9], most_rows=2, pass_cost=10, together=2) == [[2, 3], [4, 5], [0, 1]]
+
+
+def test_as_few_microbatches_as_possible_are_cut_where_that_saves_most():
+    assert microbatches([9, 1, 1, 8, 1, 9], most_rows=4, pass_cost=FEWEST) == [[0, 3, 5], [1, 2, 4]]
+
+
+def test_a_limit_of_tokens_counts_padding_and_lets_a_longer_row_be_alone():
+    assert microbatches([30, 130, 50, 60], most_rows=4, pass_cost=FEWEST, most_tokens=120) == [[1], [2, 3], [0]]
+
+
+def test_the_largest_microbatches_are_halved_where_another_process_has_more():
+    assert at_least(1, [[0, 1], [2]]) == [[0, 1], [2]]
+    assert at_least(4, [[4, 5], [0, 1, 2, 3]]) == [[4], [5], [0, 1], [2, 3]]
+    assert at_least(3, [[0, 1, 2, 3, 4, 5]], together=2) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_lengths_are_those_of_encoder_and_decoder_together():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    read = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    batch = TokenBatch(mask.long(), mask, mask, mask.float())
+    assert row_lengths(batch) == [2, 1]
+    assert row_lengths(batch.replace(encoder_tokens=read.long(), encoder_mask=read)) == [3, 5]
+
+
+@pytest.mark.parametrize("together, sizes", [(1, [(1, 16), (3, 5)]), (2, [(2, 16), (2, 5)])])
+def test_a_step_computes_long_rows_apart_and_keeps_blocks_together(tmp_path, monkeypatch, together, sizes):
+    monkeypatch.setattr(AccelerateSFTTrainer, "rows_together", together)
+    seen = []
+    monkeypatch.setattr(AccelerateSFTTrainer, "loss", watched(AccelerateSFTTrainer.loss, seen), raising=True)
+    monkeypatch.setitem(PASS_COST, "cpu", 1)
+    config = tiny_config(tmp_path, "SFT", train={"batch_size": 4, "total_steps": 2})
+    trlx.train(samples=["abc", "a" * 14, "abc", "bca"], config=config)
+    assert seen[-2:] == sizes  # the first step also checks the loss
+
+
+def watched(loss, seen):
+    def watching(self, outputs, batch):
+        seen.append(tuple(batch.tokens.shape))
+        return loss(self, outputs, batch)
+
+    return watching
