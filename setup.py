@@ -17,6 +17,7 @@ REQUIRES = [
     "numpy>=1.26",
     "safetensors>=0.5",
     "tokenizers>=0.22",
+    "psutil>=5.9",  # accelerate brings it
     "rich>=13",
     "tqdm>=4.66",
     "httpx2>=2.0,<3",  # transformers brings it

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from trlx.methods.masked import finish, merge_packed, pack
 from trlx.methods.units import Unit
 from trlx.models.adapters import AdaptedPolicy, AdapterOff, adapted_model, build_adapted_policy
 from trlx.models.architecture import architecture_for
-from trlx.models.decoder import output_head
+from trlx.models.decoder import has_dropout, output_head
+from trlx.models.frozen import FrozenTrunk, free_memory, frozen_trunk
 from trlx.models.limits import check_positions, check_vocabulary
 from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
 from trlx.models.reference import Reference, digest
@@ -106,8 +107,16 @@ class AccelerateBackend(Backend):
             self.reference = kind(self.policy, self.sharding.exchange) if needs.reference else None
         with self.sharding.unsharded():
             self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
+        self.trunk = self._frozen_trunk(train.cache_hidden_states, needs.dropout)
         self.scheduler_at = partial(make_scheduler, scheduler, prepared)
         self.scheduler = self.scheduler_at(0)
+
+    def _frozen_trunk(self, setting: str | int, dropout: bool) -> FrozenTrunk | None:
+        # sharded weights are gathered as the blocks run
+        if setting == "off" or not self.sharding.independent or (dropout and has_dropout(self.policy.model)):
+            return None
+        free = free_memory(self.device) // self.accelerator.num_processes
+        return frozen_trunk(self.policy, free // 4 if setting == "auto" else setting, self.accelerator.autocast)
 
     def sampler(self) -> Sampler:
         return DecodingSampler(self.policy, self.device, self.for_sampling)
@@ -139,7 +148,8 @@ class AccelerateBackend(Backend):
             for rows in self.microbatches(batch):
                 microbatch = batch.rows(rows).to(self.device)
                 width = microbatch.tokens.shape[1]
-                outputs = self.policy(*_columns(microbatch), values=values is not None)
+                with self._skipping(batch.rows(rows)):
+                    outputs = self.policy(*_columns(microbatch), values=values is not None)
                 logprobs[rows, :width] = outputs.logprobs.cpu()
                 if values is not None:
                     values[rows, :width] = outputs.values.cpu()
@@ -160,7 +170,9 @@ class AccelerateBackend(Backend):
             microbatch = batch.rows(rows).to(self.device)
             with nullcontext() if rows is last else self.sharding.accumulating():
                 began = time.perf_counter()
-                summed, metrics = loss(self.sharding.wrapped(*_columns(microbatch)), microbatch)
+                with self._skipping(batch.rows(rows)):
+                    outputs = self.sharding.wrapped(*_columns(microbatch))
+                summed, metrics = loss(outputs, microbatch)
                 halfway = time.perf_counter()
                 self.sharding.backward(summed * loss_factor)
             seconds["time/forward"] += halfway - began
@@ -172,6 +184,14 @@ class AccelerateBackend(Backend):
         if not skipped:
             self.scheduler.step()
         return self._means(packed) | {"grad_norm": norm, "skipped_steps": float(skipped), **rates} | seconds
+
+    def forget_rows(self) -> None:
+        if self.trunk is not None:
+            self.trunk.forget()
+
+    def _skipping(self, microbatch: TokenBatch) -> AbstractContextManager:
+        """Inside the block the policy, which must read `microbatch`, does not compute its frozen blocks again."""
+        return nullcontext() if self.trunk is None else self.trunk.skipped(microbatch, self.device)
 
     def _means(self, found: list[tuple[list[str], Tensor]]) -> dict[str, float]:
         names = found[0][0]

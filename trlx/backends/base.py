@@ -175,6 +175,9 @@ class Backend(ABC):
             not finite and nothing was updated), ``learning_rate_group_<i>``, ``time/forward`` and ``time/backward``.
         """
 
+    def forget_rows(self) -> None:
+        """Drops what is kept of the rows so far, because a new collection follows."""
+
     @abstractmethod
     def update_heads(self, fn: Callable[[torch.nn.Module], None]) -> None:
         """Calls `fn` with the module of the heads, without gradient, on every process (ILQL target sync)."""

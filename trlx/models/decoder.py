@@ -128,6 +128,16 @@ def disable_dropout(model: PreTrainedModel, *others: nn.Module) -> None:
             module.config = quiet
 
 
+def has_dropout(model: PreTrainedModel) -> bool:
+    """Whether the model computes something else in train mode."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or any(isinstance(v, float) and v > 0 and any(part in name for part in _DROPOUT_NAMES) for name, v in own)
+        for module in model.modules()
+        for own in [list(vars(module).items())]
+    )
+
+
 @contextmanager
 def probing(model: PreTrainedModel) -> Iterator[Tensor]:
     """Yields a few token ids [1, T] for a check at construction, in evaluation mode, without gradients and without

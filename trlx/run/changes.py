@@ -34,6 +34,7 @@ ADAPTED = {
     "config.optimizer": "in use from here on",
     "config.scheduler": "the learning rate goes on at the run's step of the new schedule",
     "config.train.batch_size": "the present pass goes on at its next row, in batches of the new size",
+    "config.train.cache_hidden_states": "numbers are the same up to rounding",
     "config.train.max_grad_norm": "in use from here on",
     "config.train.minibatch_size": "numbers are the same up to rounding; dropout masks differ",
     "config.train.tokens_per_microbatch": "numbers are the same up to rounding; dropout masks differ",

@@ -114,6 +114,7 @@ class OnlineTrainer(Trainer):
 
     def collect(self) -> Store:
         began, self.pending = time.perf_counter(), {}
+        self.backend.forget_rows()
         rollouts = self.sample(self.stream.take(self.rows_per_epoch // self.samples_per_prompt))
         self.report(rollouts)
         batch = self.backend.row_format.collate(rollouts, self.tokenizer.pad_token_id)

@@ -1,0 +1,118 @@
+"""The output of frozen blocks is kept: it is computed once for each row, and training comes out the same."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import trlx
+from tests.builders import tiny_gpt2_config
+from tests.runs import PROMPTS, run, share_of_a, tiny_config, weights
+from tests.unit.test_families import config_of
+from tests.unit.tiny_models import FAMILIES
+from trlx.batch import Rollout
+from trlx.data.collate import collate
+from trlx.models.decoder import blocks
+from trlx.models.frozen import frozen_trunk
+from trlx.models.policy import build_policy
+from trlx.trainer.accelerate import AcceleratePPOTrainer, AccelerateSFTTrainer
+
+TOP = {"model_path": tiny_gpt2_config(), "num_layers_unfrozen": 1}
+ROWS = collate([Rollout([5, 6], [7, 8, 9]), Rollout([5], [7]), Rollout([9, 6, 5], [7, 8])], 0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("layers", "value_layers", "frozen"), [(1, 0, 2), (0, 0, 3), (1, 2, 1), (3, 0, 0)])
+def test_every_family_can_skip_its_frozen_blocks(name, layers, value_layers, frozen):
+    model = AutoModelForCausalLM.from_config(config_of(name))
+    assert len(blocks(model)) == 3
+    settings = {"value_head": True, "value_layers": value_layers, "dropout": False}
+    policy = build_policy(model, num_layers_unfrozen=layers, **settings).eval()
+    trunk = frozen_trunk(policy, 1e9)
+    if layers == 3:
+        # with tied embeddings the lowest block is above frozen embeddings all the same
+        assert trunk is None
+        return
+    assert len(trunk.frozen) == frozen
+    columns = ROWS.tokens, ROWS.attention_mask, ROWS.response_mask
+    expected = policy(*columns)
+    for _ in range(2):
+        with trunk.skipped(ROWS, "cpu"):
+            found = policy(*columns)
+        torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found.values, expected.values, atol=1e-6, rtol=0)
+    assert torch.equal(policy(*columns).logprobs, expected.logprobs)
+
+
+def backend_of(folder, **train):
+    config = tiny_config(folder, "PPO", model=TOP, train=train)
+    return AcceleratePPOTrainer(config, reward_fn=share_of_a).backend
+
+
+def rows_computed(backend, block):
+    """A list that gets the number of rows at each run of a block."""
+    counted = []
+    own = blocks(backend.policy.model)[block].ln_1
+    own.register_forward_hook(lambda module, args, output: counted.append(len(output)))
+    return counted
+
+
+def use(backend):
+    """What a collection and two passes over it compute."""
+    backend.evaluate(ROWS)
+    backend.evaluate(ROWS, reference=True)
+    for _ in range(2):
+        backend.train_step(ROWS, lambda outputs, batch: (outputs.logprobs.sum(), {}))
+
+
+def test_frozen_blocks_run_once_for_each_row_and_the_others_each_time(tmp_path):
+    backend = backend_of(tmp_path)
+    lower, upper = rows_computed(backend, 0), rows_computed(backend, -1)
+    use(backend)
+    assert (sum(lower), sum(upper)) == (3, 12)
+    backend.forget_rows()
+    backend.evaluate(ROWS)
+    assert (sum(lower), sum(upper)) == (6, 15)
+
+
+def test_rows_that_do_not_fit_are_computed_each_time_and_off_keeps_none(tmp_path):
+    width = TOP["model_path"].n_embd
+    lower = rows_computed(backend := backend_of(tmp_path, cache_hidden_states=7 * width * 4), 0)
+    use(backend)
+    # five tokens and two fit, the other five do not
+    assert sum(lower) == 1 + 1 + 4
+    lower = rows_computed(backend := backend_of(tmp_path, cache_hidden_states=False), 0)
+    use(backend)
+    assert sum(lower) == 12 and backend.trunk is None
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "ILQL", "DPO"])
+@pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": True}])
+def test_training_comes_out_the_same(tmp_path, algorithm, train):
+    method = {"num_value_layers_unfrozen": 2} if algorithm == "PPO" else {}
+    model = {"model_path": tiny_gpt2_config(layers=3), "num_layers_unfrozen": 1}
+    sgd = {"name": "sgd", "kwargs": {"lr": 0.1}}
+    for setting in ("auto", "off"):
+        changes = {"cache_hidden_states": setting, "total_steps": 4, **train}
+        trainer = run(algorithm, tmp_path / setting, model=model, method=method, optimizer=sgd, train=changes)
+        assert (trainer.backend.trunk is None) == (setting == "off")
+    on, off = weights(tmp_path / "auto"), weights(tmp_path / "off")
+    assert max(float((on[name] - off[name]).abs().max()) for name in on) < 1e-6
+
+
+def test_a_new_collection_drops_the_rows_of_the_last_one(tmp_path):
+    config = tiny_config(tmp_path, "PPO", model=TOP, train={"total_steps": 7, "eval_interval": 99})
+    trainer = trlx.train(config=config, reward_fn=share_of_a, prompts=PROMPTS)
+    assert trainer.schedule.epoch == 1  # in the second collection
+    assert 0 < len(trainer.backend.trunk.kept) <= config.method.num_rollouts
+
+
+def test_what_has_dropout_or_an_adapter_below_runs_whole(tmp_path):
+    dropping = tiny_gpt2_config(resid_pdrop=0.1)
+    config = tiny_config(tmp_path, "SFT", model={"model_path": dropping, "num_layers_unfrozen": 1})
+    assert AccelerateSFTTrainer(config).backend.trunk is None
+    pytest.importorskip("peft")
+    for layers, frozen in ((None, None), ([1], 1)):
+        adapter = {"peft_type": "LORA", "r": 2, "layers_to_transform": layers}
+        config = tiny_config(tmp_path, "SFT", model={"model_path": tiny_gpt2_config(), "peft_config": adapter})
+        trunk = AccelerateSFTTrainer(config).backend.trunk
+        assert (trunk and len(trunk.frozen)) == frozen

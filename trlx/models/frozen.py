@@ -1,0 +1,179 @@
+"""What the frozen blocks at the bottom of a model return, computed once for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from trlx.batch import TokenBatch
+from trlx.models.decoder import blocks, probing
+from trlx.models.heads import ValueBranch
+from trlx.models.policy import Policy
+
+
+class FrozenTrunk:
+    """Keeps the output of the frozen blocks at the bottom of a policy's model for each row that was computed.
+
+    No update changes this output, and it is the same for policy and reference. Rows are known by their tokens.
+
+    Args:
+        frozen: the frozen blocks, bottom first.
+        is_tuple: whether they return it as the first of several.
+        budget: the most bytes to keep. What does not fit is computed each time.
+        around: returns a context in which the model runs, e.g. autocast.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        frozen: list[nn.Module],
+        is_tuple: bool,
+        budget: float = float("inf"),
+        around: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.policy, self.frozen, self.is_tuple = policy, frozen, is_tuple
+        self.budget, self.around = budget, around
+        self.kept: dict[bytes, Tensor] = {}
+        self.size = 0
+
+    def forget(self) -> None:
+        """Drops what is kept, because other rows follow."""
+        self.kept.clear()
+        self.size = 0
+
+    @contextmanager
+    def skipped(self, batch: TokenBatch, device: torch.device | str) -> Iterator[None]:
+        """Inside the block the model does not run its frozen blocks: it must read `batch`, for which they are known."""
+        padded = nn.utils.rnn.pad_sequence(self._states(batch, device), batch_first=True)
+        with self.returning(nn.functional.pad(padded, (0, 0, 0, batch.tokens.shape[1] - padded.shape[1]))):
+            yield
+
+    @contextmanager
+    def returning(self, states: Tensor) -> Iterator[None]:
+        """Inside the block the frozen blocks compute nothing and return `states` [B, T, d]."""
+        output = (states, None) if self.is_tuple else states
+        with ExitStack() as stack:
+            for block in self.frozen:
+                stack.callback(_set_forward, block, vars(block).get("forward"))
+                block.forward = lambda *args, **kwargs: output
+            yield
+
+    @torch.no_grad()
+    def compute(self, tokens: Tensor, encoder_tokens: Tensor | None, encoder_mask: Tensor | None) -> Tensor:
+        """The output [B, T, d] of the frozen blocks; those above them do not run."""
+
+        def stop(block: nn.Module, args: tuple, output: Any) -> None:
+            raise _Reached(output[0] if self.is_tuple else output)
+
+        hook = self.frozen[-1].register_forward_hook(stop)
+        try:
+            with self.around():
+                self.policy.architecture.states(tokens, encoder_tokens, encoder_mask)
+        except _Reached as reached:
+            return reached.args[0]
+        finally:
+            hook.remove()
+        raise RuntimeError("The model did not run its frozen blocks")
+
+    def _states(self, batch: TokenBatch, device: torch.device | str) -> list[Tensor]:
+        """For each row [its number of tokens, d]."""
+        keys = _keys(batch)
+        missing = [row for row, key in enumerate(keys) if key not in self.kept]
+        found = {key: self.kept[key] for key in keys if key in self.kept}
+        if missing:
+            rows = batch.rows(missing).to(device)
+            states = self.compute(rows.tokens, rows.encoder_tokens, rows.encoder_mask)
+            lengths = batch.attention_mask[missing].sum(dim=1).tolist()
+            for row, length, each in zip(missing, lengths, states, strict=True):
+                found[keys[row]] = each[:length]
+                self._keep(keys[row], each[:length])
+        return [found[key] for key in keys]
+
+    def _keep(self, key: bytes, states: Tensor) -> None:
+        size = states.numel() * states.element_size()
+        if self.size + size <= self.budget and key not in self.kept:
+            self.size += size
+            self.kept[key] = states.clone()
+
+
+class _Reached(Exception):
+    """Ends a forward pass; holds the output of the last frozen block."""
+
+
+def frozen_trunk(
+    policy: Policy, budget: float, around: Callable[[], AbstractContextManager] = nullcontext
+) -> FrozenTrunk | None:
+    """What keeps the outputs of the frozen blocks of `policy`, or None where that is not possible.
+
+    It is not if the embeddings or the lowest block train or have an adapter, or if the blocks above the frozen ones
+    read more than their output. The frozen blocks must have no dropout.
+    """
+    stack = list(blocks(policy.model))
+    top = len(policy.value_head.blocks) if isinstance(policy.value_head, ValueBranch) else 0
+    outputs: list[Any] = []
+    with probing(policy.model) as tokens, ExitStack() as hooks, torch.enable_grad():
+        for block in stack:
+            hooks.callback(block.register_forward_hook(lambda *call: outputs.append(call[-1])).remove)
+        policy.architecture.states(tokens, tokens, torch.ones_like(tokens))
+    if len(outputs) != len(stack):
+        return None
+    is_tuple = isinstance(outputs[0], tuple)
+    states = [output[0] if is_tuple else output for output in outputs]
+    count = min(_first_that_trains(states, policy.model), len(stack) - top)
+    if count == 0:
+        return None
+    found = FrozenTrunk(policy, stack[:count], is_tuple, budget, around)
+    return found if _agrees(found) else None
+
+
+def _first_that_trains(states: list[Tensor], model: nn.Module) -> int:
+    """The index of the first of `states` that depends on a weight that trains; their number if none does."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for index, each in enumerate(states):
+        # activation checkpointing lets the embeddings' output require gradients that no weight gets
+        if weights and each.requires_grad:
+            found = torch.autograd.grad(each.sum(), weights, allow_unused=True, retain_graph=True)
+            if any(gradient is not None for gradient in found):
+                return index
+    return len(states)
+
+
+def free_memory(device: torch.device) -> int:
+    """The number of bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _agrees(trunk: FrozenTrunk) -> bool:
+    """Whether the model computes the same from the kept output as from tokens."""
+    states = trunk.policy.architecture.states
+    with probing(trunk.policy.model) as tokens:
+        mask = torch.ones_like(tokens)
+        kept, expected = trunk.compute(tokens, tokens, mask), states(tokens, tokens, mask)
+        states(tokens.flip(1), tokens, mask)  # in case modules remember something of their last call
+        try:
+            with trunk.returning(kept):
+                return torch.equal(states(tokens, tokens, mask), expected)
+        except (TypeError, ValueError, AttributeError, IndexError):
+            return False
+
+
+def _keys(batch: TokenBatch) -> list[bytes]:
+    """The tokens of each row without padding, also the encoder's."""
+    parts = [(batch.tokens, batch.attention_mask)]
+    if batch.encoder_tokens is not None:
+        parts.append((batch.encoder_tokens, batch.encoder_mask))
+    rows = [[row[used].numpy().tobytes() for row, used in zip(*part, strict=True)] for part in parts]
+    return [b"|".join(each) for each in zip(*rows, strict=True)]
+
+
+def _set_forward(module: nn.Module, forward: Callable | None) -> None:
+    """Gives `module` its own `forward` back; None: that of its class."""
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
