@@ -65,7 +65,11 @@ def test_the_curves_of_both_backends_agree(tmp_path, algorithm):
         assert counts[0] == counts[1]
         for mine, theirs in zip(one, other, strict=True):
             assert mine.keys() == theirs.keys()
-            shown = [name for name in mine if name != "padding_percentage"]  # each process trims its own rows
+            left_out = {"padding_percentage"}  # each process trims its own rows
+            # before the first update the policy is the reference: which answer it prefers is a matter of rounding
+            if abs(mine.get("margin", mine.get("eval/margin", 1.0))) < 1e-6:
+                left_out |= {"accuracy", "eval/accuracy"}
+            shown = [name for name in mine if name not in left_out]
             assert [theirs[name] for name in shown] == pytest.approx([mine[name] for name in shown], abs=1e-4, rel=1e-4)
         exported = [
             loader.from_pretrained(newest(tmp_path / name) / "hf_model").state_dict() for name in ("accelerate", folder)

@@ -124,16 +124,16 @@ def frozen_trunk(
         return None
     is_tuple = isinstance(outputs[0], tuple)
     states = [output[0] if is_tuple else output for output in outputs]
-    count = min(_first_that_trains(states, policy.model), len(stack) - top)
+    count = min(_first_that_trains(states, policy), len(stack) - top)
     if count == 0:
         return None
     found = FrozenTrunk(policy, stack[:count], is_tuple, budget, around)
     return found if _agrees(found) else None
 
 
-def _first_that_trains(states: list[Tensor], model: nn.Module) -> int:
+def _first_that_trains(states: list[Tensor], policy: Policy) -> int:
     """The index of the first of `states` that depends on a weight that trains; their number if none does."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
     for index, each in enumerate(states):
         # activation checkpointing lets the embeddings' output require gradients that no weight gets
         if weights and each.requires_grad:
