@@ -159,25 +159,21 @@ def test_a_sampler_that_nobody_knows_or_an_argument_that_it_does_not_take_is_ref
             trainers.get(config.train.trainer)(config)
 
 
-def test_a_model_whose_frozen_blocks_run_once_trains_as_the_whole_one_does(printed):
+def test_a_model_whose_activations_wait_on_the_host_trains_as_any_other(printed, monkeypatch):
     import trlx
 
-    module, weights, runs = importlib.import_module("cached_trunk"), [], []
-    learn = module.CachedTrunk._learn
-    module.CachedTrunk._learn = lambda self, *args: (runs.append(1), learn(self, *args))[1]
-    for kind in ("causal", "cached_trunk"):
-        config = tiny_config(
-            printed / kind,
-            "PPO",
-            model={"model_arch_type": kind, "num_layers_unfrozen": 1},
-            method={"num_rollouts": 4, "chunk_size": 4, "ppo_epochs": 4, "gen_kwargs": {"min_new_tokens": 6}},
-            train={"total_steps": 4, "batch_size": 4},
-        )
+    importlib.import_module("offloaded")
+    weights, moved = [], []
+    own = torch.autograd.graph.save_on_cpu
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda **given: (moved.append(given), own(**given))[1])
+    for kind in ("causal", "offloaded"):
+        assert not moved
+        model, train = {"model_arch_type": kind}, {"total_steps": 4, "batch_size": 4}
+        config = tiny_config(printed / kind, "PPO", model=model, train=train)
         trainer = trlx.train(reward_fn=share_of_a, prompts=["ab"], config=config)
         weights.append(dict(trainer.backend.policy.state_dict()))
-    assert all(torch.allclose(weights[1][name], value, atol=1e-6) for name, value in weights[0].items())
-    # once for the check of the logits, once for the collection; its four passes find what they need
-    assert len(trainer.backend.policy.architecture.frozen) == 1 and len(runs) == 2
+    assert moved and moved[0] == {"pin_memory": False}
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
 
 
 def test_the_changed_ppo_adds_its_term_and_the_own_pipeline_its_words(printed):
