@@ -1,5 +1,7 @@
 """Where the sampler's own log-probabilities and values stand in for a pass of the policy over its samples."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,13 @@ def test_after_the_first_collection_the_sampler_says_log_probabilities_and_value
         assert passes_of_a_collection(trainer)[1] == [False, True]
     assert trainer._is_exact is True and trainer.pending["rollouts/logprob_gap/max"] < 1e-5
     generate = trainer.sampler.generate
+    for distance, exact in ((1e-3, False), (1e-6, True)):
+        trainer._is_exact = None
+        trainer.sampler.generate = lambda *args, by=distance: [
+            replace(sample, logprobs=[number - by for number in sample.logprobs]) for sample in generate(*args)
+        ]
+        trainer.collect()
+        assert trainer._is_exact is exact
     trainer.sampler.generate = lambda *args: [*generate(*args)[:-1], Sample([4, 2])]
     assert passes_of_a_collection(trainer)[1] == [False, True]  # one row says nothing
     trainer.sampler.generate = generate

@@ -42,7 +42,8 @@ class Reader:
         """[B, d], the hidden state after the last token of each row."""
         self.real = _joined([real for _, real, _ in read], 1).repeat_interleave(copies, 0)
         self.cache = DynamicCache()
-        for layers in zip(*(cache.layers for *_, cache in read), strict=True):
+        while read[0][-1].layers:  # taken one by one, so that memory never holds the whole cache twice
+            layers = [cache.layers.pop(0) for *_, cache in read]
             joined = (_joined([getattr(layer, name) for layer in layers], 2) for name in ("keys", "values"))
             self.cache.layers.append(_Layer(*(each.repeat_interleave(copies, 0) for each in joined)))
 
