@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -128,6 +129,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
         return limits()
     load = WORKLOADS[options.workload]
+    if options.no_warm_up:
+        load = replace(load, warm_up=0)
     found = runner(options.contender)(tiny(load) if options.tiny else load)
     return {**found, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
@@ -140,6 +143,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="runs of each contender")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     parser.add_argument("--tiny", action="store_true", help="sizes of a second, to try the benchmark itself")
+    parser.add_argument("--no-warm-up", action="store_true", help="half the time, but the first collection is measured")
     parser.add_argument("--contender", choices=CONTENDERS, help="run this one alone, in this process")
     parser.add_argument("--limits", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -148,7 +152,8 @@ def main() -> None:
         return
     if len(contenders(WORKLOADS[options.workload])) <= len(WORKLOADS[options.workload].contenders):
         print("TRL is not installed, so its trainers are left out: pip install 'trlx[bench]'")
-    result = compare(options.workload, options.pairs, *(["--tiny"] if options.tiny else []))
+    flags = {"--tiny": options.tiny, "--no-warm-up": options.no_warm_up}
+    result = compare(options.workload, options.pairs, *(flag for flag, given in flags.items() if given))
     show(options.workload, result)
     if options.out:
         options.out.write_text(json.dumps({"environment": environment(), options.workload: result}, indent=1) + "\n")

@@ -57,12 +57,13 @@ class Workload:
         return self.epochs * -(-self.rows * self.group // self.batch_size)
 
 
-PPO = Workload("ppo", ("plain",), epochs=4)
+# the first collection of a run is not like the others: trlx compares the sampler with the policy there
+PPO = Workload("ppo", ("plain",), epochs=4, warm_up=1)
 WORKLOADS = {
     # the model and the sizes of examples/randomwalks
     "randomwalks": replace(
         PPO, layers=6, width=144, vocab=24, rows=128, prompt_length=1, new_tokens=9, batch_size=100, iterations=20,
-        warm_up=1, lr=3e-4,
+        lr=3e-4,
     ),
     "gpt2-small": PPO,
     "gpt2-small-2-blocks": replace(PPO, unfrozen=2),
@@ -71,8 +72,8 @@ WORKLOADS = {
     "llama-160m-ragged": replace(PPO, ragged=True, llama=True, vocab=32000),
     "sampling": Workload("sampling", ("generate",), rows=64, ragged=True),
     "sft-ragged": Workload("sft", ("plain", "trl", "trl-packed"), 32, prompt_length=48, new_tokens=80, ragged=True),
-    "grpo-ragged": Workload("grpo", ("trl",), rows=4, group=8, ragged=True),
-    "rloo-ragged": Workload("rloo", ("trl",), rows=4, group=8, ragged=True),
+    "grpo-ragged": Workload("grpo", ("trl",), rows=4, group=8, ragged=True, warm_up=1),
+    "rloo-ragged": Workload("rloo", ("trl",), rows=4, group=8, ragged=True, warm_up=1),
     "dpo-ragged": Workload("dpo", ("trl",), rows=8, group=2, batch_size=8, ragged=True),
     "reward-ragged": Workload("reward", ("trl",), rows=16, group=2, batch_size=8, ragged=True),
 }  # fmt: skip
@@ -81,7 +82,7 @@ WORKLOADS = {
 def tiny(load: Workload) -> Workload:
     """The same work in a second."""
     sizes = {"layers": 2, "width": 16, "heads": 2, "vocab": 2 * PERIOD, "prompt_length": 6, "new_tokens": 8}
-    counts = {"rows": min(load.rows, 4), "group": min(load.group, 2), "batch_size": 4, "iterations": 1, "warm_up": 0}
+    counts = {"rows": min(load.rows, 4), "group": min(load.group, 2), "batch_size": 4, "iterations": 1}
     return replace(load, **sizes, **counts, epochs=1, unfrozen=min(load.unfrozen, 1))
 
 
