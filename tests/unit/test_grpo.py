@@ -174,16 +174,23 @@ def test_the_advantage_of_a_sample_stands_at_each_of_its_tokens(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("reward", "to_go"),
+    ("reward", "penalty", "to_go"),
     [
         # rewards: -0.1, 2; 0.2, -0.1, 4; -0.1, 1; -0.1, -0.1, 4
-        (per_sample, [[1.9, 2], [4.1, 3.9, 4], [0.9, 1], [3.8, 3.9, 4]]),
+        (per_sample, {}, [[1.9, 2], [4.1, 3.9, 4], [0.9, 1], [3.8, 3.9, 4]]),
         # 0.9, 1; 1.2, -0.1, 3; -0.1, 1; 0.9, 0.9, 2
-        (WEIGHTED, [[1.9, 1], [4.1, 2.9, 3], [0.9, 1], [3.8, 2.9, 2]]),
+        (WEIGHTED, {}, [[1.9, 1], [4.1, 2.9, 3], [0.9, 1], [3.8, 2.9, 2]]),
+        # the last of three tokens pays half of 0.6, and those before it see that
+        (
+            WEIGHTED,
+            {"overlong_buffer": 2, "overlong_penalty": 0.6},
+            [[1.9, 1], [3.8, 2.6, 2.7], [0.9, 1], [3.5, 2.6, 1.7]],
+        ),
     ],
 )
-def test_reinforce_plus_plus_whitens_rewards_to_go_over_the_collection(tmp_path, monkeypatch, reward, to_go):
-    trainer = trainer_of(tmp_path, monkeypatch, reward=reward, advantage="reinforce++", kl_in="reward", kl_coef=0.2)
+def test_reinforce_plus_plus_whitens_rewards_to_go_over_the_collection(tmp_path, monkeypatch, reward, penalty, to_go):
+    method = {"advantage": "reinforce++", "kl_in": "reward", "kl_coef": 0.2, **penalty}
+    trainer = trainer_of(tmp_path, monkeypatch, reward=reward, **method)
     flat = [number for row in to_go for number in row]
     mean = sum(flat) / 10
     std = (sum((number - mean) ** 2 for number in flat) / 10) ** 0.5
@@ -206,6 +213,12 @@ def test_groups_whose_scores_are_alike_are_drawn_again_from_other_prompts(tmp_pa
     assert by_row(batch) == [near([-2] * 2), near([2] * 3), near([-3] * 2), near([3] * 3)]
     assert batch.group.tolist() == [0, 0, 1, 1] and trainer.stream.position == 3
     assert trainer.pending["rollouts/groups_alike"] == 0 and len(set(batch.tokens[:, 0].tolist())) == 2
+    # here the second group is drawn again, as the first one of its collection
+    again = [*ANSWERS[:2], [6, EOS], [6, EOS], *ANSWERS[2:]]
+    trainer = trainer_of(tmp_path, monkeypatch, again, advantage="rloo", max_resamplings=1)
+    batch = trainer.collect()
+    assert batch.group.tolist() == [0, 0, 1, 1]
+    assert by_row(batch) == [near([-2] * 2), near([2] * 3), near([-3] * 2), near([3] * 3)]
     trainer = trainer_of(tmp_path, monkeypatch, [[4, EOS]] * 8, advantage="rloo", max_resamplings=1)
     assert by_row(trainer.collect()) == [[0, 0]] * 4  # once is all that was asked for
     assert trainer.pending["rollouts/groups_alike"] == 1 and trainer.stream.position == 4
