@@ -80,6 +80,12 @@ def test_each_loss_weighs_tokens_in_its_own_way(kind, wanted, units):
     found = finish(*pack(metrics))
     assert found["losses/total_loss"] == near(wanted / units)
     assert found["policy/ratio_deviation/max"] == near(1 - 0.75**0.5 if kind == "gspo" else 0.5)
+    ratios = [0.75**0.5] * 2 + [1.1] if kind == "gspo" else [1.5, 0.5, 1.1]
+    assert found["policy/approx_kl"] == near(sum(r - 1 - math.log(r) for r in ratios) / 3)
+    short = batch.replace(attention_mask=torch.tensor([[True] * 3, [True, True, False]]))
+    found = finish(*pack(grpo_loss(outputs, short, kind, 0.6, 0.3, 4)[1]))
+    # 1.5 is clipped, and in GSPO no ratio; 0.5 and 1.1 are inside
+    assert found["padding_percentage"] == near(1 / 6) and found["policy/clipfrac"] == near((kind != "gspo") / 3)
 
 
 def test_the_kl_to_the_reference_is_added_token_by_token():
@@ -219,6 +225,9 @@ def test_groups_whose_scores_are_alike_are_drawn_again_from_other_prompts(tmp_pa
     batch = trainer.collect()
     assert batch.group.tolist() == [0, 0, 1, 1]
     assert by_row(batch) == [near([-2] * 2), near([2] * 3), near([-3] * 2), near([3] * 3)]
+    # a group with one score that differs stays
+    trainer = trainer_of(tmp_path, monkeypatch, [*[[4, EOS]] * 3, [6, EOS]], num_generations=4, max_resamplings=1)
+    assert trainer.collect().group.tolist() == [0] * 4 and trainer.stream.position == 1
     trainer = trainer_of(tmp_path, monkeypatch, [[4, EOS]] * 8, advantage="rloo", max_resamplings=1)
     assert by_row(trainer.collect()) == [[0, 0]] * 4  # once is all that was asked for
     assert trainer.pending["rollouts/groups_alike"] == 1 and trainer.stream.position == 4
@@ -231,6 +240,15 @@ def test_a_reference_is_kept_only_where_there_is_a_kl(tmp_path, monkeypatch):
         assert (needs.reference, needs.value_head, needs.dropout) == (has_reference, False, False)
         assert (batch.ref_logprobs is not None) is has_reference
         assert ("policy/kl" in trainer.pending) is has_reference
+
+
+def test_a_resumed_run_trains_on_a_collection_only_if_it_has_the_reference_that_the_loss_needs(tmp_path, monkeypatch):
+    first = trainer_of(tmp_path, monkeypatch, kl_coef=0.0)
+    first.store = first.collect()
+    for kl_coef, is_kept in ((0.0, True), (0.1, False)):
+        again = trainer_of(tmp_path, monkeypatch, kl_coef=kl_coef)
+        again.load_state_dict(first.state_dict())
+        assert (again.store is not None) == is_kept
 
 
 def test_the_loss_has_every_setting_in_its_place(tmp_path, monkeypatch):
@@ -246,6 +264,14 @@ def test_the_loss_has_every_setting_in_its_place(tmp_path, monkeypatch):
         assert float(trainer.loss(outputs, batch)[0]) == near(wanted)
         assert trainer.unit is (Unit.TOKEN if method["loss_type"] == "dapo" else Unit.SEQUENCE)
     assert trainer_of(tmp_path, monkeypatch, num_iterations=3).passes_per_epoch == 3
+
+
+def test_a_first_update_of_another_policy_than_the_one_that_sampled_is_warned_of(tmp_path, monkeypatch, caplog):
+    trainer = trainer_of(tmp_path, monkeypatch)
+    for step, deviation, warned in ((1, 0.0, False), (2, 0.6, False), (1, 0.6, True)):
+        trainer.schedule.step = step
+        trainer.after_step({"policy/ratio_deviation/max": deviation})
+        assert ("the probability ratio is up to 0.6 away from 1" in caplog.text) == warned
 
 
 RLOO = {"advantage": "rloo", "loss_type": "dapo", "kl_in": "reward"}
