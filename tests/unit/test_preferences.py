@@ -2,6 +2,7 @@
 
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from trlx.backends.accelerate import AccelerateBackend
 from trlx.batch import Rollout, TokenOutputs
 from trlx.data.collate import collate
 from trlx.data.preferences import labelled, pairs
+from trlx.method_configs import DPOConfig
 from trlx.methods.masked import finish, pack
 from trlx.methods.preferences import dpo_loss, kto_loss
 from trlx.methods.units import Unit
+from trlx.trainer.preferences import DPOTrainer
 
 
 def one_pair():
@@ -58,6 +61,9 @@ def test_each_loss_and_its_gradient(settings, loss, chosen, rejected):
     expected = [[0, chosen, chosen], [0, rejected, 0], [0] * 3, [0] * 3]
     assert outputs.logprobs.grad.flatten().tolist() == pytest.approx(sum(expected, []), abs=1e-6)
     assert finish(*pack(found))["loss"] == pytest.approx(loss, abs=1e-6)
+    # the trainer passes each setting on
+    named = {"loss_type" if name == "kind" else name: value for name, value in settings.items()}
+    assert DPOTrainer.loss(SimpleNamespace(method=DPOConfig(**named)), outputs, batch)[0] == summed
 
 
 def test_statistics_are_means_over_pairs_and_rewards_are_beta_times_log_ratios():
@@ -272,10 +278,15 @@ def test_kto_compares_with_the_kl_on_answers_to_other_prompts(tmp_path):
     rollouts, others = trainer.samples.rollouts, trainer.mismatched.rollouts
     assert [r.prompt for r in others] == [r.prompt for r in rollouts]
     assert [r.response for r in others] == [r.response for r in rollouts[1:] + rollouts[:1]]
-    trainer._next_batch()
     batch, backend = trainer.mismatched.rows(slice(None)), trainer.backend
-    gap = (backend.evaluate(batch).logprobs - backend.evaluate(batch, reference=True).logprobs).sum() / 7
-    assert trainer.kl == pytest.approx(max(float(gap), 0), abs=1e-5)
+    gaps = (backend.evaluate(batch).logprobs - backend.evaluate(batch, reference=True).logprobs).sum(dim=1).tolist()
+    others[0].ref_logprobs = [number + 9 for number in others[0].ref_logprobs]
+    gaps[0] -= 9 * len(others[0].response)
+    assert gaps[0] < 0 < sum(gaps[1:])
+    for rows in ([0], [2, 3], range(1, 7)):  # the KL is that of the batch, and never negative
+        trainer.schedule.rows = lambda count, rows=rows: list(rows)
+        trainer._next_batch()
+        assert trainer.kl == pytest.approx(max(sum(gaps[row] for row in rows) / len(rows), 0), abs=1e-5)
     evaluations = [line for line in metrics(tmp_path) if "eval/loss" in line]
     check_held_out(trainer, evaluations)
     assert trainer.best_reward == max(line["eval/accuracy"] for line in evaluations)
