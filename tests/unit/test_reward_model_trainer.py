@@ -1,6 +1,7 @@
 """Reward models: the loss, the token that is scored, what is saved, and a run from pairs to PPO."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -141,10 +142,19 @@ def test_what_is_saved_scores_as_the_trainer_does_in_plain_transformers_and_as_a
     reward = SequenceClassifierReward(str(tmp_path / "reward"))
     assert reward(samples=flat) == pytest.approx(expected, abs=1e-6)
     assert reward(samples=[text + "</s>" for text in flat], tokenizer=char_tokenizer()) == pytest.approx(expected)
+    short = SequenceClassifierReward(str(tmp_path / "reward"), max_length=3)  # the eos has room, too
+    assert short(samples=["abcdef"]) == pytest.approx(reward(samples=["ef"]), abs=1e-6)
     assert all(chosen > rejected for _, _, chosen, rejected in rows)
     last = metrics(tmp_path / "run")[-1]
     assert f"  best     accuracy 1 at step {trainer.best_step}: " in caplog.text
     assert trainer.best_reward == last["eval/accuracy"] == 1 and last["eval/calibration_error"] < 0.2
+    ahead = [chosen - rejected for _, _, chosen, rejected in rows]
+    margins = [pair["margin"] for pair in PAIRS[:3]]
+    losses = [math.log(1 + math.exp(m - a)) for a, m in zip(ahead, margins, strict=True)]
+    wanted = {"loss": sum(losses) / 3, "margin": sum(ahead) / 3, "rewards/mean": sum(expected) / 6}
+    wanted["rewards/std"] = statistics.stdev(expected)
+    assert {name: last[f"eval/{name}"] for name in wanted} == pytest.approx(wanted, abs=1e-5)
+    assert [tuple(row[:2]) for row in rows] == [(f"{chosen}</s>", f"{rejected}</s>") for chosen, rejected in texts]
     if not pad_is_eos:
         config = tiny_config(tmp_path / "ppo", "PPO", train={"total_steps": 2})
         trlx.train(reward_fn=reward, prompts=PROMPTS, config=config)
