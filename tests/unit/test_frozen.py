@@ -8,9 +8,10 @@ import trlx
 from tests.builders import tiny_gpt2_config
 from tests.runs import PROMPTS, run, share_of_a, tiny_config, weights
 from tests.unit.test_families import config_of
+from tests.unit.test_seq2seq import inputs, tiny_policy
 from tests.unit.tiny_models import FAMILIES
 from trlx.batch import Rollout
-from trlx.data.collate import collate
+from trlx.data.collate import EncoderDecoderRows, collate
 from trlx.models.decoder import blocks
 from trlx.models.frozen import frozen_trunk
 from trlx.models.policy import build_policy
@@ -41,6 +42,18 @@ def test_every_family_can_skip_its_frozen_blocks(name, layers, value_layers, fro
         torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-6, rtol=0)
         torch.testing.assert_close(found.values, expected.values, atol=1e-6, rtol=0)
     assert torch.equal(policy(*columns).logprobs, expected.logprobs)
+
+
+def test_a_decoder_that_reads_two_prompts_keeps_two_outputs():
+    rows = [Rollout([5, 6, 2], [7, 8]), Rollout([9, 2], [7, 8])]
+    batch = EncoderDecoderRows(0).collate(rows, pad_id=0)
+    policy = tiny_policy("bart", num_layers_unfrozen=1).eval()
+    trunk = frozen_trunk(policy, 1e9)
+    expected = policy(*inputs(batch)).logprobs
+    with trunk.skipped(batch, "cpu"):
+        found = policy(*inputs(batch)).logprobs
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert len(trunk.kept) == 2 and (expected[0] - expected[1]).abs().max() > 0.01
 
 
 def backend_of(folder, **train):
@@ -80,6 +93,9 @@ def test_rows_that_do_not_fit_are_computed_each_time_and_off_keeps_none(tmp_path
     use(backend)
     # five tokens and two fit, the other five do not
     assert sum(lower) == 1 + 1 + 4
+    backend.forget_rows()  # and then they have room again
+    backend.evaluate(ROWS)
+    assert len(backend.trunk.kept) == 2
     lower = rows_computed(backend := backend_of(tmp_path, cache_hidden_states=False), 0)
     use(backend)
     assert sum(lower) == 12 and backend.trunk is None

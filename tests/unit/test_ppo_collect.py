@@ -110,6 +110,11 @@ def test_a_collection_by_hand(tmp_path):
     assert by_token(batch, "advantages") == near({token: (a - MEAN) / STD for token, a in ADVANTAGES.items()})
 
 
+def test_each_of_several_eos_ends_a_response(tmp_path):
+    trainer = trainer_of(tmp_path, gen_kwargs={"max_new_tokens": 3, "eos_token_id": [EOS, 7]})
+    assert by_token(trainer.collect(), "scores") == near({4: 0, 10: 1, 5: 0, 6: 0, 7: 2, 8: 0, 12: 3})
+
+
 def test_what_is_logged_of_a_collection_by_hand(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.collect()

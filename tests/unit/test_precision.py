@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from tests.builders import tiny_gpt2_config
 from tests.runs import metrics, run
+from tests.unit.test_frozen import ROWS, backend_of
 from trlx.backends import optimizer as optimizers
 from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
 from trlx.config import OptimizerConfig, SchedulerConfig
@@ -54,6 +55,13 @@ def test_ppo_in_bf16_starts_at_the_reference_with_a_ratio_of_one(tmp_path, multi
     assert first["policy/ratio_deviation/max"] < 1e-5
     assert all(weight.dtype == torch.float32 for weight in trainer.backend.policy.parameters())
     assert all(line["skipped_steps"] == 0 for line in metrics(tmp_path) if "skipped_steps" in line)
+
+
+def test_frozen_blocks_whose_output_is_kept_round_as_the_model_does(tmp_path):
+    backend = backend_of(tmp_path, mixed_precision="bf16")
+    found = backend.evaluate(ROWS)
+    backend.trunk = None
+    torch.testing.assert_close(found.logprobs, backend.evaluate(ROWS).logprobs, atol=1e-5, rtol=0)
 
 
 def test_sft_in_bf16_learns_as_in_float32(tmp_path):
