@@ -141,7 +141,8 @@ def test_what_is_saved_scores_as_the_trainer_does_in_plain_transformers_and_as_a
     assert scores_of(tmp_path / "reward", flat) == pytest.approx(expected, abs=1e-6)
     reward = SequenceClassifierReward(str(tmp_path / "reward"))
     assert reward(samples=flat) == pytest.approx(expected, abs=1e-6)
-    assert reward(samples=[text + "</s>" for text in flat], tokenizer=char_tokenizer()) == pytest.approx(expected)
+    for ended in ([text + "</s>" for text in flat], [f"{text}</s>{reward.tokenizer.pad_token * 2}" for text in flat]):
+        assert reward(samples=ended) == pytest.approx(expected, abs=1e-6)
     short = SequenceClassifierReward(str(tmp_path / "reward"), max_length=3)  # the eos has room, too
     assert short(samples=["abcdef"]) == pytest.approx(reward(samples=["ef"]), abs=1e-6)
     assert all(chosen > rejected for _, _, chosen, rejected in rows)

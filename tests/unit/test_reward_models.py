@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, GPT2ForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import trlx
 from tests.builders import char_tokenizer, tiny_gpt2_config
@@ -83,6 +83,15 @@ def test_several_labels_give_the_probability_of_the_one_asked_for(label):
 def test_a_wrong_label_is_refused_before_training(labels, label, words):
     with pytest.raises(ValueError, match=words):
         SequenceClassifierReward(classifier(labels), char_tokenizer(), label=label)
+
+
+def test_a_language_model_is_not_scored_with_as_its_head_would_be_random(tmp_path):
+    GPT2LMHeadModel(tiny_gpt2_config()).save_pretrained(tmp_path)
+    char_tokenizer().save_pretrained(tmp_path)
+    reward = SequenceClassifierReward(str(tmp_path), label="LABEL_0")
+    words = f"{tmp_path} is a language model, not a classifier .*'score.weight'.*: train one with config='reward'"
+    with pytest.raises(ValueError, match=words):
+        reward(samples=["ab"])
 
 
 @pytest.mark.parametrize(("side", "kept"), [("left", "fgh"), ("right", "abc")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -28,7 +29,8 @@ class SequenceClassifierReward:
 
     The score is the logit of a model with one label, and the probability of `label` for a model with several. The
     policy's eos text at the end of a sample (train.eos_in_outputs) is removed, as the classifier does not know it.
-    Raises an OSError if there is no model of that name, and a ValueError if `label` or the tokenizer does not fit.
+    Raises an OSError if there is no model of that name, and a ValueError if `label` or the tokenizer does not fit, or
+    (when it loads) if the model has no weights for its scores.
 
     Args:
         model: hub name or folder, loaded on the first call, so that only processes that score hold it; or a model.
@@ -83,7 +85,7 @@ class SequenceClassifierReward:
         model, device = self._source, self._device
         if not isinstance(model, PreTrainedModel):
             with no_bars():
-                model = AutoModelForSequenceClassification.from_pretrained(model, dtype=self._dtype or "auto")
+                model = _loaded(model, self._dtype)
             device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
         # decoders classify at the last token that is not this one
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -93,6 +95,9 @@ class SequenceClassifierReward:
         """The model's inputs for each sample, without padding."""
         ends = [self.tokenizer.eos_token_id] if getattr(self.config, "trlx_scores_eos", False) else []
         length = self.max_length and self.max_length - len(ends)
+        if ends:  # it learned from texts with one eos
+            special = "|".join(map(re.escape, (self.tokenizer.eos_token, self.tokenizer.pad_token)))
+            samples = [re.sub(rf"(?:{special})+\Z", "", sample) for sample in samples]
         columns = self.tokenizer(samples, verbose=False, truncation=length is not None, max_length=length)
         for name, rows in columns.items() if ends else ():  # a reward model of trlx reads its score there
             for row in rows:
@@ -112,6 +117,17 @@ class SequenceClassifierReward:
             return logits[:, 0]
         independent = self.config.problem_type == "multi_label_classification"
         return (logits.sigmoid() if independent else logits.softmax(dim=1))[:, self.label]
+
+
+def _loaded(source: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        source, dtype=dtype or "auto", output_loading_info=True
+    )
+    head = sorted(name for name in info["missing_keys"] if not name.startswith(f"{model.base_model_prefix}."))
+    if head:
+        problem = f"is a language model, not a classifier (it has no {head[0]!r})"
+        raise ValueError(f"{source} {problem}: train one with config='reward'")
+    return model
 
 
 def _tokenizer(source: str | PreTrainedTokenizerBase, truncation_side: str) -> PreTrainedTokenizerBase:
