@@ -96,6 +96,17 @@ def test_dialogues_of_which_no_output_is_left_are_dropped_and_counted(tokenizer,
     assert "1 of 2 samples" in record.message
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_samples_that_are_cut_are_counted_in_one_warning(tokenizer, caplog, side):
+    tokenizer.truncation_side = side
+    # with bos and eos 6, 5, 4 and 6 tokens
+    dialogues(["abcd", "abc", ["a", "bc"], ["ab", "abc"]], tokenizer, 6)
+    assert not caplog.records
+    dialogues(["abcd", "abc", ["a", "bc"], ["ab", "abc"]], tokenizer, 5)
+    (record,) = caplog.records
+    assert record.message == f"2 of 4 samples are longer than train.seq_length (5) and were cut on the {side}"
+
+
 def test_scores_stay_with_their_samples_when_others_are_dropped(tokenizer):
     rollouts = dialogues([["abc", "d"], ["a", "b"]], tokenizer, 3, scores=[1.0, 2.0])
     assert [rollout.score for rollout in rollouts] == [2.0]

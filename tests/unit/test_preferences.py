@@ -123,8 +123,21 @@ def test_a_pair_without_room_for_its_answers_is_dropped_whole(caplog):
     rows = [{"prompt": "abcd", "chosen": "a", "rejected": "b"}, {"prompt": "ab", "chosen": "cd", "rejected": "e"}]
     tokenizer = char_tokenizer()
     assert texts(pairs(rows, tokenizer, 4), tokenizer) == [("ab", "cd"), ("ab", "e</s>")]
-    (record,) = caplog.records
-    assert "1 of 2 samples were dropped, because none of one answer's output tokens lies" in record.message
+    dropped, cut = [record.message for record in caplog.records]
+    assert "1 of 2 samples were dropped, because none of one answer's output tokens lies" in dropped
+    assert "1 of 2 samples are longer than train.seq_length (4) and were cut" in cut
+
+
+def test_pairs_of_equal_answers_are_counted_and_teach_nothing(caplog):
+    tokenizer = char_tokenizer()
+    rows = [{"prompt": "a", "chosen": "bcd", "rejected": end} for end in ("bcd", "bca", "b")]
+    assert len(pairs(rows, tokenizer, 9)) == 6
+    assert [record.message.split(",")[0] for record in caplog.records] == ["1 of 3 pairs have two equal answers"]
+    caplog.clear()
+    assert len(pairs(rows, tokenizer, 3)) == 6  # two of the pairs differ only behind the cut
+    assert "2 of 3 pairs have two equal answers" in caplog.text and "so their comparison has no gradient" in caplog.text
+    with pytest.raises(ValueError, match="2 of 2 pairs have two equal answers"):
+        pairs(rows[:2], tokenizer, 3)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ def dialogues(
     first ``context[i]`` messages of chat i are not trained.
 
     Longer samples are cut on the tokenizer's truncation side, but keep a bos in front; samples of a block of `together`
-    consecutive samples keep equal prompts. Samples that lose all output tokens are dropped with one warning, and with
-    each all of its block. Raises a ValueError or TypeError if there are no samples, if one is none of these, or if all
-    lose their output tokens.
+    consecutive samples keep equal prompts. Samples that lose all output tokens are dropped, and with each all of its
+    block. One warning counts the blocks that were cut, another those that were dropped. Raises a ValueError or
+    TypeError if there are no samples, if one is none of these, or if all lose their output tokens.
     """
     samples = sample_list(samples)
     if not samples:
@@ -47,13 +47,21 @@ def dialogues(
     start, side, length = beginning(tokenizer), tokenizer.truncation_side, max_length
     rows = _tokenized(samples, tokenizer, special_tokens, context or [0] * len(samples), together)
     score = iter([0.0] * len(samples) if scores is None else scores)
-    blocks = []
+    kept: list[Rollout] = []
+    cut = 0
     for block in zip(*[rows] * together, strict=True):
         alike = _with_equal_prompts(block, start, side, length)
-        blocks.append([_rollout(_cut(tokens, start, side, length), next(score)) for tokens in alike])
-    kept = [block for block in blocks if None not in block]
-    _report_dropped(len(blocks) - len(kept), len(blocks), max_length, together)
-    return [rollout for block in kept for rollout in block]
+        rollouts = [_rollout(_cut(tokens, start, side, length), next(score)) for tokens in alike]
+        if None not in rollouts:
+            kept += rollouts
+            cut += any(len(tokens) + len(start) * tokens[0][1] > length for tokens in block)
+    total = len(samples) // together
+    _report_dropped(total - len(kept) // together, total, max_length, together)
+    if cut:
+        logger.warning(
+            f"{cut} of {total} samples are longer than train.seq_length ({max_length}) and were cut on the {side}"
+        )
+    return kept
 
 
 def _check(index: int, sample: Any) -> None:

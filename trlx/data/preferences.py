@@ -10,10 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trlx import logging
 from trlx.batch import Rollout
 from trlx.data.chat import is_chat
 from trlx.data.dialogue import dialogues
 from trlx.data.rows import as_list, check_columns, sample_list
+
+logger = logging.get_logger(__name__)
 
 LABELLED = ("prompt", "completion", "label")
 """The columns of answers that are good (label True) or bad."""
@@ -30,10 +33,10 @@ def pairs(
             whole words of texts. A number "margin", which a row may have, becomes the score of its chosen rollout.
 
     Only answers are trained. Prompt and answer together are cut to `max_length` tokens as in `dialogues`. A pair of
-    which one answer has no token left is dropped, with one warning for all.
+    which one answer has no token left is dropped, with one warning for all. Another warning counts equal answers.
 
     Raises:
-        ValueError, TypeError: there are no pairs, or a row is none.
+        ValueError, TypeError: there are no pairs, a row is none, or all pairs have equal answers.
     """
     rows = as_list(samples, "samples")
     columns = ("prompt", "chosen", "rejected")
@@ -47,7 +50,9 @@ def pairs(
         turns += [[prompt, answer] if is_text else [*prompt, *answer] for answer in answers]
         context += [0 if is_text else len(prompt)] * 2
         scores += [_margin(row, index), 0.0]
-    return dialogues(turns, tokenizer, max_length, scores, special_tokens, context, together=2)
+    rollouts = dialogues(turns, tokenizer, max_length, scores, special_tokens, context, together=2)
+    _report_equal(list(zip(rollouts[0::2], rollouts[1::2], strict=True)))
+    return rollouts
 
 
 def labelled(
@@ -87,6 +92,18 @@ def _parts(row: Mapping[str, Any], index: int) -> tuple[Any, Any, Any]:
     if not shared and not isinstance(chosen, str):
         raise ValueError(f"Sample {index}: chosen and rejected begin with different messages: pass the prompt")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _report_equal(both: list[tuple[Rollout, Rollout]]) -> None:
+    equal = sum(chosen.response == rejected.response for chosen, rejected in both)
+    said = (
+        f"{equal} of {len(both)} pairs have two equal answers, or answers that differ only outside train.seq_length, "
+        "so their comparison has no gradient: leave them out, or raise train.seq_length"
+    )
+    if equal == len(both):
+        raise ValueError(said)
+    if equal:
+        logger.warning(said)
 
 
 def _margin(row: Mapping[str, Any], index: int) -> float:
