@@ -18,6 +18,7 @@ from trlx.methods.grpo import UNITS, grpo_loss
 from trlx.methods.masked import finish, pack
 from trlx.methods.units import Unit
 from trlx.rewards.weighted import WeightedRewards
+from trlx.trainer.accelerate import AccelerateGRPOTrainer
 from trlx.trainer.grpo import GRPOTrainer
 
 EOS = 2
@@ -325,3 +326,29 @@ def test_it_starts_at_the_reference_and_changes_only_what_trains(tmp_path, famil
 def test_settings_that_mean_nothing_are_refused(tmp_path, monkeypatch, method, words):
     with pytest.raises(ValueError, match=words):
         trainer_of(tmp_path, monkeypatch, **method)
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "generations", "said"),
+    [
+        (8, 4, ""),
+        (6, 4, "has 8 rollouts, for method.num_rollouts 6 and groups of 4; .* trains on 4 of them, the others on 4"),
+    ]
+    + [(9, 3, "has 9 rollouts, for method.num_rollouts 9 and groups of 3; .* trains on 1 of them, the others on 4")],
+)
+def test_collections_of_other_sizes_than_asked_are_spoken_of(tmp_path, caplog, rollouts, generations, said):
+    method = {"num_rollouts": rollouts, "num_generations": generations}
+    config = tiny_config(tmp_path, "GRPO", method=method, model={"model_path": tiny_gpt2_config()})
+    trainer = AccelerateGRPOTrainer(config=config, reward_fn=lambda samples, **kwargs: [0.0] * len(samples))
+    with caplog.at_level("INFO"):
+        trainer.add_prompt_pipeline(PromptPipeline([[5]], 8, trainer.tokenizer))
+    assert bool(said) == ("A collection has" in caplog.text)
+    assert re.search(said, caplog.text)
+
+
+def test_equal_scores_are_warned_of_once(tmp_path, monkeypatch, caplog):
+    for reward, warnings in ((per_sample, 0), (lambda outputs, **kwargs: [0.5] * len(outputs), 1)):
+        trainer = trainer_of(tmp_path, monkeypatch, reward=reward)
+        trainer.collect()
+        trainer.collect()
+        assert caplog.text.count("All 4 rollouts of this collection have the score 0.5") == warnings

@@ -51,7 +51,7 @@ class OnlineTrainer(Trainer):
 
     def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None):
         self.stream: PromptStream | None = None
-        self._has_warned = self._warned_of_gap = False
+        self._warned: set[str] = set()
         self._is_exact: bool | None = None
         """Whether log-probabilities of sampler and policy were the same; None before they were compared."""
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
@@ -98,6 +98,13 @@ class OnlineTrainer(Trainer):
         self.stream = PromptStream(pipeline, self.config.train.seed)
         self.prompt_digest = pipeline.digest()
         self.scorer.check(pipeline[0].metadata)
+        rows, size = self.rows_per_epoch, self.schedule.batch_size
+        if rows is not None and (rows != self.method.num_rollouts or rows % size):
+            logger.info(
+                f"A collection has {rows} rollouts, for method.num_rollouts {self.method.num_rollouts} and groups of "
+                f"{self.samples_per_prompt}; the last step of each pass trains on {rows % size or size} of them, the "
+                f"others on {size}"
+            )
 
     @property
     def sampling_kwargs(self) -> dict[str, Any]:
@@ -263,11 +270,18 @@ class OnlineTrainer(Trainer):
     def _with_scaled_scores(self, batch: TokenBatch) -> TokenBatch:
         """Clips and scales the scores, and subtracts the penalty of a missing eos, as the config says."""
         scores, stats = self.scale(batch.scores)
-        if self.scale.clipped_all and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
+        sums = batch.scores.sum(dim=1)
+        if self.scale.clipped_all:
+            self._warn_once(
+                "clipped",
                 f"method.cliprange_reward ({self.scale.limit:g}) clips the score of every rollout, so that they are "
-                "all alike: raise it, or write null for no limit"
+                "all alike: raise it, or write null for no limit",
+            )
+        elif len(sums) > 1 and bool((sums == sums[0]).all()):
+            self._warn_once(
+                "equal",
+                f"All {len(sums)} rollouts of this collection have the score {float(sums[0]):g}: equal scores do not "
+                "say which are better",
             )
         self.pending |= {f"rollout_scores/{name}": value for name, value in stats.items()}
         penalty = self.method.missing_eos_penalty
@@ -275,6 +289,11 @@ class OnlineTrainer(Trainer):
             ends = self.rollout_sampling.eos_token_ids
             scores = missing_eos_penalty(scores, batch.tokens, batch.response_mask, ends, penalty)
         return batch.replace(scores=scores)
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(message)
 
     def _compare(self, rollouts: list[Rollout], batch: TokenBatch) -> None:
         """Logs how far the sampler's log-probabilities are from the policy's, and warns once if that is far."""
@@ -286,11 +305,11 @@ class OnlineTrainer(Trainer):
         if self._is_exact is None:
             self._is_exact = self.pending["rollouts/logprob_gap/max"] <= EXACT_GAP
         mean = self.pending["rollouts/logprob_gap/mean"]
-        if mean > LARGE_GAP and not self._warned_of_gap:
-            self._warned_of_gap = True
-            logger.warning(
+        if mean > LARGE_GAP:
+            self._warn_once(
+                "gap",
                 f"The log-probabilities of {type(self.sampler).__name__} are {mean:.2g} nats from the policy's in the "
-                "mean: it samples from other weights or at another temperature"
+                "mean: it samples from other weights or at another temperature",
             )
 
 
