@@ -11,9 +11,8 @@ import trlx.trainer.accelerate
 import trlx.trainer.nemo  # noqa: F401  registers its trainers, as the line above does
 from trlx import logging
 from trlx.config import TrainConfig, TRLConfig, read_yaml
-from trlx.data.preferences import LABELLED
 from trlx.data.prompts import Prompt, PromptPipeline
-from trlx.data.rows import as_list, columns_of
+from trlx.data.rows import as_list, common_method
 from trlx.presets import load_preset, over_preset
 from trlx.registry import pipelines, trainers
 from trlx.rewards.weighted import WeightedRewards
@@ -83,7 +82,7 @@ def train(
     trainer = trainer_class(config=config, **functions, **config.train.trainer_kwargs)
     _feed(trainer, prompts, eval_prompts, samples, rewards)
     if eval_samples is not None:
-        trainer.add_eval_samples(eval_samples, config.train.seq_length)
+        _hold_out(trainer, eval_samples)
     trainer.learn()
     return trainer
 
@@ -102,9 +101,7 @@ def _config(config: Any, model_path, reward_fn, rewards, samples=None) -> TRLCon
     if isinstance(config, (str, Path)):
         config = read_yaml(config) if Path(config).is_file() else load_preset(str(config))
     if isinstance(config, Mapping):
-        columns = columns_of(samples)
-        unrewarded = "dpo" if {"chosen", "rejected"} <= columns else "kto" if {*LABELLED} <= columns else "sft"
-        offline = unrewarded if rewards is None else "ilql"
+        offline = common_method(samples) if rewards is None else "ilql"
         config = over_preset(config, offline if reward_fn is None else "ppo")
     elif not isinstance(config, TRLConfig):
         raise TypeError(f"config must be a TRLConfig, a dict, or the name of a preset or file, got {config!r}")
@@ -121,7 +118,7 @@ def _trainer_class(config: TrainConfig, reward_fn, prompts, samples, rewards) ->
     if found.online:
         _check_online(found.__name__, reward_fn, prompts, samples, rewards, config.batch_size)
     else:
-        _check_offline(found, samples, rewards)
+        _check_offline(found, prompts, samples, rewards)
     check_keywords(found, config.trainer_kwargs, "train.trainer_kwargs", ours=OURS)
     return found
 
@@ -138,7 +135,7 @@ def _check_online(trainer: str, reward_fn, prompts, samples, rewards, batch_size
         )
 
 
-def _check_offline(trainer_class: type[Trainer], samples, rewards) -> None:
+def _check_offline(trainer_class: type[Trainer], prompts, samples, rewards) -> None:
     trainer = trainer_class.__name__
     if samples is None:
         raise ValueError(f"{trainer} learns from samples: pass samples, or set train.trainer to an online trainer")
@@ -148,6 +145,9 @@ def _check_offline(trainer_class: type[Trainer], samples, rewards) -> None:
         raise ValueError(f"{trainer} learns from rewards: pass rewards, one number per sample")
     if not trainer_class.rewarded and rewards is not None:
         raise ValueError(f"{trainer} does not use rewards: leave them out, or use an ILQL trainer")
+    if prompts is not None:  # no error: CarperAI's trlx ignored them, too
+        advice = "write eval_prompts=[...] to sample these" if trainer_class.generates else "leave them out"
+        logger.warning(f"{trainer} learns from samples and ignores prompts: {advice}")
 
 
 def _check_evaluations(trainer_class: type[Trainer], eval_prompts, eval_samples) -> None:
@@ -172,6 +172,14 @@ def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards) -> None:
         prompts = [trainer.tokenizer.bos_token or trainer.tokenizer.eos_token] * global_batch
     if trainer.generates:
         trainer.add_eval_pipeline(_pipeline(prompts[:global_batch] if eval_prompts is None else eval_prompts, trainer))
+
+
+def _hold_out(trainer: Trainer, eval_samples) -> None:
+    try:
+        trainer.add_eval_samples(eval_samples, trainer.config.train.seq_length)
+    except (ValueError, TypeError) as error:
+        error.args = (f"eval_samples: {error}",)
+        raise
 
 
 def _pipeline(prompts: list[Any], trainer: Trainer) -> PromptPipeline:

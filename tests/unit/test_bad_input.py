@@ -6,7 +6,7 @@ import pytest
 
 import trlx
 from tests.builders import char_tokenizer
-from tests.runs import DATA, PROMPTS, TEXTS, share_of_a, tiny_config
+from tests.runs import DATA, LABELS, PAIRS, PROMPTS, TEXTS, share_of_a, tiny_config
 from trlx.api import trainers
 from trlx.rewards.scoring import RewardError
 from trlx.strict import ConfigError
@@ -15,7 +15,7 @@ from trlx.strict import ConfigError
 def train(tmp_path, method="PPO", changes=None, **arguments):
     config = tiny_config(tmp_path, method, **{"train": {"total_steps": 1}, **(changes or {})})
     data = {"reward_fn": share_of_a, "prompts": PROMPTS} if method == "PPO" else {"samples": TEXTS}
-    return trlx.train(config=config, **{**data, **arguments})
+    return trlx.train(**{"config": config, **data, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,17 @@ def test_a_reward_that_takes_too_long_stops_the_run(tmp_path):
         ("SFT", {"samples": [["a", "b", "c"]]}, "Sample 0 has 3 texts"),
         ("SFT", {"samples": None}, "needs reward_fn"),
         ("SFT", {"rewards": [1.0]}, "8 samples but 1 rewards"),
+        ("SFT", {"samples": LABELS + PAIRS, "config": {}}, "Sample 7 has the keys .* rejected, but sample 0 .* label:"),
+        (
+            "SFT",
+            {"samples": ["ab", *LABELS], "config": {}},
+            "Sample 1 has the keys .* but sample 0 has no keys: give all",
+        ),
+        ("SFT", {"samples": PAIRS}, "knows no way .* this is a pair: write config='dpo'"),
+        ("KTO", {"samples": PAIRS}, "Sample 0 must have .* and label, got .*; this is a pair: write config='dpo'"),
+        ("DPO", {"samples": LABELS}, "got .*; this is an answer with a label: write config='kto'"),
+        ("SFT", {"eval_samples": []}, "eval_samples: The list of samples is empty"),
+        ("DPO", {"samples": PAIRS, "eval_samples": LABELS}, "eval_samples: Sample 0 must have prompt and chosen"),
     ],
 )
 def test_wrong_data_is_refused(tmp_path, method, arguments, words):
@@ -98,6 +109,12 @@ def test_wrong_data_is_refused(tmp_path, method, arguments, words):
 def test_settings_that_cannot_work_are_refused(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         train(tmp_path, changes=changes)
+
+
+def test_what_offline_training_ignores_is_told(tmp_path, caplog):
+    train(tmp_path, "SFT", {"train": {"total_steps": 0}}, samples=LABELS, prompts=PROMPTS)
+    assert "AccelerateSFTTrainer learns from samples and ignores prompts: write eval_prompts=" in caplog.text
+    assert "ignores the label of samples: write config='kto' to learn from it" in caplog.text
 
 
 def test_sft_with_nothing_to_train_is_refused(tmp_path):

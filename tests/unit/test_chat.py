@@ -194,6 +194,7 @@ WRONG = [
     (chat("a")[:1] * 2, ValueError, "message 1: a message of user cannot stand after one of user"),
     ([*chat("a"), {"role": "system", "content": "a"}], ValueError, "message 1: a message of system cannot stand after"),
     (chat("a", "b")[1:], ValueError, "message 0: a message of assistant cannot stand at the beginning"),
+    ([{"from": "human", "value": "a"}], ValueError, r"message 0 must have .*; it has .*'value'\]: write \"role\" for"),
 ]
 
 

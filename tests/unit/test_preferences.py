@@ -192,6 +192,11 @@ def test_what_is_no_pair_is_named(row, words):
 
 
 def test_chats_without_a_common_beginning_need_a_prompt():
+    shared = {"chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]}
+    with pytest.raises(
+        ValueError, match=r'Sample 0, message 0 must have "role" and "content"; .*: write "role" for "from"'
+    ):
+        pairs([shared], with_template(PLAIN), 30)
     with pytest.raises(ValueError, match="Sample 0: chosen and rejected begin with different messages"):
         pairs([{"chosen": chat("a", "b"), "rejected": chat("c", "d")}], with_template(PLAIN), 30)
 

@@ -20,6 +20,8 @@ FOLLOWS: dict[str, tuple[str | None, ...]] = {
 }
 """For each role, the roles that the message before it may have; None: it may be the first message."""
 
+SHAREGPT = ': write "role" for "from", "content" for "value", and the roles user for human and assistant for gpt'
+
 
 def is_chat(content: Any) -> bool:
     """Whether a prompt or sample is a list of messages, ``[{"role": "user", "content": "Hi"}, ...]``."""
@@ -141,12 +143,8 @@ def _checked(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, name: 
     kept: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
         where, previous = f"{name}, message {index}", kept[-1]["role"] if kept else None
-        if not isinstance(message, Mapping):
-            raise TypeError(f"{where} must be a dict with role and content, got {repr(message)[:80]}")
-        message = {key: value for key, value in message.items() if value is not None}
-        role, content = message.get("role"), message.get("content", "")
-        if role is None or not message.keys() & {"content", "tool_calls"}:
-            raise ValueError(f'{where} must have "role" and "content"; it has {sorted(map(str, message))}')
+        message = check_keys(message, where)
+        role, content = message["role"], message.get("content", "")
         if role not in FOLLOWS:
             raise ValueError(f"{where} has the role {role!r}; known: {', '.join(FOLLOWS)}")
         if not isinstance(content, str):
@@ -156,3 +154,14 @@ def _checked(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, name: 
             raise ValueError(f"{where}: a message of {role} cannot stand {place}")
         kept.append(message)
     return kept
+
+
+def check_keys(message: Any, where: str) -> dict[str, Any]:
+    """The message without keys whose value is None. Raises an error about `where` if it has no role or no content."""
+    if not isinstance(message, Mapping):
+        raise TypeError(f"{where} must be a dict with role and content, got {repr(message)[:80]}")
+    message = {key: value for key, value in message.items() if value is not None}
+    if "role" not in message or not message.keys() & {"content", "tool_calls"}:
+        found = f"{sorted(map(str, message))}{SHAREGPT if {'from', 'value'} <= message.keys() else ''}"
+        raise ValueError(f'{where} must have "role" and "content"; it has {found}')
+    return message

@@ -12,14 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from trlx import logging
 from trlx.batch import Rollout
-from trlx.data.chat import is_chat
+from trlx.data.chat import check_keys, is_chat
 from trlx.data.dialogue import dialogues
-from trlx.data.rows import as_list, check_columns, sample_list
+from trlx.data.rows import PREFERENCES, as_list, check_columns, sample_list
 
 logger = logging.get_logger(__name__)
-
-LABELLED = ("prompt", "completion", "label")
-"""The columns of answers that are good (label True) or bad."""
 
 
 def pairs(
@@ -66,7 +63,7 @@ def labelled(
         ValueError, TypeError: there are no rows, or a row is not like that.
     """
     rows = as_list(samples, "samples")
-    check_columns(rows, LABELLED)
+    check_columns(rows, PREFERENCES["kto"])
     for index, row in enumerate(rows):
         if row["label"] not in (True, False):
             raise ValueError(f"Sample {index}: label must be True or False, got {row['label']!r}")
@@ -90,6 +87,8 @@ def _parts(row: Mapping[str, Any], index: int) -> tuple[Any, Any, Any]:
     chosen, rejected = given
     shared = _shared_words(chosen, rejected) if isinstance(chosen, str) else _shared_messages(chosen, rejected)
     if not shared and not isinstance(chosen, str):
+        for answer in given:
+            check_keys(answer[0], f"Sample {index}, message 0")
         raise ValueError(f"Sample {index}: chosen and rejected begin with different messages: pass the prompt")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 

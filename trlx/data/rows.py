@@ -7,6 +7,8 @@ from typing import Any
 
 COLUMNS = (("messages",), ("text",), ("prompt", "completion"), ("prompt", "output"), ("prompt", "response"))
 """The sets of columns that samples can be read from."""
+PREFERENCES = {"dpo": ("chosen", "rejected"), "kto": ("prompt", "completion", "label")}
+"""The columns of pairs and of answers with a label, by the preset that learns from them."""
 
 
 def as_list(data: Any, name: str) -> list[Any]:
@@ -22,10 +24,30 @@ def as_list(data: Any, name: str) -> list[Any]:
     return list(data) if isinstance(data, Iterable) else [data[index] for index in range(len(data))]
 
 
-def columns_of(data: Any) -> set[str]:
-    """The columns of a data set or table, or the keys of a list's first row; none if its rows are no dicts."""
-    first = data[0] if isinstance(data, (list, tuple)) and data else None
-    return set(getattr(data, "column_names", getattr(data, "columns", first if isinstance(first, Mapping) else ())))
+def methods_of(samples: Any) -> list[str]:
+    """The preset that learns from rows with such keys, for each row of a list, or once for a data set or table."""
+    if isinstance(samples, (list, tuple)):
+        return [method_of(row) for row in samples]
+    return [method_of(dict.fromkeys(getattr(samples, "column_names", getattr(samples, "columns", ()))))]
+
+
+def method_of(row: Any) -> str:
+    """ "dpo" for a pair, "kto" for an answer with a label, "sft" for any other sample."""
+    keys = {*row} if isinstance(row, Mapping) else set()
+    return next((method for method, columns in PREFERENCES.items() if keys.issuperset(columns)), "sft")
+
+
+def common_method(samples: Any) -> str:
+    """The method of all samples, see `methods_of`. Raises a ValueError if a row has keys of another method's."""
+    methods = methods_of(samples) or ["sft"]
+    for index, method in enumerate(methods):
+        if method != methods[0]:
+            this, first = (
+                f"the keys {', '.join(map(str, row))}" if isinstance(row, Mapping) else "no keys"
+                for row in (samples[index], samples[0])
+            )
+            raise ValueError(f"Sample {index} has {this}, but sample 0 has {first}: give all samples the same keys")
+    return methods[0]
 
 
 def check_columns(rows: list[Any], columns: Iterable[str], why: str = "") -> None:
@@ -36,7 +58,8 @@ def check_columns(rows: list[Any], columns: Iterable[str], why: str = "") -> Non
     """
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping) or any(row.get(column) is None for column in columns):
-            raise ValueError(f"Sample {index} must have {' and '.join(columns)}{why}, got {repr(row)[:80]}")
+            wanted = f"{' and '.join(columns)}{why}"
+            raise ValueError(f"Sample {index} must have {wanted}, got {repr(row)[:80]}{_advice(row, columns)}")
 
 
 def sample_list(samples: Any) -> list[Any]:
@@ -54,7 +77,7 @@ def sample_list(samples: Any) -> list[Any]:
         raise ValueError(
             f"samples have the columns {', '.join(map(str, rows[0]))}, and trlx knows {len(found) or 'no'} "
             f'way{"s" * (len(found) > 1)} to read them: keep "text", "prompt" with one of "completion", "output" and '
-            '"response", or "messages"'
+            f'"response", or "messages"{_advice(rows[0])}'
         )
     content, *answer = found[0]
     check_columns(rows, found[0], " as sample 0 has")
@@ -62,3 +85,11 @@ def sample_list(samples: Any) -> list[Any]:
         return [row[content] for row in rows]
     pairs = [(row[content], row[answer[0]]) for row in rows]
     return [[prompt, output] if isinstance(prompt, str) else [*prompt, *output] for prompt, output in pairs]
+
+
+def _advice(row: Any, columns: Iterable[str] = ()) -> str:
+    """The end of an error about a row that a method of `columns` cannot read: the preset of another method that can."""
+    method = method_of(row)
+    if method == "sft" or {*PREFERENCES[method]} <= {*columns}:
+        return ""
+    return f"; this is {'a pair' if method == 'dpo' else 'an answer with a label'}: write config='{method}'"

@@ -7,13 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
+from trlx import logging
 from trlx.batch import Rollout, TokenBatch, TokenOutputs
 from trlx.data.dialogue import dialogues
+from trlx.data.rows import methods_of
 from trlx.data.store import RolloutStore
 from trlx.methods.masked import Metrics
 from trlx.methods.sft import sft_loss
 from trlx.trainer.base import Trainer
 from trlx.trainer.evaluate import means_over
+
+logger = logging.get_logger(__name__)
 
 
 class SFTTrainer(Trainer):
@@ -21,6 +25,8 @@ class SFTTrainer(Trainer):
 
     def make_experience(self, samples: list[Any], seq_length: int) -> None:
         """Tokenizes the samples: texts, or alternating prompts and outputs; at most `seq_length` tokens each."""
+        if "kto" in methods_of(samples):
+            logger.warning(f"{type(self).__name__} ignores the label of samples: write config='kto' to learn from it")
         self.learn_from(self._dialogues(samples, seq_length))
 
     def add_eval_samples(self, samples: list[Any], seq_length: int) -> None:
