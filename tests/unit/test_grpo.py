@@ -275,6 +275,17 @@ def test_a_first_update_of_another_policy_than_the_one_that_sampled_is_warned_of
         assert ("the probability ratio is up to 0.6 away from 1" in caplog.text) == warned
 
 
+def test_a_chunk_has_as_many_samples_as_chunk_size_says(tmp_path, monkeypatch):
+    sizes = []
+
+    def counted(output_ids):
+        sizes.append(len(output_ids))
+        return per_sample(output_ids)
+
+    trainer_of(tmp_path, monkeypatch, reward=counted).collect()
+    assert sizes == [2, 2]
+
+
 RLOO = {"advantage": "rloo", "loss_type": "dapo", "kl_in": "reward"}
 REINFORCE = {"advantage": "reinforce++", "loss_type": "dapo", "kl_in": "reward", "num_generations": 1}
 LORA = {"peft_config": {"peft_type": "LORA", "r": 4}}

@@ -21,7 +21,7 @@ from trlx.method_configs import DPOConfig
 from trlx.methods.masked import finish, pack
 from trlx.methods.preferences import dpo_loss, kto_loss
 from trlx.methods.units import Unit
-from trlx.trainer.preferences import DPOTrainer
+from trlx.trainer.preferences import DPOTrainer, KTOTrainer
 
 
 def one_pair():
@@ -328,6 +328,15 @@ def check_held_out(trainer, evaluations):
     wanted |= {"rewards/rejected": bad, "accuracy": sum(loss < 0.5 for loss in losses) / 3}
     found = {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
     assert found == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(("trainer", "samples"), [(DPOTrainer, PAIRS), (KTOTrainer, LABELS)])
+@pytest.mark.parametrize("special", [True, False])
+def test_texts_get_the_special_tokens_that_the_model_asks_for(trainer, samples, special):
+    backend = SimpleNamespace(row_format=SimpleNamespace(special_tokens=special))
+    own = SimpleNamespace(tokenizer=char_tokenizer(adds_eos=True), backend=backend)
+    found = trainer.tokenized(own, samples, 16)
+    assert found and all((rollout.prompt[-1] == 2) == special for rollout in found)
 
 
 @pytest.mark.parametrize(("method", "shown"), [("DPO", ["0/6", "4/6", "0/14"]), ("KTO", ["0/3", "0/3", "0/7"])])

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from trlx.sampling.drawing import Drawing
+from trlx.sampling.settings import SamplingConfig
 from trlx.sampling.stopping import Stopper
 
 EOS = 2
@@ -25,6 +27,14 @@ def cut_text(tokenizer, stops, text):
 def test_a_response_is_cut_before_the_first_of_all_stop_sequences(tokenizer):
     assert cut_text(tokenizer, ["##", "c"], "ab##c##") == ("ab", True)
     assert cut_text(tokenizer, ["c", "##"], "ab##c##") == ("ab", True)
+
+
+def test_a_stop_sequence_that_begins_in_the_prompt_ends_nothing(tokenizer):
+    sampling = SamplingConfig(2, do_sample=False, stop=Stopper(tokenizer, ["ab"]))
+    drawing = Drawing(sampling, [ids_of(tokenizer, "a"), ids_of(tokenizer, "c")], torch.zeros(2, 2))
+    for text, done in (("ba", [False, False]), ("ab", [False, True])):
+        logits = torch.nn.functional.one_hot(torch.tensor(ids_of(tokenizer, text)), 40).float()
+        assert drawing.draw(logits, logits)[2].tolist() == done
 
 
 def test_a_response_without_stop_sequence_is_left_as_it_is(tokenizer):
