@@ -154,6 +154,12 @@ def test_a_model_of_the_hub_gets_an_instruction_the_presets_sizes_and_no_teacher
     assert len(given["prompts"][0]["prompt"][0]["content"]) == len(arithmetic.INSTRUCTION) + 13
     config = given["config"]
     assert (config.method.gen_kwargs["max_new_tokens"], config.optimizer.kwargs["lr"]) == (256, 1e-6)
+    # nor does a teacher show the problems that are held out
+    monkeypatch.setattr(arithmetic, "taught", taught := MagicMock(return_value="folder"))
+    arithmetic.main(data="made")
+    lessons, held_out = taught.call_args.args[:2]
+    asked = {row["prompt"][0]["content"] for row in held_out}
+    assert len(held_out) == 132 and asked.isdisjoint(row["question"] for row in lessons)
 
 
 def always_two(samples, **kwargs):

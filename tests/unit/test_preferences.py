@@ -21,7 +21,7 @@ from trlx.method_configs import DPOConfig
 from trlx.methods.masked import finish, pack
 from trlx.methods.preferences import dpo_loss, kto_loss
 from trlx.methods.units import Unit
-from trlx.trainer.preferences import DPOTrainer, KTOTrainer
+from trlx.trainer.preferences import DPOTrainer, KTOTrainer, _mean_log_ratio
 
 
 def one_pair():
@@ -283,8 +283,24 @@ def test_the_loss_of_labelled_answers_and_its_gradient():
     assert logprobs.grad.flatten().tolist() == pytest.approx(slopes, abs=1e-5)
     names = {"loss": 2.5 * 0.320821, "kl": 0.5, "accuracy": 1, "rewards/chosen": 1.0, "rewards/rejected": -0.5}
     assert finish(*pack(found)) == pytest.approx(names, abs=1e-5)
+    assert finish(*pack(_mean_log_ratio(TokenOutputs(logprobs), batch)[1])) == {"log_ratio": pytest.approx(0.5)}
     # at a KL of 2.5 the good answer is on the wrong side
     assert finish(*pack(kto_loss(TokenOutputs(logprobs), batch, 2.5, 0.5)[1]))["accuracy"] == 0.5
+
+
+def test_an_answer_to_another_prompt_is_cut_to_the_room_that_is_left_and_trains_the_same_tokens():
+    own = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(seq_length=5)), store_of=list)
+    rollouts = [Rollout([4, 5, 6], [7]), Rollout([4], [8, 9, 10], trained=[True, False, True])]
+    first, second = KTOTrainer._mismatched(own, rollouts)
+    assert (first.prompt, first.response, first.trained) == ([4, 5, 6], [8, 9], [True, False])
+    assert (second.prompt, second.response, second.trained) == ([4], [7], None)
+
+
+def test_of_a_labelled_chat_only_the_completion_is_trained():
+    tokenizer, whole = with_template(MARKED), chat("a", "b", "c", "d")
+    rows = labelled([{"prompt": whole[:3], "completion": whole[3:], "label": True}], tokenizer, 99)
+    assert texts(rows, tokenizer) == [("u:a<|end|>\na:b<|end|>\nu:c<|end|>\na:", "d<|end|>")]
+    assert rows[0].trained is None and rows[0].score == 1
 
 
 def test_kto_compares_with_the_kl_on_answers_to_other_prompts(tmp_path):
