@@ -7,6 +7,7 @@ import torch
 
 from tests.builders import char_tokenizer
 from trlx.batch import Rollout
+from trlx.rewards import NumberMatch
 from trlx.rewards.calling import OFFERED, Arguments, RewardError, UserFunction
 from trlx.rewards.scoring import Metric, Scorer
 
@@ -140,6 +141,17 @@ def test_what_a_function_asks_for_in_vain_is_named_before_it_is_called():
         Metric(wanting).check([])
     with pytest.raises(TypeError, match="reward_fn must be a function, got 3"):
         Scorer(3, char_tokenizer())
+    with pytest.raises(
+        TypeError, match=r"got 'judge': for a classifier write trlx.SequenceClassifierReward\('judge'\)"
+    ):
+        Scorer("judge", char_tokenizer())
+    with pytest.raises(
+        TypeError, match=r"reward_fn's 'right' must be a function, got the class .*: write NumberMatch\(\)"
+    ):
+        Scorer({"right": NumberMatch}, char_tokenizer())
+    for theirs, ours in (("completions", "outputs"), ("completion_ids", "output_ids")):
+        with pytest.raises(ValueError, match=f"asks for '{theirs}'.* Did you mean '{ours}'"):
+            Scorer(eval(f"lambda prompts, {theirs}, **kwargs: []"), char_tokenizer()).check(["answer"])
 
     async def later(samples):
         return {}

@@ -1,8 +1,10 @@
 """Ready reward functions, on cases worked by hand."""
 
+import math
 import re
 import sys
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
@@ -83,6 +85,27 @@ def test_an_answer_without_a_number_is_refused_with_its_name():
         NumberMatch("right")(outputs=["1"], right=["x"])
 
 
+@pytest.mark.parametrize(
+    "answer", ["1/2", "x = 3 / 4.", "1.5/2", Fraction(1, 2), r"#### \frac{1}{2}", r"\boxed{\dfrac12}"]
+)
+def test_an_answer_that_is_a_fraction_is_refused_as_only_a_part_of_it_would_count(answer):
+    with pytest.raises(ValueError, match="'answer' must be a decimal number, got .*: for fractions take MathMatch"):
+        NumberMatch()(outputs=["0.5"], answer=[answer])
+
+
+def test_an_answer_with_a_fraction_before_its_last_number_is_compared():
+    answers = ["6/2 = 3", "1/2 of 6\n#### 3", r"\frac{6}{2} = 3", "1/12/3", "3 km/h"]
+    assert NumberMatch()(outputs=["3"] * 5, answer=answers) == [1] * 5
+    assert NumberMatch()(outputs=["50", "0.5"], answer=["50%", "50%"]) == [1, 0]
+
+
+@pytest.mark.parametrize("answer", [None, ["4", "5"], {"value": 4}])
+@pytest.mark.parametrize("kind", [ExactMatch, NumberMatch, MathMatch])
+def test_an_answer_that_nothing_can_equal_is_refused(kind, answer, fake):
+    with pytest.raises(ValueError, match="^the prompts' 'right' must be a .*, got "):
+        kind("right")(outputs=["4"], right=[answer])
+
+
 def test_texts_match_without_the_spaces_around_them():
     outputs, answers = [" Paris\n", "paris", "Paris!", "42"], ["Paris", "Paris", "Paris", 42]
     assert ExactMatch()(outputs=outputs, answer=answers) == [1, 0, 0, 1]
@@ -111,6 +134,7 @@ def test_a_format_is_rewarded_wherever_it_stands_and_over_lines():
 def test_length_costs_nothing_up_to_the_start_and_one_at_the_end():
     ids = [[7] * length for length in (0, 4, 5, 8, 9)]
     assert LengthPenalty(4, 8)(output_ids=ids) == [0, 0, -0.25, -1, -1]
+    assert math.copysign(1, LengthPenalty(4, 8)(output_ids=[[7]])[0]) == 1  # not -0.0
 
 
 def test_repetition_costs_the_share_of_ngrams_that_were_there_before():

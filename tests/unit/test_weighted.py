@@ -90,6 +90,7 @@ def test_a_dict_of_functions_is_a_sum_of_parts_with_these_names(tokenizer):
         ({"a": (0.1, lengths)}, r"is a function, or \(function, weight\), got \(0.1, "),
         ({"a": (lengths, float("nan"))}, "nan"),
         ([trlx.WeightedRewards([lengths])], "WeightedRewards object"),
+        ({"mean": (lengths, 1.0)}, "No part of a reward can be called 'mean': reward/mean is another number"),
     ],
 )
 def test_what_is_no_list_of_functions_is_refused(rewards, words):

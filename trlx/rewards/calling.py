@@ -20,6 +20,10 @@ OFFERED = (*RESERVED, "prompt_ids", "output_ids", "ended", "step", "messages")
 BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
+ELSEWHERE = {"completions": "outputs", "completion_ids": "output_ids"}
+"""Arguments of TRL's reward functions, and their names here."""
+
+
 class RewardError(RuntimeError):
     """reward_fn or metric_fn failed, took too long, or returned something wrong."""
 
@@ -69,7 +73,10 @@ class UserFunction:
 
     def __init__(self, name: str, fn: Callable[..., Any], unasked: Sequence[str]):
         if not callable(fn):
-            raise TypeError(f"{name} must be a function, got {repr(fn)[:80]}")
+            hint = f": for a classifier write trlx.SequenceClassifierReward({fn!r})" if isinstance(fn, str) else ""
+            raise TypeError(f"{name} must be a function, got {repr(fn)[:80]}{hint}")
+        if inspect.isclass(fn) and "__call__" in dir(fn):  # its objects are functions
+            raise TypeError(f"{name} must be a function, got the class {fn.__name__}: write {fn.__name__}()")
         self.name = name
         self.fn = fn
         self.unasked = unasked
@@ -80,8 +87,9 @@ class UserFunction:
         provided = [*OFFERED, *metadata]
         for name in self.required:
             if name not in provided:
+                near = suggestion(ELSEWHERE.get(name, name), provided)
                 raise ValueError(
-                    f"{self.name} asks for {name!r}, which nothing provides.{suggestion(name, provided)} There are "
+                    f"{self.name} asks for {name!r}, which nothing provides.{near} There are "
                     f"{', '.join(map(str, provided))}: rename the argument, give it a default, or give every prompt a "
                     f"key {name!r}"
                 )

@@ -15,6 +15,8 @@ NUMBER = re.compile(
 )
 FINAL = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}|####(.*)")
 """Where a text marks its final answer: as LaTeX does, or as the data set GSM8K."""
+FRACTION = re.compile(r"(?<![\d/])\d+\s*/\s*[\d.,]+\D*\Z|\\[dt]?frac[^a-zA-Z=]*\Z")
+"""A text whose last number is a part of a fraction."""
 
 
 def last_number(text: str) -> Decimal | None:
@@ -22,9 +24,7 @@ def last_number(text: str) -> Decimal | None:
 
     "1,234", "-3.5", ".5" and "6e3" are numbers. In "5-3" the last number is 3, not -3.
     """
-    text = re.sub(r"\{,\}|,\\!", ",", text)  # thousands in LaTeX
-    marked = FINAL.findall(text)
-    found = NUMBER.findall("".join(marked[-1]) if marked else text)
+    found = NUMBER.findall(_final(re.sub(r"\{,\}|,\\!", ",", text)))  # thousands in LaTeX
     return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
@@ -42,6 +42,12 @@ class SampleReward:
     def __call__(self, **arguments: Any) -> list[float]:
         return [float(self.score(*row)) for row in zip(*map(arguments.__getitem__, self.asks), strict=True)]
 
+    def text(self, answer: Any) -> str:
+        """The answer of a prompt, which is the second argument, as a text; a ValueError if it is None or has parts."""
+        if answer is None or isinstance(answer, (list, tuple, set, dict)):
+            raise ValueError(f"the prompts' {self.asks[1]!r} must be a text or a number, got {answer!r}")
+        return str(answer)
+
 
 class ExactMatch(SampleReward):
     """1 where the output equals the prompt's `column`, else 0. Spaces around both, and with `ignore_case` case, do not
@@ -58,12 +64,13 @@ class ExactMatch(SampleReward):
         self.ignore_case = ignore_case
 
     def score(self, output: str, answer: Any) -> bool:
+        answer = self.text(answer)
         if self.pattern is not None:
             matches = list(self.pattern.finditer(output))
             output = matches[-1][min(self.pattern.groups, 1)] if matches else None
             if output is None:
                 return False
-        ours, theirs = output.strip(), str(answer).strip()
+        ours, theirs = output.strip(), answer.strip()
         return ours.casefold() == theirs.casefold() if self.ignore_case else ours == theirs
 
 
@@ -71,7 +78,7 @@ class NumberMatch(SampleReward):
     """1 where `last_number` of the output is that of the prompt's `column`, up to `tolerance`; else 0.
 
     The column holds numbers or texts. For fractions and formulas take `MathMatch`. Raises a ValueError if an answer has
-    no number.
+    no number, or a fraction as its last one.
     """
 
     @short_errors
@@ -80,9 +87,14 @@ class NumberMatch(SampleReward):
         self.tolerance = tolerance
 
     def score(self, output: str, answer: Any) -> bool:
-        found, right = last_number(output), last_number(str(answer))
+        text = self.text(answer)
+        found, right = last_number(output), last_number(text)
         if right is None:
             raise ValueError(f"the prompts' {self.asks[1]!r} must be a number or a text with one, got {answer!r}")
+        if FRACTION.search(_final(text)):
+            raise ValueError(
+                f"the prompts' {self.asks[1]!r} must be a decimal number, got {text!r}: for fractions take MathMatch"
+            )
         return found is not None and abs(found - right) <= self.tolerance
 
 
@@ -109,7 +121,7 @@ class LengthPenalty(SampleReward):
         self.start, self.end = start, end
 
     def score(self, ids: list[int]) -> float:
-        return -min(max((len(ids) - self.start) / (self.end - self.start), 0.0), 1.0)
+        return max(min((self.start - len(ids)) / (self.end - self.start), 0.0), -1.0)
 
 
 class RepetitionPenalty(SampleReward):
@@ -125,6 +137,12 @@ class RepetitionPenalty(SampleReward):
     def score(self, ids: list[int]) -> float:
         grams = list(zip(*(ids[start:] for start in range(self.size)), strict=False))
         return len(set(grams)) / len(grams) - 1.0 if grams else 0.0
+
+
+def _final(text: str) -> str:
+    """The part of a text that is marked as its final answer; all of it if nothing is."""
+    marked = FINAL.findall(text)
+    return "".join(marked[-1]) if marked else text
 
 
 def _compiled(pattern: str | re.Pattern) -> re.Pattern:

@@ -31,11 +31,12 @@ class MathMatch(SampleReward):
         self._process: subprocess.Popen | None = None
 
     def score(self, output: str, answer: Any) -> bool:
+        text = self.text(answer)
         # a model can write formulas that take years; only the end of a process stops these
         if self._process is None or self._process.poll() is not None:
             self._process = _started()
             weakref.finalize(self, _end, self._process)
-        self._process.stdin.write(json.dumps([str(answer), output]) + "\n")
+        self._process.stdin.write(json.dumps([text, output]) + "\n")
         self._process.stdin.flush()
         timer = threading.Timer(self.timeout, self._process.kill)
         timer.start()

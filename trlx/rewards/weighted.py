@@ -27,7 +27,8 @@ class WeightedRewards:
 
     `rewards` is a dict of pairs (function, weight) by name, or a list of such pairs, which get the functions' names. A
     function without a weight has weight 1. Results are logged by name before they are multiplied, so weight 0 means:
-    only log it. Raises a ValueError if there is no function, and a TypeError if an entry is not such a pair.
+    only log it. Raises a ValueError if there is no function or one is called mean, and a TypeError if an entry is not
+    such a pair.
     """
 
     @short_errors
@@ -40,6 +41,8 @@ class WeightedRewards:
                 pairs[_name(fn, pairs)] = fn, weight
         if not pairs:
             raise ValueError("There is no reward function in the list: pass at least one")
+        if "mean" in pairs:
+            raise ValueError("No part of a reward can be called 'mean': reward/mean is another number. Rename it")
         self.parts = [Part(fn, name, weight) for name, (fn, weight) in pairs.items()]
 
 
