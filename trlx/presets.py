@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trlx.compat.settings import PRESETS
 from trlx.config import SECTIONS, TRLConfig, merged, nested, register_resolvers
 from trlx.strict import ConfigError, suggestion
 from trlx.tracebacks import short_errors
@@ -84,6 +85,8 @@ def preset_path(name: str | Path) -> Path:
         folder = file.absolute().parent
         hint = "" if folder.is_dir() else ", and that folder does not exist"
         raise ValueError(f"There is no file {file.name} in {folder}{hint}")
+    if name in PRESETS:
+        raise ValueError(f"Unknown preset {name!r}: write {PRESETS[name]}")
     if name not in presets:
         raise ValueError(f"Unknown preset {name!r}.{suggestion(name, presets)} Known: {', '.join(sorted(presets))}")
     return presets[name]

@@ -9,6 +9,7 @@ import inspect
 import math
 import numbers
 import os
+import re
 import types
 import typing
 from abc import ABCMeta
@@ -111,7 +112,12 @@ def unknown_key(where: str, name: str, known: Iterable[str]) -> ConfigError:
     kind, key = ("key", f"{where}.{name}") if where else ("section", name)
     here = called_here(key)
     if here is not None:
-        return ConfigError(f"Unknown {kind} '{key}': write {here} instead")
+        # a key may have another name in each method
+        in_section = [text for text in here.split(" or ") if text.startswith(f"{where}.")]
+        fitting = [text for text in in_section if re.split(r"\W", text.removeprefix(f"{where}."))[0] in known]
+        if in_section and not fitting:
+            return ConfigError(f"Unknown {kind} '{key}', but other methods have {here}. Known: {', '.join(known)}")
+        return ConfigError(f"Unknown {kind} '{key}': write {' or '.join(fitting) or here} instead")
     return ConfigError(f"Unknown {kind} '{key}'.{suggestion(name, known)} Known: {', '.join(known) or 'none'}")
 
 

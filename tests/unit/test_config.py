@@ -68,6 +68,14 @@ def test_a_preset_holds_only_what_differs_from_the_defaults():
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match="Did you mean 'ppo'.*Known:.*ilql"):
         load_preset("ppoo")
+    for name, instead in (
+        ("dapo", 'load_preset("grpo", overrides=["method.loss_type=dapo"])'),
+        ("gspo", 'load_preset("grpo", overrides=["method.loss_type=gspo"])'),
+        ("dr_grpo", 'load_preset("grpo", overrides=["method.loss_type=dr_grpo", "method.advantage=dr_grpo"])'),
+        ("reinforce++", 'load_preset("reinforce-pp")'),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{name!r}: write {instead}")):
+            load_preset(name)
     with pytest.raises(ConfigError, match=r"A preset has a name, e.g. load_preset\(\"ppo\"\).evolve"):
         load_preset({"train.seed": 1})
 
@@ -245,7 +253,7 @@ def test_a_section_of_ones_own_may_have_attributes_of_its_own():
         ("learning_rate", "optimizer.kwargs.lr"),
         ("train.learning_rate", "optimizer.kwargs.lr"),
         ("train.output_dir", "train.checkpoint_dir"),
-        ("method.beta", "method.init_kl_coef (PPO) or method.kl_coef (GRPO)"),
+        ("method.beta", "method.init_kl_coef (PPO)"),
         ("train.epsilon_high", "method.cliprange_high (GRPO)"),
         ("method.max_new_tokens", "method.gen_kwargs.max_new_tokens"),
         ("train.per_device_train_batch_size", "train.batch_size"),
@@ -268,6 +276,13 @@ def test_a_name_of_another_library_or_section_is_answered_with_what_to_write(key
     ):
         with pytest.raises(ConfigError, match=written):
             change()
+
+
+def test_an_answer_names_the_keys_that_the_method_has_and_else_says_whose_they_are():
+    with pytest.raises(ConfigError, match=r"'method.ppo_epochs': write method.num_iterations \(GRPO\) instead"):
+        GRPOConfig(name="GRPOConfig").ppo_epochs = 2
+    with pytest.raises(ConfigError, match=r"'method.beta', but other methods have method.init_kl_coef \(PPO\) or"):
+        RewardConfig(name="RewardConfig").beta = 0.1
 
 
 def test_every_answer_to_another_librarys_name_is_a_setting_that_exists():

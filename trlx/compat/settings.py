@@ -46,7 +46,7 @@ _NAMES = {
     "method.init_kl_coef (PPO) or method.kl_coef (GRPO)": "beta kl_coef kl_coeff kl_loss_coef",
     "method.target": "target_kl kl_target",
     "method.horizon": "kl_horizon",
-    "method.ppo_epochs": "num_ppo_epochs num_iterations",
+    "method.ppo_epochs (PPO) or method.num_iterations (GRPO)": "num_ppo_epochs num_iterations ppo_epochs",
     "method.cliprange": "clip_range clip_ratio eps_clip epsilon",
     "method.cliprange_high (GRPO)": "epsilon_high clip_ratio_high",
     "method.cliprange_value": "value_clip cliprange_vf",
@@ -86,3 +86,10 @@ HERE: dict[str, str] = {name: here for here, names in _NAMES.items() for name in
     name: f"{here}.{name}" for here, names in _IN_A_DICT.items() for name in names.split()
 }
 """Name in another library -> what to write here."""
+
+PRESETS: dict[str, str] = {
+    **{name: f'load_preset("grpo", overrides=["method.loss_type={name}"])' for name in ("dapo", "gspo")},
+    "dr_grpo": 'load_preset("grpo", overrides=["method.loss_type=dr_grpo", "method.advantage=dr_grpo"])',
+    "reinforce++": 'load_preset("reinforce-pp")',
+}
+"""Algorithm without a preset of its name -> what to write here."""
