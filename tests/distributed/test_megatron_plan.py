@@ -126,8 +126,9 @@ def check_activations() -> None:
     for case in ON_ONE:
         measured, on_paper = measure(case)["activations"]
         on_paper += composed_norms(case)
-        # tables of angles, masks and token ids are not counted
-        assert 0 <= measured - on_paper <= 0.02 * on_paper, (case, measured, on_paper)
+        # tables of angles, masks and token ids are not counted; a reward model keeps a little less at its last tokens
+        least = -0.003 * on_paper if case.algorithm == "Reward" else 0
+        assert least <= measured - on_paper <= 0.02 * on_paper, (case, measured, on_paper)
 
 
 def check_one() -> None:
