@@ -143,6 +143,8 @@ def test_sums_are_worked_out_from_the_right_and_a_teacher_forgets_to_carry():
     rows = arithmetic.problems(60, seed=0, digits=1)
     assert len({row["question"] for row in rows}) == 60
     assert all(eval(row["question"]) == int(row["answer"]) for row in rows)
+    forgot = [row for row in rows if not row["worked"].endswith(f"#### {row['answer']}")]
+    assert 0 < len(forgot) < sum(int(row["answer"]) > 9 for row in rows)
 
 
 def test_a_model_of_the_hub_gets_an_instruction_the_presets_sizes_and_no_teacher(monkeypatch):
@@ -154,6 +156,7 @@ def test_a_model_of_the_hub_gets_an_instruction_the_presets_sizes_and_no_teacher
     assert len(given["prompts"][0]["prompt"][0]["content"]) == len(arithmetic.INSTRUCTION) + 13
     config = given["config"]
     assert (config.method.gen_kwargs["max_new_tokens"], config.optimizer.kwargs["lr"]) == (256, 1e-6)
+    assert (config.method.kl_coef, config.method.loss_type) == (0, "dapo")
     # nor does a teacher show the problems that are held out
     monkeypatch.setattr(arithmetic, "taught", taught := MagicMock(return_value="folder"))
     arithmetic.main(data="made")
