@@ -136,13 +136,13 @@ def byte_tokenizer(ends_texts: bool = False) -> PreTrainedTokenizerFast:
 
 
 def tiny_gpt2(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """A decoder of some ten thousand parameters."""
+    """A decoder of 66,528 parameters."""
     shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 1024}
     return GPT2Config(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=0, **shape)
 
 
 def tiny_t5(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """An encoder-decoder of some ten thousand parameters."""
+    """An encoder-decoder of 66,528 parameters."""
     shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     return T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, eos_token_id=2, pad_token_id=0, **shape)
 
