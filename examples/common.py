@@ -142,7 +142,7 @@ def tiny_gpt2(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
 
 
 def tiny_t5(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """An encoder-decoder of 66,528 parameters."""
+    """A small encoder-decoder."""
     shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     return T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, eos_token_id=2, pad_token_id=0, **shape)
 
