@@ -146,10 +146,10 @@ class AccelerateBackend(Backend):
         last = torch.zeros(len(batch))
         with self.reference.active() if reference else nullcontext(), self.sharding.unsharded():
             for rows in self.microbatches(batch):
-                microbatch = batch.rows(rows).to(self.device)
+                microbatch = batch.rows(rows)
                 width = microbatch.tokens.shape[1]
-                with self._skipping(batch.rows(rows)):
-                    outputs = self.policy(*_columns(microbatch), values=values is not None)
+                with self._skipping(microbatch):
+                    outputs = self.policy(*_columns(microbatch.to(self.device)), values=values is not None)
                 logprobs[rows, :width] = outputs.logprobs.cpu()
                 if values is not None:
                     values[rows, :width] = outputs.values.cpu()
@@ -167,10 +167,11 @@ class AccelerateBackend(Backend):
         packed, seconds = [], {"time/forward": 0.0, "time/backward": 0.0}
         *others, last = self.microbatches(batch, max(unit.rows, together))
         for rows in (*others, last):
-            microbatch = batch.rows(rows).to(self.device)
+            on_host = batch.rows(rows)
+            microbatch = on_host.to(self.device)
             with nullcontext() if rows is last else self.sharding.accumulating():
                 began = time.perf_counter()
-                with self._skipping(batch.rows(rows)):
+                with self._skipping(on_host):
                     outputs = self.sharding.wrapped(*_columns(microbatch))
                 summed, metrics = loss(outputs, microbatch)
                 halfway = time.perf_counter()

@@ -120,8 +120,6 @@ def disable_dropout(model: PreTrainedModel, *others: nn.Module) -> None:
     quiet = copy.copy(model.config)
     _silence(quiet)
     for module in chain(*(root.modules() for root in (model, *others))):
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
         _silence(module)
         # GPT-J, GPT-Neo, Falcon and Persimmon read the probability from the config at every call
         if getattr(module, "config", None) is model.config and not isinstance(module, PreTrainedModel):
@@ -130,12 +128,7 @@ def disable_dropout(model: PreTrainedModel, *others: nn.Module) -> None:
 
 def has_dropout(model: PreTrainedModel) -> bool:
     """Whether the model computes something else in train mode."""
-    return any(
-        (isinstance(module, nn.Dropout) and module.p > 0)
-        or any(isinstance(v, float) and v > 0 and any(part in name for part in _DROPOUT_NAMES) for name, v in own)
-        for module in model.modules()
-        for own in [list(vars(module).items())]
-    )
+    return any(getattr(module, name) > 0 for module in model.modules() for name in _dropout_rates(module))
 
 
 @contextmanager
@@ -172,9 +165,15 @@ def _is_final_norm(name: str, module: nn.Module) -> bool:
 
 
 def _silence(holder: nn.Module | PretrainedConfig) -> None:
-    for name, value in list(vars(holder).items()):
-        if isinstance(value, float) and any(part in name for part in _DROPOUT_NAMES):
-            setattr(holder, name, 0.0)
+    for name in _dropout_rates(holder):
+        setattr(holder, name, 0.0)
+
+
+def _dropout_rates(holder: nn.Module | PretrainedConfig) -> list[str]:
+    """The attributes that are probabilities of dropout."""
+    named = [name for name, value in vars(holder).items() if isinstance(value, float)]
+    found = [name for name in named if any(part in name for part in _DROPOUT_NAMES)]
+    return [*found, "p"] if isinstance(holder, nn.Dropout) else found
 
 
 def _unsupported(model: PreTrainedModel, looked_for: str) -> ValueError:

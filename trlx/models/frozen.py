@@ -113,6 +113,8 @@ def frozen_trunk(
     It is not if the embeddings or the lowest block train or have an adapter, or if the blocks above the frozen ones
     read more than their output. The frozen blocks must have no dropout.
     """
+    if policy.model.get_input_embeddings().weight.requires_grad:
+        return None
     stack = list(blocks(policy.model))
     top = len(policy.value_head.blocks) if isinstance(policy.value_head, ValueBranch) else 0
     outputs: list[Any] = []

@@ -43,7 +43,7 @@ class GRPOTrainer(OnlineTrainer):
         rollouts, size = super().sample(prompts), self.samples_per_prompt
         groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
         for _ in range(self.method.max_resamplings):
-            alike = [index for index, group in enumerate(groups) if len({total(r.score) for r in group}) == 1]
+            alike = [index for index, group in enumerate(groups) if _scores_are_equal(group)]
             if not alike:
                 break
             fresh = super().sample(self.stream.take(len(alike)))
@@ -52,8 +52,7 @@ class GRPOTrainer(OnlineTrainer):
         for index, group in enumerate(groups):
             for rollout in group:
                 rollout.group = index
-        alike = sum(len({total(r.score) for r in group}) == 1 for group in groups)
-        self.pending["rollouts/groups_alike"] = alike / len(groups)
+        self.pending["rollouts/groups_alike"] = sum(map(_scores_are_equal, groups)) / len(groups)
         return [rollout for group in groups for rollout in group]
 
     def advantages(self, batch: TokenBatch) -> TokenBatch:
@@ -96,3 +95,7 @@ class GRPOTrainer(OnlineTrainer):
         penalty = method.overlong_penalty * overlong_penalty(mask.sum(dim=1), longest, method.overlong_buffer)
         is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
         return rewards + penalty[:, None] * is_last
+
+
+def _scores_are_equal(group: list[Rollout]) -> bool:
+    return len({total(rollout.score) for rollout in group}) == 1
