@@ -24,10 +24,27 @@ class CountingHead(nn.Linear):
 
 
 def test_logprobs_are_those_of_the_temperature_scaled_softmax():
-    logits = torch.tensor([[0.0, 0.0], [math.log(9.0), 0.0]])
+    logits = torch.tensor([[0.0, 0.0], [math.log(9.0), 0.0]], requires_grad=True)
     found = chosen_logprobs(logits, torch.tensor([1, 0]), lambda hidden: hidden, temperature=0.5)
     # At temperature 1/2 the odds 9 : 1 become 81 : 1.
     torch.testing.assert_close(found, torch.tensor([1 / 2, 81 / 82]).log())
+    (found * torch.tensor([1.0, 41.0])).sum().backward()
+    # 1 - p of the chosen one, -p of the other, / temperature
+    torch.testing.assert_close(logits.grad, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
+
+
+def test_probabilities_and_gradient_take_the_memory_of_the_logits():
+    held = []
+
+    def head(hidden):
+        logits = hidden @ torch.ones(4, 6)
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: held.append(gradient.data_ptr()))
+        held.append(logits.data_ptr())
+        return logits
+
+    chosen_logprobs(torch.ones(2, 4, requires_grad=True), torch.tensor([0, 1]), head).sum().backward()
+    assert held[-1] == held[-2]
 
 
 def test_chunks_bound_the_logits_held_and_change_neither_values_nor_gradients():

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers.activations import NewGELUActivation
 
 from tests.unit.tiny_models import FAMILIES, ragged_batch, tiny_config, tiny_model
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
@@ -203,6 +204,16 @@ def test_the_config_a_model_is_made_from_is_not_changed():
     config = tiny_config(dtype="bfloat16")
     load_model(config, {"attn_implementation": "eager"})
     assert config.dtype == torch.bfloat16
+
+
+def test_gpt2s_gelu_is_one_operation_that_rounds_differently():
+    plain = tiny_model("gpt2")
+    fused = load_model(plain.config, {})
+    fused.load_state_dict(plain.state_dict())
+    assert not any(isinstance(module, NewGELUActivation) for module in fused.modules())
+    tokens, *_ = ragged_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(tokens).logits, plain(tokens).logits, rtol=0, atol=1e-6)
 
 
 def test_extra_settings_reach_the_config_of_the_model(tmp_path):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
@@ -127,4 +126,24 @@ def _logprobs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor],
     logits = head(hidden).float()
     if temperature != 1.0:
         logits = logits / temperature
-    return -F.cross_entropy(logits, targets, reduction="none")
+    return _LogSoftmaxAt.apply(logits, targets)
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    """log softmax(logits [N, V]) at `targets` [N]. The probabilities take the memory of the logits, and the gradient
+    that of the probabilities: ``F.cross_entropy`` would hold all three at once."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        at = targets[:, None]
+        logits -= logits.amax(dim=1, keepdim=True)
+        chosen = logits.gather(1, at)
+        sums = logits.exp_().sum(dim=1, keepdim=True)
+        ctx.save_for_backward(logits, sums, at)
+        return (chosen - sums.log()).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        exponentials, sums, at = ctx.saved_tensors
+        exponentials *= -grad[:, None] / sums
+        return exponentials.scatter_add_(1, at, grad[:, None]), None
