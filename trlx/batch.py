@@ -98,12 +98,32 @@ class TokenBatch:
     group: Tensor | None = None
     """int64 [B]. Rollouts that are compared with each other have the same number."""
 
+    _found: tuple[Tensor, ...] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def at(self) -> tuple[Tensor, Tensor]:
+        """(row, column) of each response token: ``x[batch.at]`` is ``x[batch.response_mask]`` for x [B, T].
+
+        A mask makes the host wait for the GPU, to learn how many entries are True. These indices are found on the host.
+        """
+        return self._find()[:2]
+
+    @property
+    def filled(self) -> Tensor:
+        """The rows with a response token; the others only fill up the batch."""
+        return self._find()[2]
+
+    @property
+    def pairs(self) -> Tensor:
+        """The pairs (rows 2i and 2i + 1) whose first row is `filled`."""
+        return self._find()[3]
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def columns(self) -> dict[str, Tensor]:
         """The tensors that are present, by field name."""
-        named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init)
         return {name: tensor for name, tensor in named if tensor is not None}
 
     def rows(self, index) -> TokenBatch:
@@ -131,11 +151,20 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
-        return TokenBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in self.columns().items()})
+        moved = TokenBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in self.columns().items()})
+        moved._found = tuple(x.to(device, non_blocking=True) for x in self._find())
+        return moved
 
     def replace(self, **columns: Tensor) -> TokenBatch:
         """A copy with some columns set."""
         return dataclasses.replace(self, **columns)
+
+    def _find(self) -> tuple[Tensor, ...]:
+        if self._found is None:
+            rows, columns = self.response_mask.nonzero(as_tuple=True)
+            filled = rows.unique()
+            self._found = rows, columns, filled, filled[filled % 2 == 0] // 2
+        return self._found
 
 
 @dataclass(slots=True)

@@ -51,6 +51,7 @@ from trlx.sampling.generate import TransformersSampler
 
 logger = logging.get_logger(__name__)
 
+COLUMNS = ("tokens", "attention_mask", "response_mask", "encoder_tokens", "encoder_mask")
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
@@ -308,9 +309,9 @@ def _full_size(weight: Tensor) -> int:
     return math.prod(packed.shape) if packed is not None else weight.numel()
 
 
-def _columns(batch: TokenBatch) -> tuple[Tensor | None, ...]:
+def _columns(batch: TokenBatch) -> tuple[Any, ...]:
     """The arguments of the policy."""
-    return batch.tokens, batch.attention_mask, batch.response_mask, batch.encoder_tokens, batch.encoder_mask
+    return (*(getattr(batch, name) for name in COLUMNS), batch.at)
 
 
 def _load_policy(model: ModelConfig, needs: ModelNeeds, tokenizer: PreTrainedTokenizerBase) -> Policy:

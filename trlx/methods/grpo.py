@@ -37,15 +37,15 @@ def grpo_loss(
 
     Returns the sum over units (see `UNITS`) and metrics. ``policy/ratio_deviation/max`` is max |ρ − 1|.
     """
-    mask = batch.response_mask
+    mask, at = batch.response_mask, batch.at
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
     log_ratio = (outputs.logprobs - batch.old_logprobs) * mask
     if kind == "gspo":
         log_ratio = (log_ratio.sum(dim=1, keepdim=True) / lengths).expand_as(mask)
     weight = {"dapo": torch.ones_like(lengths), "dr_grpo": torch.full_like(lengths, max_length)}.get(kind, lengths)
-    weight = weight.reciprocal().expand_as(mask)[mask]
+    weight = weight.reciprocal().expand_as(mask)[at]
 
-    ratio, advantages = log_ratio[mask].exp(), batch.advantages[mask]
+    ratio, advantages = log_ratio[at].exp(), batch.advantages[at]
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange_high)
     policy_loss = torch.maximum(plain, clipped)
     columns = {
@@ -56,7 +56,7 @@ def grpo_loss(
     }
     loss = policy_loss
     if kl_coef:
-        kl = kl_penalty(outputs.logprobs[mask], batch.ref_logprobs[mask], "k3")
+        kl = kl_penalty(outputs.logprobs[at], batch.ref_logprobs[at], "k3")
         loss, columns = policy_loss + kl_coef * kl, columns | {"losses/kl": kl}
     summed = (weight * loss).sum()
     metrics = means_of(columns) | {"losses/total_loss": (summed.detach().double(), UNITS[kind].count(batch).double())}

@@ -33,12 +33,12 @@ def ilql_loss(
     s′ is the state of the row's next response token, so later user turns are skipped; after the last one V(s′) is 0.
     Q̂, Q_t and the AWAC weight have no gradient: V learns only from L_V, the policy only from L_AWAC.
     """
-    mask = batch.response_mask
-    logprobs, values, rewards = outputs.logprobs[mask], outputs.values[mask], batch.scores[mask]
-    q, q_logprobs = outputs.q[:, mask], outputs.q_logprobs[:, mask]
-    target_q = outputs.target_q[:, mask].detach().amin(dim=0)
+    at = batch.at
+    logprobs, values, rewards = outputs.logprobs[at], outputs.values[at], batch.scores[at]
+    q, q_logprobs = outputs.q[:, *at], outputs.q_logprobs[:, *at]
+    target_q = outputs.target_q[:, *at].detach().amin(dim=0)
 
-    wanted_q = rewards + gamma * _next_values(values.detach(), mask)
+    wanted_q = rewards + gamma * _next_values(values.detach(), at[0])
     loss_q = (q - wanted_q).square().sum(dim=0)
     expectile = torch.where(target_q >= values, tau, 1 - tau)
     loss_v = expectile * (target_q - values).square()
@@ -87,9 +87,8 @@ def shifted_logits(logits: Tensor, q_min: Tensor, v: Tensor, beta: float) -> Ten
     return logits.log_softmax(dim=-1) + beta * (q_min - v.unsqueeze(-1))
 
 
-def _next_values(values: Tensor, mask: Tensor) -> Tensor:
-    """For each response token, `values` [N] at its row's next response token; 0 at the last. `mask` is [B, T]."""
-    row = mask.nonzero()[:, 0]
+def _next_values(values: Tensor, row: Tensor) -> Tensor:
+    """For each response token, `values` [N] at the next one of the same `row` [N]; 0 at the last."""
     following = torch.zeros_like(values)
     following[:-1] = values[1:] * (row[1:] == row[:-1])
     return following

@@ -32,8 +32,11 @@ Metrics = dict[str, tuple[Tensor, Tensor] | Spread]
 
 def mean_of(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The pair (sum, count) over entries of `x` where `mask` is True (None: all of them), without gradient."""
-    x = _chosen(x, mask)
-    return x.sum(dtype=torch.float64), x.new_full((), x.numel(), dtype=torch.float64)
+    x = x.detach()
+    if mask is None:
+        return x.sum(dtype=torch.float64), x.new_full((), x.numel(), dtype=torch.float64)
+    assert x.shape == mask.shape
+    return torch.where(mask, x, 0).sum(dtype=torch.float64), mask.sum(dtype=torch.float64)
 
 
 def means_of(columns: dict[str, Tensor]) -> Metrics:

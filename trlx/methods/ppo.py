@@ -30,9 +30,9 @@ def ppo_loss(
 
     Returns the sum and its metrics; ``policy/ratio_deviation/max`` is max |ρ − 1|, 0 on a collection's first update.
     """
-    mask = batch.response_mask
-    logprobs, old_logprobs, advantages = outputs.logprobs[mask], batch.old_logprobs[mask], batch.advantages[mask]
-    values, old_values, returns = outputs.values[mask], batch.old_values[mask], batch.returns[mask]
+    at = batch.at
+    logprobs, old_logprobs, advantages = outputs.logprobs[at], batch.old_logprobs[at], batch.advantages[at]
+    values, old_values, returns = outputs.values[at], batch.old_values[at], batch.returns[at]
 
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()

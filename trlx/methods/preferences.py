@@ -32,12 +32,11 @@ def dpo_loss(
     multiple of −log π(y_w) / |y_w| (arXiv:2404.19733, eq. 2). A pair without response tokens is padding.
     """
     mask = batch.response_mask
-    counts = mask.any(dim=1)[0::2]
     lengths = mask.sum(dim=1).clamp(min=1)
     ratios = log_ratios(outputs, batch)
     logprobs = outputs.logprobs.masked_fill(~mask, 0.0).sum(dim=1)
     rewards = beta * (ratios / lengths if length_normalized else ratios)
-    chosen, rejected = _halves(rewards, counts)
+    chosen, rejected = _halves(rewards, batch.pairs)
     margin = chosen - rejected
     if kind == "sigmoid":
         loss = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
@@ -45,11 +44,11 @@ def dpo_loss(
         loss = torch.relu(1 - margin)
     else:
         loss = (margin / beta - 1 / (2 * beta)).square()
-    sft = -_halves(logprobs / lengths, counts)[0]
+    sft = -_halves(logprobs / lengths, batch.pairs)[0]
     loss = loss + sft_coef * sft
     columns = {"loss": loss, "losses/sft": sft, "accuracy": (margin > 0).float(), "margin": margin}
     for name, numbers in (("rewards", rewards), ("logprobs", logprobs)):
-        columns[f"{name}/chosen"], columns[f"{name}/rejected"] = _halves(numbers, counts)
+        columns[f"{name}/chosen"], columns[f"{name}/rejected"] = _halves(numbers, batch.pairs)
     return loss.sum(), means_of(columns)
 
 
@@ -68,9 +67,8 @@ def kto_loss(
     `kl` is z, the KL of policy and reference, a constant. The accuracy is the share of answers whose r is on the right
     side of z: above it if they are desirable. Rows without response tokens are padding.
     """
-    counts = batch.response_mask.any(dim=1)
-    ratios = log_ratios(outputs, batch)[counts]
-    desirable = batch.scores.sum(dim=1)[counts] > 0
+    ratios = log_ratios(outputs, batch)[batch.filled]
+    desirable = batch.scores.sum(dim=1)[batch.filled] > 0
     sign = torch.where(desirable, 1.0, -1.0)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)
     loss = weight * torch.sigmoid(-sign * beta * (ratios - kl))
@@ -88,6 +86,6 @@ def log_ratios(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
     return (outputs.logprobs.masked_fill(~mask, 0.0) - batch.ref_logprobs * mask).sum(dim=1)
 
 
-def _halves(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected), both [pairs that count], of numbers [B]."""
-    return rows[0::2][counts], rows[1::2][counts]
+def _halves(rows: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected), both [pairs that count], of numbers [B]; `pairs` are the indices of those that count."""
+    return rows[0::2][pairs], rows[1::2][pairs]

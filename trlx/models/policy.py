@@ -58,6 +58,7 @@ class Policy(nn.Module):
         response_mask: Tensor,
         encoder_tokens: Tensor | None = None,
         encoder_mask: Tensor | None = None,
+        at: tuple[Tensor, Tensor] | None = None,
         values: bool = True,
     ) -> TokenOutputs:
         """The outputs for the tokens where `response_mask` is True; other entries are 0. All [B, T], rows right-padded.
@@ -67,16 +68,19 @@ class Policy(nn.Module):
         Args:
             attention_mask: says where rows end, for models with a score; see also `Architecture.states`.
             encoder_tokens, encoder_mask: [B, S], for models with an encoder.
+            at: (row, column) of each True of `response_mask`, see `TokenBatch.at`. None: a GPU is asked for them.
             values: False skips the heads.
         """
-        assert not response_mask[:, 0].any(), "the first token of a row has no state before it"
+        if at is None:
+            assert not response_mask[:, 0].any(), "the first token of a row has no state before it"
+            at = response_mask.nonzero(as_tuple=True)
         value_head, q_heads = (self.value_head, self.q_heads) if values else (None, None)
         with nullcontext() if value_head is None else value_head.watching():
             hidden = self.architecture.states(tokens, encoder_tokens, encoder_mask)
         if isinstance(self.architecture, Scored):
             nothing = torch.zeros(tokens.shape, device=tokens.device)
             return TokenOutputs(nothing, last=self._at_last(hidden, attention_mask))
-        at = response_mask.flatten().nonzero().squeeze(1)
+        at = at[0] * tokens.shape[1] + at[1]
         chosen = tokens.flatten().index_select(0, at)
         before = _rows(hidden, at - 1)
         logprobs = chosen_logprobs(before, chosen, self.logits, self.temperature)

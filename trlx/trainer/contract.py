@@ -115,7 +115,7 @@ def _same_class(cls: type, *names: str) -> tuple[Any, ...]:
 def _twice(columns: TokenOutputs | TokenBatch, dim: int) -> Any:
     """The same rows two times."""
     named = ((name, getattr(columns, name)) for name in columns.__dataclass_fields__)
-    twice = {name: torch.cat([x, x], dim=dim if x.ndim > 1 else 0) for name, x in named if x is not None}
+    twice = {name: torch.cat([x, x], dim=dim if x.ndim > 1 else 0) for name, x in named if isinstance(x, Tensor)}
     if "group" in twice:  # other groups, not larger ones
         twice["group"][len(columns) :] += int(twice["group"].max()) + 1
     return type(columns)(**twice)
