@@ -16,7 +16,9 @@ def reward_loss(outputs: TokenOutputs, batch: TokenBatch, center_coef: float = 0
     The rewards are ``outputs.last`` [B]; rows 2i (chosen) and 2i + 1 (rejected) are one pair, whose margin is the score
     of its chosen row. Rows without a response token only fill up the batch.
     """
-    chosen, rejected, margin = (x[batch.pairs] for x in (outputs.last[0::2], outputs.last[1::2], batch.scores[0::2].sum(1)))
+    chosen, rejected, margin = (
+        x[batch.pairs] for x in (outputs.last[0::2], outputs.last[1::2], batch.scores[0::2].sum(1))
+    )
     ahead = chosen - rejected
     loss = -logsigmoid(ahead - margin) + center_coef * (chosen + rejected).square()
     metrics = {

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trlx.methods.ilql import polyak_
 from trlx.models.decoder import after_blocks, blocks, probing, trunk
-from trlx.models.logprobs import in_chunks
+from trlx.models.logprobs import Chosen, in_chunks
 
 
 class ValueHead(nn.Module):
@@ -123,7 +123,12 @@ class QHeads(nn.Module):
     def forward(self, hidden: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q, target Q and log softmax(Q) of `actions` [N] in the states `hidden` [N, d]; each [heads, N] float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return tuple(in_chunks(self._outputs, hidden.float(), actions, self.heads[0]).chunk(3))
+            hidden = hidden.float()
+            with torch.no_grad():
+                targets = [in_chunks(partial(_q, target), hidden, actions, target) for target in self.targets]
+            found = [in_chunks(partial(_q_and_logprob, head), hidden, actions, head) for head in self.heads]
+        q, logprobs = torch.stack(found, dim=1)
+        return q, torch.stack(targets), logprobs
 
     def lowest_target(self, hidden: Tensor) -> Tensor:
         """The lowest target Q [N, V] float32 of every token in the states `hidden` [N, d]."""
@@ -134,13 +139,13 @@ class QHeads(nn.Module):
         """Moves the targets towards the heads: target <- alpha head + (1 - alpha) target."""
         polyak_(self.targets, self.heads, alpha)
 
-    def _outputs(self, hidden: Tensor, actions: Tensor) -> Tensor:
-        at = actions[:, None]
-        logits = [head(hidden) for head in self.heads]
-        q = [each.gather(1, at).squeeze(1) for each in logits]
-        target_q = [target(hidden.detach()).gather(1, at).squeeze(1) for target in self.targets]
-        logprobs = [-F.cross_entropy(each, actions, reduction="none") for each in logits]
-        return torch.stack([*q, *target_q, *logprobs])
+
+def _q(head: nn.Module, hidden: Tensor, actions: Tensor) -> Tensor:
+    return head(hidden).gather(1, actions[:, None]).squeeze(1)
+
+
+def _q_and_logprob(head: nn.Module, hidden: Tensor, actions: Tensor) -> Tensor:
+    return torch.stack(Chosen.apply(head(hidden), actions))
 
 
 def _mlp(hidden: int, out: int) -> nn.Sequential:

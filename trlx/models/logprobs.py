@@ -48,6 +48,26 @@ def in_chunks(
     return torch.cat([again(*chunk) for chunk in zip(hidden.split(rows), targets.split(rows), strict=True)], dim=-1)
 
 
+class Chosen(torch.autograd.Function):
+    """(`logits` [N, V] at `targets` [N], log softmax(logits) there), both [N]. The probabilities take the memory of the
+    logits, and the gradient that of the probabilities: ``F.cross_entropy`` would hold all three at once."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        at, highest = targets[:, None], logits.amax(dim=1, keepdim=True)
+        chosen = logits.gather(1, at)
+        logits -= highest
+        sums = logits.exp_().sum(dim=1, keepdim=True)
+        ctx.save_for_backward(logits, sums, at)
+        return chosen.squeeze(1), (chosen - highest - sums.log()).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, of_logits: Tensor, of_logprobs: Tensor) -> tuple[Tensor, None]:
+        exponentials, sums, at = ctx.saved_tensors
+        exponentials *= -of_logprobs[:, None] / sums
+        return exponentials.scatter_add_(1, at, (of_logits + of_logprobs)[:, None]), None
+
+
 def spread(flat: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
     """Zeros [..., B, T] with `flat` [..., N] at the places `at` [N], which count through the rows of `shape` [B, T]."""
     lead = flat.shape[:-1]
@@ -126,24 +146,4 @@ def _logprobs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor],
     logits = head(hidden).float()
     if temperature != 1.0:
         logits = logits / temperature
-    return _LogSoftmaxAt.apply(logits, targets)
-
-
-class _LogSoftmaxAt(torch.autograd.Function):
-    """log softmax(logits [N, V]) at `targets` [N]. The probabilities take the memory of the logits, and the gradient
-    that of the probabilities: ``F.cross_entropy`` would hold all three at once."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        at = targets[:, None]
-        logits -= logits.amax(dim=1, keepdim=True)
-        chosen = logits.gather(1, at)
-        sums = logits.exp_().sum(dim=1, keepdim=True)
-        ctx.save_for_backward(logits, sums, at)
-        return (chosen - sums.log()).squeeze(1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        exponentials, sums, at = ctx.saved_tensors
-        exponentials *= -grad[:, None] / sums
-        return exponentials.scatter_add_(1, at, grad[:, None]), None
+    return Chosen.apply(logits, targets)[1]
