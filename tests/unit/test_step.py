@@ -16,7 +16,7 @@ from trlx.models.logprobs import chosen_logprobs
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations for which the host would wait for a GPU: they make a number of a tensor, or select by a mask."""
+    """Counts operations for which the host waits for a GPU: they make a number of a tensor, or select by a mask."""
 
     names = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "bincount")
 
