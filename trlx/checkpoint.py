@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trlx.background import Background, Write, postponed, write
+
 STATE_FILE = "trainer_state.json"
 TENSORS_FILE = "trainer_state.safetensors"
 RANDOM_FILE = "random_state_{}.safetensors"
@@ -30,32 +33,72 @@ RANDOM_FILE = "random_state_{}.safetensors"
 
 
 @contextmanager
-def replacing(target: Path, is_main: bool, barrier: Callable[[], None]) -> Iterator[Path]:
+def replacing(
+    target: Path, is_main: bool, barrier: Callable[[], None], background: Background | None = None
+) -> Iterator[Path]:
     """A temporary folder that replaces `target` when the block ends without an error. Called on every process.
 
     All its files are flushed to disk before it gets its name, and only then the old `target` is deleted. So a kill or a
     power cut at any time leaves one of the two complete, see `find`.
+
+    With a `background`, the main process's calls of `trlx.background.write` in the block only copy. Its thread writes
+    the copies, and then gives the folder its name.
     """
-    temporary, old = _beside(target, "writing"), _beside(target, "replaced")
+    temporary = _beside(target, "writing")
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
-    yield temporary
+    in_thread = is_main and background is not None
+    with postponed(in_thread) as writes:
+        yield temporary
     barrier()
     # on every process, because only the machine that wrote a file can flush it
+    if not in_thread:
+        _flush(*temporary.rglob("*"), temporary)
+    barrier()
+    if in_thread:
+        background.start(partial(_write_and_name, writes, temporary, target))
+    elif is_main:
+        _give_name(temporary, target)
+    if background is None:
+        barrier()
+
+
+def link(source: Path, target: Path) -> None:
+    """Makes `target` a second checkpoint with the files of `source`, which take no more room on the disk."""
+    temporary = _beside(target, "writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=_link)
     _flush(*temporary.rglob("*"), temporary)
-    barrier()
-    if is_main:
-        if is_checkpoint(target):
-            remove(old)
-            target.rename(old)
-        elif target.exists():
-            target.rmdir()
-        temporary.rename(target)
-        _flush(target.parent)
+    _give_name(temporary, target)
+
+
+def _write_and_name(writes: list[Write], temporary: Path, target: Path) -> None:
+    while writes:
+        writes.pop()()  # each frees its copies
+    _flush(*temporary.rglob("*"), temporary)
+    _give_name(temporary, target)
+
+
+def _give_name(temporary: Path, target: Path) -> None:
+    """Replaces `target` by `temporary`, whose files are on the disk."""
+    old = _beside(target, "replaced")
+    if is_checkpoint(target):
         remove(old)
-    barrier()
+        target.rename(old)
+    elif target.exists():
+        target.rmdir()
+    temporary.rename(target)
+    _flush(target.parent)
+    remove(old)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # some file systems have no links
+        shutil.copy2(source, target)
 
 
 def check_replaceable(target: Path) -> None:
@@ -146,7 +189,7 @@ def write_state(folder: Path, state: dict[str, Any], run: dict[str, Any]) -> Non
     tensors: dict[str, Tensor] = {}
     plain = _without_tensors(state, tensors, "")
     if tensors:
-        save_file(tensors, folder / TENSORS_FILE)
+        write(partial(save_file, filename=folder / TENSORS_FILE), tensors)
     (folder / STATE_FILE).write_text(json.dumps({"state": plain, "run": run}))
 
 
@@ -186,9 +229,8 @@ def write_optimizer(path: Path, state_dict: dict[str, Any]) -> None:
         for name, value in entries.items():
             kind = tensors if isinstance(value, Tensor) else numbers
             kind[f"{index}.{name}"] = value.contiguous() if isinstance(value, Tensor) else value
-    save_file(
-        tensors, path, metadata={"numbers": json.dumps(numbers), "groups": json.dumps(state_dict["param_groups"])}
-    )
+    metadata = {"numbers": json.dumps(numbers), "groups": json.dumps(state_dict["param_groups"])}
+    write(partial(save_file, filename=path, metadata=metadata), tensors)
 
 
 def read_optimizer(path: Path) -> dict[str, Any]:

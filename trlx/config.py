@@ -157,6 +157,9 @@ class TrainConfig(Section, section="train"):
     ``best_checkpoint``."""
     save_optimizer: bool = True
     """Write optimizer state into checkpoints; without it a run cannot be resumed exactly."""
+    async_save: bool | None = None
+    """Copy a checkpoint to host memory, and write it while training goes on. Null: if the model is on a GPU and each
+    process holds all of it. The copy is as large as the checkpoint."""
     resume_from_checkpoint: str | None = None
     """A checkpoint, or a folder whose newest is used; "auto": checkpoint_dir. Where there is none, the run is new."""
     tracker: str | None = "wandb"

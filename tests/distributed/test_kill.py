@@ -54,14 +54,15 @@ def test_a_run_killed_again_and_again_ends_like_one_left_in_peace(tmp_path, meth
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     together(size, run, method, whole, train=SETTINGS)
     killed.mkdir()
+    settings = {**SETTINGS, "resume_from_checkpoint": "auto", "async_save": size == 2}
     dice = random.Random(f"{method} {size}")
     for _ in range(KILLS):
-        ranks = start(size, run, method, killed, train={**SETTINGS, "resume_from_checkpoint": "auto"})
+        ranks = start(size, run, method, killed, train=settings)
         wait_for_a_random_moment(dice, ranks, killed)
         assert all(process.is_alive() for process in ranks), "the run ended before it could be killed"
         kill(dice.sample(ranks, size))
         check_readable(killed)
-    together(size, run, method, killed, train={**SETTINGS, "resume_from_checkpoint": "auto"})
+    together(size, run, method, killed, train=settings)
     expected, found = weights(whole), weights(killed)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert metrics(killed) == metrics(whole)

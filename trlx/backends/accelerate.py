@@ -32,6 +32,7 @@ from trlx.backends.deepspeed import ASKED, wants_deepspeed, zero_for
 from trlx.backends.microbatches import FEWEST, pass_cost
 from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
 from trlx.backends.sharding import Replicated, Sharded
+from trlx.background import write
 from trlx.batch import TokenBatch, TokenOutputs
 from trlx.checkpoint import read_optimizer, write_optimizer
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
@@ -79,6 +80,7 @@ class AccelerateBackend(Backend):
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             )
         self.sharding = _sharding_for(self.accelerator, uses_deepspeed, train.max_grad_norm or float("inf"))
+        self.can_copy_weights = self.sharding.independent
         self.device = self.accelerator.device
         if self.accelerator.mixed_precision == "fp16" and self.device.type == "cpu":
             raise ValueError("train.mixed_precision fp16 needs a GPU: write bf16, which works on CPUs too, or no")
@@ -229,7 +231,7 @@ class AccelerateBackend(Backend):
         state = self.sharding.optimizer_state() if optimizer else {}
         if not self.is_main:
             return
-        save_file(trained, folder / "policy.safetensors")
+        write(partial(save_file, filename=folder / "policy.safetensors"), trained)
         if optimizer:
             write_optimizer(folder / OPTIMIZER_FILE, state)
         scaler = self.accelerator.scaler

@@ -96,6 +96,8 @@ class Backend(ABC):
     """How rollouts become rows of this model."""
     lr_schedule: str = ""
     """The learning-rate schedule, if it depends on more than the config's section ``scheduler``."""
+    can_copy_weights: bool = False
+    """Whether the main process can save without the others, so that `save` and `export_hf` use `background.write`."""
     starts_at_reference: bool = True
     """Whether policy and reference are equal before the first update; an adapter can make them differ."""
     precision: torch.dtype = torch.float32

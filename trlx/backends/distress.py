@@ -22,12 +22,15 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from trlx import logging
+from trlx.background import WRITER
 from trlx.rewards.calling import RewardError
 
 POLL = 1.0
 """Seconds between two polls of the store."""
 GRACE = 5.0
 """Seconds that a process has to end by itself, with a traceback, after it has heard of an error elsewhere."""
+PATIENCE = 20.0
+"""Seconds that a process then waits for a checkpoint that it is writing; launchers kill it after 30."""
 ANSWER = 3.0
 """Seconds that a failed process waits for the others to hear of it, because the store may end with this process."""
 
@@ -242,6 +245,9 @@ class Watch:
         """Ends this process unless its main thread ends within `GRACE` seconds."""
         if not self._ending.wait(GRACE):
             print(f"[ERROR] Process {self._rank} ends because {cause}", file=sys.stderr, flush=True)
+            for thread in threading.enumerate():
+                if thread.name == WRITER:  # a checkpoint that training has passed
+                    thread.join(PATIENCE)
             sys.stdout.flush()
             os._exit(1)
 

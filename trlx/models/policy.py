@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.activations import NewGELUActivation
 
 from trlx import logging
+from trlx.background import write
 from trlx.batch import TokenOutputs
 from trlx.data.hub import first_line, no_bars
 from trlx.models.architecture import Architecture, Causal, Scored
@@ -99,7 +101,7 @@ class Policy(nn.Module):
 
     def save_model(self, folder: Path | str, merge: bool = False) -> None:
         """Writes the language model so that plain ``transformers`` loads it; `merge` is for adapters."""
-        self.model.save_pretrained(folder)
+        write(partial(_save_pretrained, self.model, folder), self.model.state_dict())
 
     @property
     def value_head(self) -> ValueHead | ValueBranch | None:
@@ -191,7 +193,12 @@ def save_hf(policy: Policy, tokenizer: PreTrainedTokenizerBase | None, folder: P
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if policy.heads is not None:
-        save_file(policy.heads.state_dict(), Path(folder) / HEADS_FILE)
+        write(partial(save_file, filename=Path(folder) / HEADS_FILE), policy.heads.state_dict())
+
+
+def _save_pretrained(model: PreTrainedModel, folder: Path | str, weights: dict[str, Tensor]) -> None:
+    with no_bars():
+        model.save_pretrained(folder, state_dict=weights)
 
 
 def load_heads(policy: Policy, folder: Path | str) -> None:

@@ -65,6 +65,10 @@ def for_users(fn: F) -> F:
 def _save(trainer: Trainer, error: BaseException, first_step: int) -> str:
     """Saves a checkpoint if there are new steps and all processes can save. Returns a sentence on how to go on."""
     step = trainer.schedule.step
+    try:  # of the checkpoint that is being written
+        trainer.saver.finish() if is_shared(error) else trainer.saver.wait()
+    except Exception as failure:
+        logger.warning(f"The last checkpoint could not be written: {failure}")
     if step == first_step or (trainer.saved is not None and trainer.saved[1] == step):
         return _how_to_go_on(trainer)
     if isinstance(error, KeyboardInterrupt):

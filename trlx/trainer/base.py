@@ -32,7 +32,8 @@ from trlx.run import folder as run_folder
 from trlx.run.changes import changes, identity, keeps_averages
 from trlx.run.display import Display
 from trlx.run.failures import rescuing
-from trlx.run.guards import Interrupts, SkippedSteps, check_weights, leave_if_asked
+from trlx.run.guards import Interrupts, SkippedSteps, leave_if_asked
+from trlx.run.saving import Saver
 from trlx.sampling.base import drawn, sampler_for
 from trlx.sampling.settings import GEN_KWARGS, SamplingConfig, sweep_variants
 from trlx.sampling.stopping import Stopper
@@ -88,6 +89,7 @@ class Trainer(OldNames, ABC):
             tokenizer=self.tokenizer,
             needs=self.model_needs,
         )
+        self.saver = Saver(self)
         self.sampler = sampler_for(config.train.sampler, self.backend, self.tokenizer)
         weakref.finalize(self, self.sampler.close)
         for _, sampling in self.eval_variants:
@@ -109,7 +111,7 @@ class Trainer(OldNames, ABC):
         self.best_reward, self.best_step, self.best_metric = None, None, ""
         self.tracker_state: dict[str, Any] = {}
         self.skipped = SkippedSteps()
-        self._probe: TokenBatch | None = None  # a row of the last step
+        self.probe: TokenBatch | None = None  # a row of the last step
 
     # a method overrides these
 
@@ -223,6 +225,7 @@ class Trainer(OldNames, ABC):
                 self.evaluate()
             while not self.schedule.finished:
                 self._step(self._next_batch())
+            self.saver.finish()
             self.display.end(self)
 
     def generate(self, input_ids, attention_mask=None, **gen_kwargs: Any) -> str | list[str] | Tensor:
@@ -267,21 +270,8 @@ class Trainer(OldNames, ABC):
             ValueError: `directory` holds other things than a checkpoint.
             FloatingPointError: without `directory`, if the model's log-probabilities are no longer finite.
         """
-        if directory is None and self._probe is not None:
-            check_weights(self.backend, self._probe)
-        train, backend, step = self.config.train, self.backend, self.schedule.step
-        own = run_folder.place(train, step, self.total_steps)
-        target = Path(directory or own).expanduser()
-        backend.on_main(lambda: checkpoint.check_replaceable(target))
-        with checkpoint.replacing(target, backend.is_main, backend.barrier) as folder:
-            backend.save(folder, optimizer=train.save_optimizer)
-            RandomState.capture().write(folder, f"{backend.data_rank:05d}{backend.shard}")
-            if backend.is_main:
-                checkpoint.write_state(folder, self.state_dict(), identity(self.config, self.backend, self.data_digest))
-            self.save_pretrained(folder / "hf_model")
-        if directory is None:
-            self.saved = own, step
-            run_folder.rotate(own, train, backend.is_main)
+        self.saver.begin(directory)
+        self.saver.finish()
 
     def load(self, directory: str | Path | None = None) -> None:
         """Restores a checkpoint, by default the newest, and warns of settings that differ from its run.
@@ -371,9 +361,9 @@ class Trainer(OldNames, ABC):
         began = time.perf_counter()
         tokens = self.store.num_tokens(self.schedule.rows(len(self.store)))
         self.at_boundary = False
-        loss = self.loss if self._probe else partial(checked_loss, type(self).__name__, self.loss)
+        loss = self.loss if self.probe else partial(checked_loss, type(self).__name__, self.loss)
         metrics = self.backend.train_step(batch, loss, self.unit, self.rows_together)
-        self._probe = batch.rows(slice(0, 1))
+        self.probe = batch.rows(slice(0, 1))
         if self.schedule.advance(len(self.store)) and self.online:
             self.store = None
         self.after_step(metrics)
@@ -389,7 +379,8 @@ class Trainer(OldNames, ABC):
             self.evaluate()
         is_due = step % (train.checkpoint_interval or train.eval_interval) == 0
         if is_last or (is_due and not self.skipped.in_a_row):
-            self.save()
+            # the best checkpoint may be of this very state
+            self._begin_to_save(like=self._best_folder if train.save_best and self.best_step == step else None)
 
     def _keep_best(self, name: str, objective: float | None) -> None:
         best, self.best_metric = self.best_reward, name or self.best_metric
@@ -397,4 +388,12 @@ class Trainer(OldNames, ABC):
             return
         self.best_reward, self.best_step = objective, self.schedule.step
         if self.config.train.save_best:
-            self.save(Path(self.config.train.checkpoint_dir) / run_folder.BEST)
+            self._begin_to_save(self._best_folder)
+
+    def _begin_to_save(self, *directory: Path, like: Path | None = None) -> None:
+        plain = type(self).save is Trainer.save
+        self.saver.begin(*directory, like=like) if plain else self.save(*directory)
+
+    @property
+    def _best_folder(self) -> Path:
+        return Path(self.config.train.checkpoint_dir) / run_folder.BEST
