@@ -176,6 +176,9 @@ class TrainConfig(Section, section="train"):
     go together, and on CPUs and where each GPU has all weights in more passes if that saves padding."""
     tokens_per_microbatch: int | None = None
     """The most tokens per forward and backward pass, padding included. Null: no limit. A longer row is a pass alone."""
+    packing: Any = "auto"
+    """Put the rows of a pass behind one another, without padding, where attention can stay within rows: auto (on CPUs,
+    where the model can), on (an error where it cannot), off. Numbers are the same up to rounding."""
     cache_hidden_states: Any = "auto"
     """Keep the output of frozen blocks for each row, which then run once for all passes over it: auto (in at most a
     quarter of the free memory), off, or the most bytes to keep."""
@@ -201,8 +204,10 @@ class TrainConfig(Section, section="train"):
         self.require(divides, "minibatch_size", f"divide train.batch_size ({self.batch_size})")
         for name in ("checkpoint_dir", "logging_dir", "rollout_logging_dir", "resume_from_checkpoint"):
             setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
-        # YAML reads off as false
+        # YAML reads off as false and on as true
         self.cache_hidden_states = "off" if self.cache_hidden_states is False else self.cache_hidden_states
+        self.packing = ("off", "on")[self.packing] if isinstance(self.packing, bool) else self.packing
+        self.require_choice("packing", ["auto", "on", "off"])
         is_size = type(self.cache_hidden_states) is int and self.cache_hidden_states > 0
         self.require(
             is_size or self.cache_hidden_states in ("auto", "off"), "cache_hidden_states", "be auto, off or bytes"

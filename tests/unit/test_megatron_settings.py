@@ -225,6 +225,7 @@ def test_a_wrong_file_says_what_to_write(source, words):
             {"model": {"peft_config": {"peft_type": "LORA"}}},
             "peft_config asks for an adapter; the NeMo trainers cannot",
         ),
+        ({"train": {"packing": True}}, "train.packing is on; the NeMo trainers cannot"),
     ],
 )
 def test_what_the_config_asks_in_vain_is_refused(changes, words):

@@ -14,6 +14,7 @@ from transformers.activations import NewGELUActivation
 
 from tests.unit.tiny_models import FAMILIES, ragged_batch, tiny_config, tiny_model
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
+from trlx.models.packing import why_unpackable
 from trlx.models.policy import HEADS_FILE, build_policy, load_heads, load_model, save_hf
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -36,6 +37,28 @@ def test_logprobs_are_those_of_the_whole_models_logits(name):
     expected = nn.functional.pad(expected, (1, 0)) * response_mask
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert found.dtype == torch.float32 and (found[~response_mask] == 0).all()
+
+
+PACKED = "gpt2 gpt_neox gpt_bigcode opt opt_projected llama qwen2 qwen3 mixtral phi olmo2 cohere granite".split()
+
+
+@every_family
+def test_packed_rows_have_the_outputs_and_gradients_of_rows_apart_where_the_model_can(name):
+    batch, found = ragged_batch(), []
+    policy = build_policy(tiny_model(name), value_head=True, value_layers=1, dropout=False)
+    randomize(policy.value_head.head)
+    assert (why_unpackable(policy.architecture) is None) == (name in PACKED)
+    for packs, again in ((False, False), (True, False), (True, True))[: 3 if name in PACKED else 0]:
+        policy.packs = packs
+        if again:
+            policy.architecture.recompute()
+        policy.train().zero_grad()
+        outputs = policy(*batch)
+        (outputs.logprobs - outputs.values).mean().backward()
+        gradients = [weight.grad.clone() for weight in policy.parameters() if weight.grad is not None]
+        found.append([outputs.logprobs, outputs.values, *gradients])
+    for packed in found[1:]:
+        torch.testing.assert_close(packed, found[0], rtol=1e-5, atol=1e-6)
 
 
 @every_family

@@ -43,6 +43,7 @@ from trlx.models.architecture import architecture_for
 from trlx.models.decoder import has_dropout, output_head
 from trlx.models.frozen import FrozenTrunk, free_memory, frozen_trunk
 from trlx.models.limits import check_positions, check_vocabulary
+from trlx.models.packing import why_unpackable
 from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
 from trlx.models.reference import Reference, digest
 from trlx.registry import register_sampler
@@ -110,9 +111,20 @@ class AccelerateBackend(Backend):
             self.reference = kind(self.policy, self.sharding.exchange) if needs.reference else None
         with self.sharding.unsharded():
             self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
+        self.packs = self.policy.packs = self._packs(train.packing)
         self.trunk = self._frozen_trunk(train.cache_hidden_states, needs.dropout)
         self.scheduler_at = partial(make_scheduler, scheduler, prepared)
         self.scheduler = self.scheduler_at(0)
+
+    def _packs(self, setting: str) -> bool:
+        # on GPUs rows of about one length in one pass are few kernels, attention row by row is many
+        if setting == "off" or (setting == "auto" and not (self.device.type == "cpu" and self.sharding.independent)):
+            return False
+        with self.sharding.unsharded():
+            reason = why_unpackable(self.policy.architecture)
+        if reason and setting == "on":
+            raise ValueError(f"train.packing is on, but {type(self.policy.model).__name__} {reason}: write auto")
+        return reason is None
 
     def _frozen_trunk(self, setting: str | int, dropout: bool) -> FrozenTrunk | None:
         # sharded weights are gathered as the blocks run

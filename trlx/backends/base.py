@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trlx.backends.distress import attempted, raise_everywhere, told
-from trlx.backends.microbatches import FEWEST, at_least, microbatches, row_lengths
+from trlx.backends.microbatches import FEWEST, at_least, filled, microbatches, row_lengths
 from trlx.batch import TokenBatch, TokenOutputs
 from trlx.config import ModelConfig, TrainConfig
 from trlx.data.collate import RowFormat
@@ -86,6 +86,8 @@ class Backend(ABC):
     """The most rows of one forward and backward pass."""
     microbatch_tokens: int | None = None
     """The most tokens of one, padding included."""
+    packs: bool = False
+    """Whether the rows of one need no padding."""
     pass_cost: float = FEWEST
     """See `microbatches`. Where all processes take part in each pass, they need equally many: as few as possible."""
     vocab_size: int = sys.maxsize
@@ -186,7 +188,11 @@ class Backend(ABC):
 
     def microbatches(self, batch: TokenBatch, together: int = 1) -> list[list[int]]:
         """The row numbers of each microbatch of this process's rows."""
-        found = microbatches(row_lengths(batch), self.microbatch_size, self.pass_cost, together, self.microbatch_tokens)
+        lengths, limits = row_lengths(batch), {"together": together, "most_tokens": self.microbatch_tokens}
+        if self.packs:
+            found = filled(lengths, self.microbatch_size, **limits)
+        else:
+            found = microbatches(lengths, self.microbatch_size, self.pass_cost, **limits)
         if self.pass_cost < FEWEST or self.microbatch_tokens is None:
             return found
         return at_least(max(self.gather_objects([len(found)])), found, together)

@@ -55,6 +55,23 @@ def microbatches(
     return cut
 
 
+def filled(lengths: list[int], most_rows: int, together: int = 1, most_tokens: int | None = None) -> list[list[int]]:
+    """The row numbers of each microbatch of rows that need no padding: in order, each with as many as it may have.
+
+    Arguments as in `microbatches`.
+    """
+    cut, tokens = [], 0
+    for start in range(0, len(lengths), together):
+        rows = range(start, start + together)
+        tokens += sum(lengths[start : start + together])
+        if cut and len(cut[-1]) < most_rows and (most_tokens is None or tokens <= most_tokens):
+            cut[-1] += rows
+        else:
+            cut.append([*rows])
+            tokens = sum(lengths[start : start + together])
+    return cut
+
+
 def at_least(count: int, found: list[list[int]], together: int = 1) -> list[list[int]]:
     """The microbatches `found`, the largest of them halved until there are `count`."""
     found = list(found)

@@ -49,8 +49,13 @@ class FrozenTrunk:
     @contextmanager
     def skipped(self, batch: TokenBatch, device: torch.device | str) -> Iterator[None]:
         """Inside the block the model does not run its frozen blocks: it must read `batch`, for which they are known."""
-        padded = nn.utils.rnn.pad_sequence(self._states(batch, device), batch_first=True)
-        with self.returning(nn.functional.pad(padded, (0, 0, 0, batch.tokens.shape[1] - padded.shape[1]))):
+        states = self._states(batch, device)
+        if self.policy.packs:
+            joined = torch.cat(states)[None]
+        else:
+            padded = nn.utils.rnn.pad_sequence(states, batch_first=True)
+            joined = nn.functional.pad(padded, (0, 0, 0, batch.tokens.shape[1] - padded.shape[1]))
+        with self.returning(joined):
             yield
 
     @contextmanager
@@ -64,8 +69,10 @@ class FrozenTrunk:
             yield
 
     @torch.no_grad()
-    def compute(self, tokens: Tensor, encoder_tokens: Tensor | None, encoder_mask: Tensor | None) -> Tensor:
-        """The output [B, T, d] of the frozen blocks; those above them do not run."""
+    def compute(
+        self, tokens: Tensor, attention_mask: Tensor, encoder_tokens: Tensor | None, encoder_mask: Tensor | None
+    ) -> Tensor:
+        """The output of the frozen blocks, laid out as ``Policy.states`` does; those above them do not run."""
 
         def stop(block: nn.Module, args: tuple, output: Any) -> None:
             raise _Reached(output[0] if self.is_tuple else output)
@@ -73,7 +80,7 @@ class FrozenTrunk:
         hook = self.frozen[-1].register_forward_hook(stop)
         try:
             with self.around():
-                self.policy.architecture.states(tokens, encoder_tokens, encoder_mask)
+                self.policy.states(tokens, attention_mask, encoder_tokens, encoder_mask)
         except _Reached as reached:
             return reached.args[0]
         finally:
@@ -87,8 +94,9 @@ class FrozenTrunk:
         found = {key: self.kept[key] for key in keys if key in self.kept}
         if missing:
             rows = batch.rows(missing).to(device)
-            states = self.compute(rows.tokens, rows.encoder_tokens, rows.encoder_mask)
+            states = self.compute(rows.tokens, rows.attention_mask, rows.encoder_tokens, rows.encoder_mask)
             lengths = batch.attention_mask[missing].sum(dim=1).tolist()
+            states = states[0].split(lengths) if self.policy.packs else states
             for row, length, each in zip(missing, lengths, states, strict=True):
                 found[keys[row]] = each[:length]
                 self._keep(keys[row], each[:length])
@@ -155,7 +163,7 @@ def _agrees(trunk: FrozenTrunk) -> bool:
     states = trunk.policy.architecture.states
     with probing(trunk.policy.model) as tokens:
         mask = torch.ones_like(tokens)
-        kept, expected = trunk.compute(tokens, tokens, mask), states(tokens, tokens, mask)
+        kept, expected = trunk.compute(tokens, mask.bool(), tokens, mask), states(tokens, tokens, mask)
         states(tokens.flip(1), tokens, mask)  # in case modules remember something of their last call
         try:
             with trunk.returning(kept):

@@ -23,6 +23,7 @@ from trlx.models.architecture import Architecture, Causal, Scored
 from trlx.models.decoder import disable_dropout, freeze, hidden_size, output_head
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
 from trlx.models.logprobs import chosen_logprobs, logits_of, spread
+from trlx.models.packing import packed_states
 from trlx.models.quantization import quantized
 
 logger = logging.get_logger(__name__)
@@ -52,6 +53,8 @@ class Policy(nn.Module):
         heads = {name: head for name, head in (("value", value_head), ("q", q_heads)) if head is not None}
         self.heads = nn.ModuleDict(heads) if heads else None
         self.logits = logits_of(model, self.architecture)
+        self.packs = False
+        """Whether rows go through the model without padding; only if `why_unpackable` says nothing."""
 
     def forward(
         self,
@@ -78,26 +81,36 @@ class Policy(nn.Module):
             at = response_mask.nonzero(as_tuple=True)
         value_head, q_heads = (self.value_head, self.q_heads) if values else (None, None)
         with nullcontext() if value_head is None else value_head.watching():
-            hidden = self.architecture.states(tokens, encoder_tokens, encoder_mask)
+            hidden, places = self.states(tokens, attention_mask, encoder_tokens, encoder_mask)
         if isinstance(self.architecture, Scored):
             nothing = torch.zeros(tokens.shape, device=tokens.device)
-            return TokenOutputs(nothing, last=self._at_last(hidden, attention_mask))
+            return TokenOutputs(nothing, last=self._at_last(hidden, places, attention_mask))
         at = at[0] * tokens.shape[1] + at[1]
-        chosen = tokens.flatten().index_select(0, at)
-        before = _rows(hidden, at - 1)
+        chosen, at_state = tokens.flatten().index_select(0, at), places.index_select(0, at - 1)
+        before = _rows(hidden, at_state)
         logprobs = chosen_logprobs(before, chosen, self.logits, self.temperature)
         outputs = TokenOutputs(spread(logprobs, at, tokens.shape))
         if value_head is not None:
-            outputs.values = spread(value_head(_rows(value_head.states(hidden), at - 1)), at, tokens.shape)
+            outputs.values = spread(value_head(_rows(value_head.states(hidden), at_state)), at, tokens.shape)
         if q_heads is not None:
             q = [spread(each, at, tokens.shape) for each in q_heads(before, chosen)]
             outputs.q, outputs.target_q, outputs.q_logprobs = q
         return outputs
 
-    def _at_last(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def states(
+        self, tokens: Tensor, attention_mask: Tensor, encoder_tokens: Tensor | None, encoder_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [b, t, d], and the place [B * T] of each token's state among these ``b * t``."""
+        if self.packs:
+            return packed_states(self.model, tokens, attention_mask), attention_mask.flatten().cumsum(0) - 1
+        places = torch.arange(tokens.numel(), device=tokens.device)
+        return self.architecture.states(tokens, encoder_tokens, encoder_mask), places
+
+    def _at_last(self, hidden: Tensor, places: Tensor, attention_mask: Tensor) -> Tensor:
         """The score [B] float32 of the last token of each row."""
-        ends = attention_mask.sum(dim=1) - 1 + torch.arange(len(hidden), device=hidden.device) * hidden.shape[1]
-        return self.logits(_rows(hidden, ends)).squeeze(-1).float()
+        rows, width = attention_mask.shape
+        ends = attention_mask.sum(dim=1) - 1 + torch.arange(rows, device=hidden.device) * width
+        return self.logits(_rows(hidden, places[ends])).squeeze(-1).float()
 
     def save_model(self, folder: Path | str, merge: bool = False) -> None:
         """Writes the language model so that plain ``transformers`` loads it; `merge` is for adapters."""

@@ -138,7 +138,7 @@ def read_settings(
         ConfigError: an unknown key, a wrong type, a value out of range, or an unsupported value.
         ValueError: the file or preset does not exist.
     """
-    _check_supported(trainer_kwargs, model)
+    _check_supported(trainer_kwargs, model, train)
     config = read_megatron_cfg(trainer_kwargs.get("megatron_cfg"))
     check_keys(config)
     root = Lookup(config, WHERE)
@@ -163,7 +163,7 @@ def read_settings(
     )
 
 
-def _check_supported(trainer_kwargs: Mapping[str, Any], model: ModelConfig) -> None:
+def _check_supported(trainer_kwargs: Mapping[str, Any], model: ModelConfig, train: TrainConfig) -> None:
     for key in trainer_kwargs:
         if key not in OPTIONS:
             near = suggestion(key, OPTIONS)
@@ -173,6 +173,8 @@ def _check_supported(trainer_kwargs: Mapping[str, Any], model: ModelConfig) -> N
         raise ConfigError(f"model.model_arch_type is {model.model_arch_type!r}; {advice}, or causal")
     if model.peft_config is not None:
         raise ConfigError(f"model.peft_config asks for an adapter; {advice}, or leave it out")
+    if train.packing == "on":
+        raise ConfigError(f"train.packing is on; {advice}, or auto")
 
 
 def _sizes(gpt: Lookup, trainer_kwargs: Mapping[str, Any]) -> ParallelSizes:
