@@ -177,8 +177,7 @@ class TrainConfig(Section, section="train"):
     tokens_per_microbatch: int | None = None
     """The most tokens per forward and backward pass, padding included. Null: no limit. A longer row is a pass alone."""
     packing: Any = "auto"
-    """Put the rows of a pass behind one another, without padding, where attention can stay within rows: auto (on CPUs,
-    where the model can), on (an error where it cannot), off. Numbers are the same up to rounding."""
+    """Compute the rows of a pass behind one another, without padding: auto (on CPUs, where the model can), on, off."""
     cache_hidden_states: Any = "auto"
     """Keep the output of frozen blocks for each row, which then run once for all passes over it: auto (in at most a
     quarter of the free memory), off, or the most bytes to keep."""
