@@ -82,7 +82,7 @@ IN_PARTS = [
     (TENSOR, {}, DISTRIBUTED),
 ]
 """Layout, ``train`` and other sections of runs on four processes."""
-RUNS = {"PPO": [0, 1, 2], "SFT": [1, 3], "ILQL": [0, 2], "GRPO": [0], "DPO": [1], "KTO": [0], "Reward": [1, 2]}
+RUNS = {"PPO": [0, 1, 2], "SFT": [1, 3], "ILQL": [2], "GRPO": [0], "DPO": [1], "KTO": [0], "Reward": [1, 2]}
 """Which of them each algorithm has. All share what a backend saves; heads and rows are what an algorithm adds."""
 
 
@@ -150,7 +150,7 @@ def whole_tensors(folder, kind):
     return {name: tensor for (file, name), tensor in saved(folder).items() if file.startswith(f"{kind}-")}
 
 
-@pytest.mark.parametrize("algorithm", ["PPO", "SFT", "ILQL", "Reward"])
+@pytest.mark.parametrize("algorithm", ["PPO", "ILQL"])
 def test_a_run_goes_on_in_other_layouts(tmp_path, algorithm):
     # PPO samples: the tokens of each layout are those that the others would have drawn from there on
     whole, turns = tmp_path / "whole", tmp_path / "turns"
@@ -219,7 +219,7 @@ def test_a_signal_to_a_process_that_is_not_the_main_one_stops_all_after_a_save(t
     assert newest(tmp_path).name == "checkpoint_2"
 
 
-KILLS = 6
+KILLS = 3
 LONG = {"checkpoint_interval": 1, "eval_interval": 3, "total_steps": 24, "epochs": 100}
 
 

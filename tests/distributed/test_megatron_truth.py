@@ -184,7 +184,7 @@ def compare(folder: Path, cases: list[tuple[str, str]], layouts: list[dict], unf
 
 def compare_one(truth: Path, family: str, algorithm: str, layout: dict, unfrozen: int) -> None:
     folder = truth / f"{family}-{algorithm}"
-    backend = megatron(folder / "model", algorithm, layout, unfrozen)
+    backend = megatron(folder / "model", family, algorithm, layout, unfrozen)
     batch = TokenBatch(**load_file(folder / "batch.safetensors"))
     mine = shard(batch, list(range(ROWS)), backend.data_rank, backend.data_size)
     first = compare_outputs(folder, backend, mine)
@@ -204,14 +204,14 @@ def compare_one(truth: Path, family: str, algorithm: str, layout: dict, unfrozen
         assert torch.equal(backend.evaluate(mine).logprobs, first) is (unfrozen == 0)
 
 
-def megatron(model, algorithm: str, layout: dict, unfrozen: int = -1):
+def megatron(model, family: str, algorithm: str, layout: dict, unfrozen: int = -1):
     from trlx.backends.megatron.backend import MegatronBackend
 
     size = layout.get("tensor_model_parallel_size", 1) * layout.get("pipeline_model_parallel_size", 1)
     data_size = world() // size
-    return MegatronBackend(
-        **settings(str(model), unfrozen=unfrozen, data_size=data_size, **layout), needs=NEEDS[algorithm]
-    )
+    # how microbatches follow one another does not depend on the family
+    built = settings(str(model), 2 if family == "gpt2" else 4, unfrozen, data_size, **layout)
+    return MegatronBackend(**built, needs=NEEDS[algorithm])
 
 
 def world() -> int:

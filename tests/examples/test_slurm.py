@@ -108,11 +108,11 @@ def test_the_answer_is_that_of_the_process_that_failed_first():
 
 @pytest.mark.distributed
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_its_next_job(cluster, tmp_path):
-    (file,) = [path for path in FILES if path.name == "megatron_single_node.sbatch"]
+    (file,) = [path for path in FILES if path.name == "accelerate_single_node.sbatch"]
     run = tmp_path / "run"
-    tiny = ["--model", "tiny", "--data", "made", "--reward", "made", "--tp", 2, "--out", run]
+    tiny = ["--model", "tiny", "--data", "made", "--reward", "made", "--out", run]
     quick = ["train.batch_size=4", "train.tracker=null", "train.save_best=false", "method.gen_kwargs.max_new_tokens=4"]
-    command = ["examples.nemo_sft_sentiments", *tiny, *quick]
+    command = ["examples.sft_sentiments", *tiny, *quick]
 
     # the signal comes as early as it can: no process of the step knows what to do with it yet
     job = submit(file, cluster, tmp_path, *command, "train.total_steps=100000", "train.epochs=100000")
