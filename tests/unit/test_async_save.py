@@ -17,6 +17,7 @@ from tests.unit.test_resume import sft
 from trlx import background, checkpoint
 from trlx.backends.accelerate import AccelerateBackend
 from trlx.background import Background
+from trlx.registry import trainers
 from trlx.run.saving import Saver
 
 ASYNC = {"async_save": True}
@@ -190,6 +191,19 @@ def test_the_best_checkpoint_shares_files_with_the_one_of_its_step_unless_the_di
         assert files(best) == files(own) and files(best).keys() == files(other).keys()
         assert {os.path.samefile(best / name, own / name) for name in files(best)} == {folder != "copied"}
         assert not any(os.path.samefile(best / name, other / name) for name in files(best))
+
+
+def test_a_save_that_is_overridden_is_called_and_returns_when_the_checkpoint_is_there(tmp_path, monkeypatch):
+    found = []
+
+    class Trainer(trainers.get("AccelerateSFTTrainer")):
+        def save(self, directory=None):
+            super().save(directory)
+            found.append(checkpoint.step_of(checkpoint.newest(tmp_path) if directory is None else directory))
+
+    monkeypatch.setitem(trainers._classes, "acceleratesfttrainer", ("Trainer", Trainer))
+    sft(tmp_path, [0.0, 1.0, 0.5], total_steps=2, async_save=True)
+    assert found == [0, 1, 1, 2]
 
 
 def test_where_weights_are_sharded_a_wish_for_the_background_is_refused():

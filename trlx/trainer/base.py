@@ -391,7 +391,7 @@ class Trainer(OldNames, ABC):
             self._begin_to_save(self._best_folder)
 
     def _begin_to_save(self, *directory: Path, like: Path | None = None) -> None:
-        plain = type(self).save is Trainer.save
+        plain = getattr(self.save, "__func__", None) is Trainer.save  # a subclass may do more
         self.saver.begin(*directory, like=like) if plain else self.save(*directory)
 
     @property
