@@ -76,6 +76,7 @@ def build(case: Case):
         trainer="any",
         trainer_kwargs=kwargs,
         mixed_precision=case.precision,
+        cache_hidden_states="off",  # the plan is of rows that the frozen layers have not read
     )
     sections = {
         "model": ModelConfig(case.model, num_layers_unfrozen=case.unfrozen),

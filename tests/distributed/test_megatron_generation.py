@@ -12,6 +12,8 @@ from tests.builders import char_tokenizer, responses
 from tests.processes import together
 from tests.runs import tiny_config
 from trlx.backends.base import ModelNeeds
+from trlx.batch import Rollout
+from trlx.data.collate import collate
 from trlx.data.store import own_rows
 from trlx.models.heads import QHeads, ValueHead
 from trlx.models.policy import HEADS_FILE, build_policy, load_heads
@@ -130,28 +132,52 @@ def test_penalties_and_the_least_length_are_those_of_transformers(tmp_path):
     together(4, check, tmp_path, cases, [{}, TENSOR | PIPELINE])
 
 
-def check_drawn(folder, cases):
-    """In every layout, and on every process, the same seed draws the same tokens."""
+def check_drawn(folder, prompts, cases):
+    """In every layout, and on every process, the same seed draws the same tokens, and says what the policy says."""
     first = None
     for layout in LAYOUTS:
-        backend = backend_of(folder, layout)
-        drawn = []
+        backend = backend_of(folder, layout, ModelNeeds(value_head=True, temperature=cases[0][0].temperature))
+        read = []
+        backend.stage[0].decoder.register_forward_hook(lambda *call, read=read: read.append(call[-1].shape[1]))
+        drawn, sampler = [], backend.sampler()
         for sampling, seed in cases:
             torch.manual_seed(seed)
-            drawn.append(responses(backend.sampler(), PROMPTS, sampling))
-        first = first or drawn
-        assert drawn == first, layout
+            drawn.append(sampler.generate(prompts, sampling))
+        if backend.parallel.sizes.pipeline == 1:
+            # two of six prompts are equal, and rows that have ended leave
+            steps = max(len(sample.ids) for sample in drawn[0])
+            assert read[0] == 5 and read[steps - 1] < 4 and read[-6:] == [5, 6, 6, 6, 6, 6]
+        check_said(backend, prompts, drawn[0])
+        assert drawn[-1][0].logprobs is drawn[-1][0].values is None  # top_p is no part of the policy
+        ids = [[sample.ids for sample in samples] for samples in drawn]
+        first = first or ids
+        assert ids == first, layout
     assert len({str(rows) for rows in first}) == len(first)
+
+
+def check_said(backend, prompts, samples):
+    """Log-probabilities and values of samples are those of a pass over them."""
+    assert backend.sampler().exact
+    batch = collate([Rollout(prompt, sample.ids) for prompt, sample in zip(prompts, samples, strict=True)], 0)
+    outputs = backend.evaluate(batch)
+    assert outputs.values.abs().max() > 0.01
+    for row, sample in enumerate(samples):
+        at = batch.response_mask[row]
+        torch.testing.assert_close(torch.tensor(sample.logprobs), outputs.logprobs[row][at], atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(sample.values), outputs.values[row][at], atol=1e-5, rtol=0)
 
 
 def test_a_seed_draws_the_same_tokens_in_every_layout(tmp_path):
     made("qwen2", tmp_path)
-    plain = SamplingConfig(max_new_tokens=6, temperature=5.0, eos_token_id=[4, 5])
+    head = ValueHead(WIDTH).state_dict()
+    save_file({f"value.{name}": 0.1 * torch.randn_like(tensor) for name, tensor in head.items()}, tmp_path / HEADS_FILE)
+    plain = SamplingConfig(max_new_tokens=6, temperature=5.0, eos_token_id=list(range(4, 24)))
     others = [
         SamplingConfig(max_new_tokens=6, temperature=2.5, top_k=20),
         SamplingConfig(max_new_tokens=6, temperature=4.0, top_p=0.6),
     ]
-    together(4, check_drawn, tmp_path, [(plain, 1), (plain, 2), *((sampling, 1) for sampling in others)])
+    cases = [(plain, 1), (plain, 2), *((sampling, 1) for sampling in others)]
+    together(4, check_drawn, tmp_path, [*PROMPTS, PROMPTS[1]], cases)
 
 
 ROWS = 4000

@@ -16,7 +16,30 @@ from trlx.models.heads import ValueBranch
 from trlx.models.policy import Policy
 
 
-class FrozenTrunk:
+class KeptStates:
+    """Hidden states of rows, by what `row_keys` says of them, in at most `budget` bytes."""
+
+    def __init__(self, budget: float):
+        self.budget = budget
+        self.kept: dict[bytes, Tensor] = {}
+        self.size = 0
+
+    def forget(self) -> None:
+        """Drops what is kept, because other rows follow."""
+        self.kept.clear()
+        self.size = 0
+
+    def keep(self, key: bytes, states: Tensor) -> bool:
+        """Keeps a copy of the states of a row if they fit, and says whether they do."""
+        size = states.numel() * states.element_size()
+        fits = self.size + size <= self.budget
+        if fits and key not in self.kept:
+            self.size += size
+            self.kept[key] = states.clone()
+        return fits
+
+
+class FrozenTrunk(KeptStates):
     """Keeps the output of the frozen blocks at the bottom of a policy's model for each row that was computed.
 
     No update changes this output, and it is the same for policy and reference. Rows are known by their tokens.
@@ -36,15 +59,8 @@ class FrozenTrunk:
         budget: float = float("inf"),
         around: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.policy, self.frozen, self.is_tuple = policy, frozen, is_tuple
-        self.budget, self.around = budget, around
-        self.kept: dict[bytes, Tensor] = {}
-        self.size = 0
-
-    def forget(self) -> None:
-        """Drops what is kept, because other rows follow."""
-        self.kept.clear()
-        self.size = 0
+        super().__init__(budget)
+        self.policy, self.frozen, self.is_tuple, self.around = policy, frozen, is_tuple, around
 
     @contextmanager
     def skipped(self, batch: TokenBatch, device: torch.device | str) -> Iterator[None]:
@@ -89,7 +105,7 @@ class FrozenTrunk:
 
     def _states(self, batch: TokenBatch, device: torch.device | str) -> list[Tensor]:
         """For each row [its number of tokens, d]."""
-        keys = _keys(batch)
+        keys = row_keys(batch)
         missing = [row for row, key in enumerate(keys) if key not in self.kept]
         found = {key: self.kept[key] for key in keys if key in self.kept}
         if missing:
@@ -99,14 +115,8 @@ class FrozenTrunk:
             states = states[0].split(lengths) if self.policy.packs else states
             for row, length, each in zip(missing, lengths, states, strict=True):
                 found[keys[row]] = each[:length]
-                self._keep(keys[row], each[:length])
+                self.keep(keys[row], each[:length])
         return [found[key] for key in keys]
-
-    def _keep(self, key: bytes, states: Tensor) -> None:
-        size = states.numel() * states.element_size()
-        if self.size + size <= self.budget and key not in self.kept:
-            self.size += size
-            self.kept[key] = states.clone()
 
 
 class _Reached(Exception):
@@ -172,7 +182,7 @@ def _agrees(trunk: FrozenTrunk) -> bool:
             return False
 
 
-def _keys(batch: TokenBatch) -> list[bytes]:
+def row_keys(batch: TokenBatch) -> list[bytes]:
     """The tokens of each row without padding, also the encoder's."""
     parts = [(batch.tokens, batch.attention_mask)]
     if batch.encoder_tokens is not None:

@@ -18,21 +18,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trlx.backends.base import UPDATES_FILE, Backend, LossFn, ModelNeeds
+from trlx.backends.megatron.frozen import frozen_layers
 from trlx.backends.megatron.generation import PipelineSampler
 from trlx.backends.megatron.mapping import entries, padded_vocab
 from trlx.backends.megatron.model import PolicyStage, build_chunks, freeze, language_model
 from trlx.backends.megatron.model_source import find_source
 from trlx.backends.megatron.nemo.weights import is_nemo
 from trlx.backends.megatron.parallel import initialize, join
-from trlx.backends.megatron.schedule import run_forward, run_forward_backward
+from trlx.backends.megatron.schedule import Reading, run_forward, run_forward_backward
 from trlx.backends.megatron.settings import OPTIONS, read_settings
 from trlx.backends.megatron.size_checks import check_sizes
 from trlx.backends.megatron.stage import DropoutRNG, StageWeights
 from trlx.backends.megatron.updates import Updates
+from trlx.backends.microbatches import microbatches, row_lengths
 from trlx.batch import TokenBatch, TokenOutputs
 from trlx.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.methods.masked import finish, merge_packed, pack
 from trlx.methods.units import Unit
+from trlx.models.frozen import row_keys
 from trlx.models.reference import Reference
 from trlx.models.source import check_model, exported
 from trlx.sampling.base import Sampler
@@ -84,6 +87,11 @@ class MegatronBackend(Backend):
         self.wrapped = [_wrapped(chunk, settings.optim.distributed) for chunk in self.stage]
         self.updates = Updates(self.wrapped, settings, self.parallel)
         self.randomness = DropoutRNG(self.parallel)
+        rates = (decoder.hidden_dropout, decoder.attention_dropout, decoder.embedding_dropout)
+        has_dropout = needs.dropout and any(rates)
+        self.trunk = frozen_layers(
+            self.stage, self.parallel, train.cache_hidden_states, model.num_layers_unfrozen, has_dropout
+        )
 
     @staticmethod
     def source(model: ModelConfig, train: TrainConfig) -> Any:
@@ -111,7 +119,7 @@ class MegatronBackend(Backend):
         self._train_mode(False)
         rows = self.microbatches(batch)
         with self.reference.active() if reference else nullcontext():
-            found = run_forward(self.stage, self._microbatches(batch, rows))
+            found = run_forward(self.stage, self._microbatches(batch, rows), self._reading(batch, rows))
         if self.needs.score_head:
             last = torch.zeros(len(batch), device=self.device)
             for each, outputs in zip(rows, found, strict=False):
@@ -137,10 +145,15 @@ class MegatronBackend(Backend):
             chunk.zero_grad_buffer()
         self.updates.clear()
         began = time.perf_counter()
-        pieces = self._microbatches(batch, self.microbatches(batch, max(unit.rows, together)))
-        found, forward = run_forward_backward(self.wrapped, pieces, on_outputs)
+        rows = self.microbatches(batch, max(unit.rows, together))
+        pieces, reading = self._microbatches(batch, rows), self._reading(batch, rows)
+        found, forward = run_forward_backward(self.wrapped, pieces, on_outputs, reading)
         backward = time.perf_counter() - began - forward
         return self._means(found) | self.updates.apply() | {"time/forward": forward, "time/backward": backward}
+
+    def forget_rows(self) -> None:
+        if self.trunk is not None:
+            self.trunk.forget()
 
     @torch.no_grad()
     def update_heads(self, fn: Callable[[nn.Module], None]) -> None:
@@ -206,6 +219,20 @@ class MegatronBackend(Backend):
             return pieces
         last = pieces[-1]
         return pieces + [last.replace(response_mask=torch.zeros_like(last.response_mask))] * missing
+
+    def _reading(self, batch: TokenBatch, rows: list[list[int]]) -> Reading | None:
+        """Runs the frozen layers for those rows of `batch` whose output is not kept, and says what is."""
+        if self.trunk is None:
+            return None
+        keys, lengths = row_keys(batch), row_lengths(batch)
+        missing = self.trunk.reserve(keys, lengths)
+        cut = microbatches(
+            [lengths[row] for row in missing], self.microbatch_size, self.pass_cost, most_tokens=self.microbatch_tokens
+        )
+        new = [[missing[i] for i in each] for each in cut]
+        self.trunk.compute(self._microbatches(batch, new), [[keys[row] for row in each] for each in new])
+        known = [[keys[row] for row in each] for each in rows]
+        return Reading(self.trunk, [own if self.trunk.kept.keys() >= set(own) else None for own in known])
 
     def _collected(self, found: list[Tensor], rows: list[list[int]], batch: TokenBatch) -> Tensor:
         """Per-token outputs of all microbatches as one [B, T] tensor on the CPU, on every stage."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,24 +40,39 @@ class FreezableBlock(TransformerBlock):
     recomputation, and the input of the first recomputed layer is made to require a gradient.
     """
 
-    _plain = 0
-    """The lowest layers, which are not recomputed."""
+    lowest = 0
+    """The number of frozen layers at the bottom that are not recomputed."""
 
     def skip_recompute(self, frozen: int) -> None:
         """Runs the lowest `frozen` layers without recomputation, except those recomputed together with higher ones."""
         config = self.config
         together = config.recompute_num_layers if config.recompute_method == "uniform" else 1
-        self._plain = frozen - frozen % together
-        self.num_layers_per_pipeline_rank = len(self.layers) - self._plain
+        self.lowest = frozen - frozen % together
+        self.num_layers_per_pipeline_rank = len(self.layers) - self.lowest
+
+    def run_lowest(self, count: int, hidden_states: Tensor, **inputs: Any) -> Tensor:
+        """The hidden states after the lowest `count` layers."""
+        for layer in self.layers[:count]:
+            hidden_states, _ = layer(hidden_states=hidden_states, **inputs)
+        return hidden_states
+
+    @contextmanager
+    def above_frozen(self) -> Iterator[None]:
+        """Inside the block these `lowest` layers are left out."""
+        layers, lowest = self.layers, self.lowest
+        self.layers, self.lowest = layers[lowest:], 0
+        try:
+            yield
+        finally:
+            self.layers, self.lowest = layers, lowest
 
     def _get_layer(self, layer_number: int) -> nn.Module:
-        return self.layers[self._plain + layer_number]
+        return self.layers[self.lowest + layer_number]
 
     def _checkpointed_forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         inputs = {name: kwargs[name] for name in ("attention_mask", "rotary_pos_emb")}
-        for layer in self.layers[: self._plain]:
-            hidden_states, _ = layer(hidden_states=hidden_states, **inputs)
-        if self._plain < len(self.layers) and torch.is_grad_enabled() and not hidden_states.requires_grad:
+        hidden_states = self.run_lowest(self.lowest, hidden_states, **inputs)
+        if self.lowest < len(self.layers) and torch.is_grad_enabled() and not hidden_states.requires_grad:
             hidden_states = hidden_states.detach().requires_grad_()
         return super()._checkpointed_forward(hidden_states, **kwargs)
 

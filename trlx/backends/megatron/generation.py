@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,13 +23,16 @@ from trlx.batch import Sample
 from trlx.data.collate import left_pad
 from trlx.data.store import own_rows
 from trlx.sampling.base import Sampler
+from trlx.sampling.decode import HELD
 from trlx.sampling.drawing import Drawing, uniforms
 from trlx.sampling.rules import KNOWN, Rules
-from trlx.sampling.settings import SamplingConfig, cut_at_eos
+from trlx.sampling.settings import SamplingConfig
 
 
 class PipelineSampler(Sampler):
     """Samples from the stages that train."""
+
+    exact = True
 
     def __init__(self, stage: list[PolicyStage], parallel: ParallelState, has_q: bool, vocab_size: int):
         self.stage, self.parallel = stage, parallel
@@ -51,10 +55,11 @@ class PipelineSampler(Sampler):
         seed = self.parallel.from_leader(int(torch.randint(2**62, ())))
         for chunk in self.stage:
             chunk.eval()
-        responses = self._responses(prompts, sampling, seed) if prompts else []
-        return [Sample(ids, version=self.version) for ids in responses]
+        groups = self._drawn(prompts, sampling, seed) if prompts else []
+        samples = [group.drawing.sample(row, self.version) for group in groups for row in range(len(group.prompts))]
+        return self.parallel.object_from_last_stage(samples)  # it alone knows log-probabilities and values
 
-    def _responses(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[list[int]]:
+    def _drawn(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[_Group]:
         stage, parallel = self.stage, self.parallel
         numbers = uniforms(seed, len(prompts), sampling.max_new_tokens)
         groups = []
@@ -69,12 +74,12 @@ class PipelineSampler(Sampler):
                 for group in groups:
                     pipeline.advance(group)
         pipeline.finish()
-        return [response for group in groups for response in group.responses]
+        return groups
 
 
 @dataclass
 class _Group:
-    """Rows that go through the pipeline together."""
+    """Rows that go through the pipeline together. Equal prompts are read as one row."""
 
     prompts: list[list[int]]
     sampling: SamplingConfig
@@ -82,28 +87,18 @@ class _Group:
     device: torch.device
     heads: nn.ModuleDict | None
     context: StaticInferenceContext = field(init=False)
-    drawn: list[Tensor] = field(default_factory=list)
-    """int64 [3, B] for each step: tokens, whether the row was done before, and after."""
     awaits: bool = False
     """True until this stage has received the last step's tokens from the last stage."""
+    finished: bool = False
+    """Whether all rows are done."""
 
     def __post_init__(self) -> None:
-        tokens, mask = left_pad(self.prompts, self.sampling.pad_token_id)
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, self.prompts)))}
+        self.places: list[int] | None = [places[tuple(prompt)] for prompt in self.prompts]
+        tokens, mask = left_pad([list(prompt) for prompt in places], self.sampling.pad_token_id)
         self.tokens, self.real = tokens.to(self.device), mask.bool().to(self.device)
-        self.context = StaticInferenceContext(len(self.prompts), tokens.shape[1] + self.sampling.max_new_tokens)
+        self.context = StaticInferenceContext(len(places), tokens.shape[1] + self.sampling.max_new_tokens)
         self.drawing = Drawing(self.sampling, self.prompts, self.uniforms, self.heads)
-
-    @property
-    def finished(self) -> bool:
-        """Whether all rows are done."""
-        return bool(self.drawn) and bool(self.drawn[-1][2].all())
-
-    @property
-    def responses(self) -> list[list[int]]:
-        drawn = torch.stack(self.drawn).tolist() if self.drawn else []
-        rows = range(len(self.prompts))
-        ids = [[step[0][row] for step in drawn if not step[1][row]] for row in rows]
-        return [cut_at_eos(each, self.sampling.eos_token_ids) for each in ids]
 
     def inputs(self) -> dict[str, Tensor]:
         """The model's inputs for the tokens that are not in the cache."""
@@ -120,12 +115,43 @@ class _Group:
             "attention_mask": ~(visible | itself)[:, None],
         }
 
+    def read(self, output: Any) -> Any:
+        """Call it when this stage has computed `inputs`. After the prompts, each row gets its own place.
+
+        Args:
+            output: (logits, hidden states) of the last column on the last stage.
+        """
+        self.context.sequence_len_offset = self.tokens.shape[1]
+        at, self.places = self.places, None
+        if at is None or len(at) == len(self.tokens):
+            return output
+        self._pick(at)
+        return [each[at] for each in output] if isinstance(output, tuple) else output
+
+    def draw(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """See `Drawing.draw`; with the values of the policy's value head."""
+        has_value = self.heads is not None and "value" in self.heads
+        return self.drawing.draw(logits, hidden, self.heads["value"](hidden) if has_value else None)
+
     def take(self, drawn: Tensor) -> None:
-        """Appends one token to each row."""
-        self.drawn.append(drawn)
+        """Appends one token to each row. Rows that are done leave when there are many."""
         self.tokens = torch.cat([self.tokens, drawn[0][:, None]], dim=1)
         self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], dim=1)
         self.awaits = False
+        held = self.drawing.held
+        going = [at for at, done in enumerate(drawn[2].tolist()) if not done]
+        self.finished = not going
+        if going and len(going) < HELD * len(held):
+            self.drawing.hold([held[at] for at in going])
+            self._pick(going)
+
+    def _pick(self, at: list[int]) -> None:
+        """From now on the rows are those `at` these places."""
+        self.tokens, self.real = self.tokens[at], self.real[at]
+        self.context.max_batch_size = len(at)
+        cache = self.context.key_value_memory_dict
+        for layer, pair in cache.items():
+            cache[layer] = tuple(each[:, at] for each in pair)
 
 
 class _Pipeline:
@@ -151,16 +177,13 @@ class _Pipeline:
             output = chunk(**inputs, inference_context=group.context)
             if not chunk.post_process:
                 self._send_states(output, (self.parallel.stage + 1) % size)
-                continue
-            # only the last stage's last chunk gets here
-            drawn = group.drawing.draw(*output)
+        output = group.read(output)
+        group.awaits = not self.stage[-1].post_process
+        if not group.awaits:
+            drawn = group.draw(*output)
             for other in range(size - 1):
                 self._send(drawn, other, self.parallel.return_group)
-            group.context.sequence_len_offset = group.tokens.shape[1]
             group.take(drawn)
-            return
-        group.context.sequence_len_offset = group.tokens.shape[1]
-        group.awaits = True
 
     def finish(self) -> None:
         """Receives the last tokens and waits for all sends."""
@@ -173,7 +196,7 @@ class _Pipeline:
         """Receives the tokens of the group's last step, unless they have arrived."""
         if not group.awaits:
             return
-        drawn = torch.empty(3, len(group.prompts), dtype=torch.int64, device=self.parallel.device)
+        drawn = torch.empty(3, len(group.drawing.held), dtype=torch.int64, device=self.parallel.device)
         dist.recv(drawn, self.ranks[-1], group=self.parallel.return_group)
         group.take(drawn)
 

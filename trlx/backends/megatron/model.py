@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -88,19 +89,39 @@ class PolicyStage(GPTModel):
             self.embedding.register_forward_hook(lambda _, args, embedded: embedded * scale.to(embedded.device))
 
     def forward(
-        self, tokens: Tensor, response_mask: Tensor | None = None, lengths: Tensor | None = None, **kwargs: Any
+        self,
+        tokens: Tensor,
+        response_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        kept: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor | TokenOutputs:
         """Hidden states of a stage; on the last stage the outputs where `response_mask` [B, T] is True.
 
         With a score head these are the scores at the last tokens of rows, whose `lengths` [B] do not count padding.
 
         With an ``inference_context`` the last stage returns logits [B, V] and hidden states [B, d] of the last column.
+
+        Args:
+            kept: what the frozen layers at the bottom of this stage return; they do not run then.
         """
         positions = kwargs.pop("positions", None)
         if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            positions = _positions(tokens)
         mask = kwargs.pop("attention_mask", None)
-        return super().forward(tokens, positions, mask, loss_mask=(response_mask, lengths), **kwargs)
+        if kept is not None and self.pre_process:
+            kwargs["decoder_input"] = kept
+        elif kept is not None:
+            super().set_input_tensor(kept)
+        with nullcontext() if kept is None else self.decoder.above_frozen():
+            return super().forward(tokens, positions, mask, loss_mask=(response_mask, lengths), **kwargs)
+
+    def below(self, tokens: Tensor) -> Tensor:
+        """The hidden states that `forward` takes as `kept`; where the next stage keeps them, those that it gets."""
+        hidden, rotary, *_ = self._preprocess(tokens, _positions(tokens))
+        hidden = hidden if self.pre_process else self.decoder.input_tensor
+        count = self.decoder.lowest if self.post_process or self.wants_gradients else len(self.decoder.layers)
+        return self.decoder.run_lowest(count, hidden, attention_mask=None, rotary_pos_emb=rotary)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Takes the hidden states of the previous stage, detached if no layer before this stage trains."""
@@ -168,6 +189,10 @@ class PolicyStage(GPTModel):
         """The columns of this tensor rank."""
         tied = self.share_embeddings_and_output_weights
         return F.linear(hidden, self.shared_embedding_or_output_weight() if tied else self.output_layer.weight)
+
+
+def _positions(tokens: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
 def transformer_config(decoder: DecoderConfig, settings: MegatronSettings, needs: ModelNeeds) -> TransformerConfig:
