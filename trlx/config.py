@@ -172,10 +172,10 @@ class TrainConfig(Section, section="train"):
     name of a registered sampler, or a dict with ``engine`` (that name) and the sampler's arguments."""
     seed: int = 1000
     minibatch_size: int | None = None
-    """The most rows per forward and backward pass; divides batch_size. Null: the whole batch. Rows of about one length
-    go together, and on CPUs and where each GPU has all weights in more passes if that saves padding."""
+    """The most rows per forward and backward pass; divides batch_size. Null: the whole batch, or what fits."""
     tokens_per_microbatch: int | None = None
-    """The most tokens per forward and backward pass, padding included. Null: no limit. A longer row is a pass alone."""
+    """The most tokens per forward and backward pass, padding included; a longer row is a pass alone. Null: what fits in
+    memory ([how](concepts.md#backends)), on Accelerate, without minibatch_size, dropout, checkpointing and sharding."""
     packing: Any = "auto"
     """Compute the rows of a pass behind one another, without padding: auto (on CPUs, where the model can), on, off."""
     cache_hidden_states: Any = "auto"

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 import trlx
+from tests.builders import tiny_gpt2_config
 from tests.runs import tiny_config
+from trlx.backends import accelerate
 from trlx.backends.microbatches import FEWEST, PASS_COST, at_least, filled, microbatches, row_lengths
 from trlx.batch import TokenBatch
+from trlx.models.memory import bytes_per_token
 from trlx.trainer.accelerate import AccelerateSFTTrainer
 
 
@@ -76,6 +79,22 @@ def test_a_step_computes_long_rows_apart_and_keeps_blocks_together(
     config = tiny_config(tmp_path, "SFT", train=train)
     trlx.train(samples=["abc", "a" * 14, "abc", "bca"], config=config)
     assert sorted(seen[-len(sizes) :]) == sorted(sizes)  # the first step also checks the loss
+
+
+def test_a_pass_has_as_many_tokens_as_half_of_the_memory_holds_that_weights_leave(tmp_path, monkeypatch):
+    def backend(layers=2, **train):
+        model = {"model_path": tiny_gpt2_config(layers=layers), "num_layers_unfrozen": 1}
+        return AccelerateSFTTrainer(tiny_config(tmp_path, "SFT", model=model, train=train)).backend
+
+    policy = backend().policy
+    each, trained = bytes_per_token(policy), sum(w.nbytes for w in policy.parameters() if w.requires_grad)
+    assert each == bytes_per_token(backend(layers=3).policy)  # frozen blocks keep nothing
+    # a block keeps at least 2 + 2 inputs of norms and layers, 3 of attention, 4 before and 4 after GELU
+    assert each > 15 * policy.model.config.n_embd * 4
+    for free, tokens in ((3 * trained + 2 * 40 * each, 40), (0, 1)):
+        monkeypatch.setattr(accelerate, "free_memory", lambda *_, free=free: free)
+        assert backend().microbatch_tokens == tokens
+        assert backend(minibatch_size=4).microbatch_tokens is None
 
 
 def watched(loss, seen):

@@ -31,7 +31,7 @@ from trlx.backends.base import HALVES, PATIENCE, UPDATES_FILE, Backend, LossFn, 
 from trlx.backends.deepspeed import ASKED, wants_deepspeed, zero_for
 from trlx.backends.microbatches import FEWEST, pass_cost
 from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
-from trlx.backends.sharding import Replicated, Sharded
+from trlx.backends.sharding import Replicated, Sharded, trainable
 from trlx.background import write
 from trlx.batch import TokenBatch, TokenOutputs
 from trlx.checkpoint import read_optimizer, write_optimizer
@@ -41,8 +41,9 @@ from trlx.methods.units import Unit
 from trlx.models.adapters import AdaptedPolicy, AdapterOff, adapted_model, build_adapted_policy
 from trlx.models.architecture import architecture_for
 from trlx.models.decoder import has_dropout, output_head
-from trlx.models.frozen import FrozenTrunk, free_memory, frozen_trunk
+from trlx.models.frozen import FrozenTrunk, frozen_trunk
 from trlx.models.limits import check_positions, check_vocabulary
+from trlx.models.memory import bytes_per_token, free_memory
 from trlx.models.packing import why_unpackable
 from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
 from trlx.models.reference import Reference, digest
@@ -89,7 +90,6 @@ class AccelerateBackend(Backend):
         self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.tokenizer = tokenizer
         self.microbatch_size = train.minibatch_size or train.batch_size
-        self.microbatch_tokens = train.tokens_per_microbatch
         self.pass_cost = pass_cost(self.device) if self.sharding.independent else FEWEST
         # train mode only where it changes something, because train() visits every module
         self.uses_train_mode = needs.dropout or train.gradient_checkpointing
@@ -112,6 +112,7 @@ class AccelerateBackend(Backend):
         with self.sharding.unsharded():
             self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
         self.packs = self.policy.packs = self._packs(train.packing)
+        self.microbatch_tokens = train.tokens_per_microbatch or self._tokens_that_fit(train, needs.dropout)
         self.trunk = self._frozen_trunk(train.cache_hidden_states, needs.dropout)
         self.scheduler_at = partial(make_scheduler, scheduler, prepared)
         self.scheduler = self.scheduler_at(0)
@@ -126,11 +127,22 @@ class AccelerateBackend(Backend):
             raise ValueError(f"train.packing is on, but {type(self.policy.model).__name__} {reason}: write auto")
         return reason is None
 
+    def _tokens_that_fit(self, train: TrainConfig, dropout: bool) -> int | None:
+        # another cut draws other dropout masks, and no number may depend on the machine in more than rounding
+        if train.minibatch_size or train.gradient_checkpointing or (dropout and has_dropout(self.policy.model)):
+            return None
+        if not self.sharding.independent:
+            return None
+        with self.accelerator.autocast():
+            each = bytes_per_token(self.policy)
+        coming = 3 * sum(weight.nbytes for weight in trainable(self.policy))  # gradients and Adam's two averages
+        return max(int((free_memory(self.device, self.processes) - coming) / 2 / each), 1)
+
     def _frozen_trunk(self, setting: str | int, dropout: bool) -> FrozenTrunk | None:
         # sharded weights are gathered as the blocks run
         if setting == "off" or not self.sharding.independent or (dropout and has_dropout(self.policy.model)):
             return None
-        free = free_memory(self.device) // self.accelerator.num_processes
+        free = free_memory(self.device, self.processes)
         return frozen_trunk(self.policy, free // 4 if setting == "auto" else setting, self.accelerator.autocast)
 
     def sampler(self) -> Sampler:

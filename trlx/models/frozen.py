@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -161,11 +160,6 @@ def _first_that_trains(states: list[Tensor], policy: Policy) -> int:
             if any(gradient is not None for gradient in found):
                 return index
     return len(states)
-
-
-def free_memory(device: torch.device) -> int:
-    """The number of bytes that are free on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _agrees(trunk: FrozenTrunk) -> bool:
