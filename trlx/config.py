@@ -185,8 +185,12 @@ class TrainConfig(Section, section="train"):
     """Gradients are clipped to this norm; null: off."""
     mixed_precision: str | None = None
     """no, bf16 or fp16; null: as ``accelerate launch`` says."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    gradient_checkpointing: Any = False
+    """Recompute activations in the backward pass: true, or selective (all but what matrix products and attention
+    return)."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the host's memory while the GPU samples and evaluates; for one copy of the weights
+    per GPU."""
     reward_on: str = "main"
     """main: reward_fn is called on the main process with the global batch; each_rank: every process scores its rows."""
     reward_timeout: float | None = None
@@ -211,6 +215,7 @@ class TrainConfig(Section, section="train"):
         self.require(
             is_size or self.cache_hidden_states in ("auto", "off"), "cache_hidden_states", "be auto, off or bytes"
         )
+        self.require_choice("gradient_checkpointing", [True, False, "selective"])
         self.require_choice("tracker", ["wandb", "tensorboard", "none", None])
         self.require_choice("reward_on", ["main", "each_rank"])
         self.require_choice("mixed_precision", ["no", "bf16", "fp16", None])

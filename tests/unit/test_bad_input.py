@@ -101,6 +101,8 @@ def test_wrong_data_is_refused(tmp_path, method, arguments, words):
             {"scheduler": {"name": "linear"}},
             "'linear' does not take T_max and eta_min.*write scheduler.kwargs.T_max: null",
         ),
+        ({"train": {"offload_optimizer": True}}, "train.offload_optimizer needs a GPU"),
+        ({"train": {"gradient_checkpointing": "some"}}, "train.gradient_checkpointing: unknown value 'some'"),
         ({"model": {"num_layers_unfrozen": 9}}, "num_layers_unfrozen.*9|9.*2"),
         ({"method": {"gen_kwargs": {"temperature": [1.0, 2.0]}}}, "temperature"),
         ({"method": {"gen_kwargs": {"max_new_tokens": 0}}}, "max_new_tokens"),

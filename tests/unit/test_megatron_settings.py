@@ -114,6 +114,7 @@ def test_recomputation_is_the_files_where_it_says_one():
     keys = {"activations_checkpoint_method": "uniform", "activations_checkpoint_num_layers": 3}
     selective = model(activations_checkpoint_granularity="selective", **keys)
     assert read(selective, train={"gradient_checkpointing": True}).recompute == Recompute("selective", None, None)
+    assert read(train={"gradient_checkpointing": "selective"}).recompute == Recompute("selective", None, None)
     assert read(model(activations_checkpoint_granularity="full", **keys)).recompute == Recompute("full", "uniform", 3)
     assert read(model(**keys)).recompute == Recompute(None, None, None)
 

@@ -92,6 +92,13 @@ def test_torch_optimizers_are_fused_unless_told_otherwise(name, cls):
     assert type(made(name, lr=0.1)) is cls
     assert made(name, lr=0.1).defaults["fused"] is True
     assert made(name, lr=0.1, fused=False).defaults["fused"] is False
+    weights = [Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
+    both = [made(name, weight, lr=0.1, fused=fused) for weight, fused in zip(weights, (True, False), strict=True)]
+    for step in range(5):
+        for weight, optimizer in zip(weights, both, strict=True):
+            weight.grad = torch.tensor([0.1 * step, -1.0])
+            optimizer.step()
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adam_8bit_bnb", "adamw_8bit_bnb"])

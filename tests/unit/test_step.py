@@ -8,9 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
+from tests.builders import tiny_gpt2
 from tests.runs import run
+from trlx.backends import optimizer as optimizers
 from trlx.backends.accelerate import AccelerateBackend
 from trlx.batch import TokenBatch
+from trlx.models.architecture import Causal
 from trlx.models.heads import QHeads
 from trlx.models.logprobs import chosen_logprobs
 
@@ -45,7 +48,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("method", ["PPO", "GRPO", "ILQL", "SFT", "DPO", "KTO", "Reward"])
 def test_a_step_waits_for_a_gpu_twice_however_many_microbatches_it_has(tmp_path, monkeypatch, method):
     trainer = run(method, tmp_path, train={"total_steps": 1, "minibatch_size": 2})
-    batch, waits, seen = trainer.store.rows(range(4)), Waits(), []
+    batch, waits, seen, moves = trainer.store.rows(range(4)), Waits(), [], []
     # transformers itself asks in every pass whether positions are those of one text or of several
     theirs = (masking_utils, "find_packed_sequence_indices")
     for owner, name in ((AccelerateBackend, "microbatches"), (TokenBatch, "rows"), (TokenBatch, "to"), theirs):
@@ -53,10 +56,14 @@ def test_a_step_waits_for_a_gpu_twice_however_many_microbatches_it_has(tmp_path,
     monkeypatch.setattr(AccelerateBackend, "sum_across", waits.unwatched(lambda self, count: float(count)))
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: tolist(x) if waits.on_host else seen.append(x) or tolist(x))
+    trainer.backend.move_state = moves.append
     with waits:
         trainer.backend.train_step(batch, trainer.loss, trainer.unit, trainer.rows_together)
     # the norm of the gradients, which says whether there is a step, and all metrics
     assert waits.found == {"_local_scalar_dense": 1} and len(seen) == 1
+    trainer.backend.evaluate(batch)
+    with trainer.backend.for_sampling():
+        assert moves == [trainer.backend.device, "cpu", "cpu"]  # where the optimizer's state goes
 
 
 class Live(TorchDispatchMode):
@@ -107,3 +114,41 @@ def test_numbers_for_every_token_of_the_vocabulary_are_kept_once_for_each_head(h
     ours = sum(gradient.numel() * 4 for gradient in gradients)
     # the backward pass writes into what the forward pass kept; with torch's own functions its peak is 3, 4 and 6
     assert max(between, forward, live.peak - ours) < (kept + 0.1) * table
+
+
+def test_selective_recomputation_keeps_what_is_costly_and_changes_no_gradient():
+    tokens, kept, found = torch.arange(64).reshape(4, 16) % 20, {}, {}
+    for setting in ("all", "selective", "none"):
+        model = tiny_gpt2(hidden=64).train()
+        if setting != "all":
+            Causal(model).recompute(selective=setting == "selective")
+        with Live() as live:
+            states = model.transformer(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)[0]
+            kept[setting] = live.now
+        states.square().sum().backward()
+        found[setting] = [weight.grad for weight in model.parameters()]
+    assert kept["none"] < 0.5 * kept["selective"] and kept["selective"] < 0.5 * kept["all"]
+    for other in ("selective", "none"):
+        torch.testing.assert_close(found[other], found["all"], rtol=0, atol=1e-6)
+
+
+def test_running_averages_leave_the_device_and_come_back_unchanged(monkeypatch):
+    away = []
+
+    def copied(tensor, device):
+        if device.type == "cpu":
+            return away.pop(0)
+        away.append(tensor.clone())
+        return tensor.to(device)  # the numbers are gone: the meta device has none
+
+    monkeypatch.setattr(optimizers, "_copied", copied)
+    weights = [torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
+    both = [torch.optim.AdamW([weight], lr=0.1, fused=True) for weight in weights]
+    for _ in range(3):
+        for weight, optimizer in zip(weights, both, strict=True):
+            weight.grad = weight.detach() ** 2
+            optimizer.step()
+        optimizers.move_state(both[0], "meta")
+        assert {value.device.type for value in both[0].state[weights[0]].values()} == {"meta"}
+        optimizers.move_state(both[0], "cpu")
+    assert torch.equal(*weights)

@@ -30,7 +30,7 @@ from trlx import logging
 from trlx.backends.base import HALVES, PATIENCE, UPDATES_FILE, Backend, LossFn, ModelNeeds
 from trlx.backends.deepspeed import ASKED, wants_deepspeed, zero_for
 from trlx.backends.microbatches import FEWEST, pass_cost
-from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
+from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler, move_state
 from trlx.backends.sharding import Replicated, Sharded, trainable
 from trlx.background import write
 from trlx.batch import TokenBatch, TokenOutputs
@@ -92,7 +92,7 @@ class AccelerateBackend(Backend):
         self.microbatch_size = train.minibatch_size or train.batch_size
         self.pass_cost = pass_cost(self.device) if self.sharding.independent else FEWEST
         # train mode only where it changes something, because train() visits every module
-        self.uses_train_mode = needs.dropout or train.gradient_checkpointing
+        self.uses_train_mode = needs.dropout or bool(train.gradient_checkpointing)
         self.has_values, self.has_score = needs.value_head, needs.score_head
 
         torch.manual_seed(train.seed)  # all processes must draw the same random weights
@@ -102,7 +102,7 @@ class AccelerateBackend(Backend):
         self.positions = check_positions(self.policy.model, train.seq_length) or self.positions
         self.vocab_size = output_head(self.policy.model).weight.shape[0]
         if train.gradient_checkpointing:
-            self.policy.architecture.recompute()
+            self.policy.architecture.recompute(selective=train.gradient_checkpointing == "selective")
         self.fingerprint = digest(self.policy)
         self.row_format = self.policy.architecture.row_format(tokenizer)
         prepared = self.sharding.prepare(self.policy, partial(make_optimizer, optimizer))
@@ -114,6 +114,12 @@ class AccelerateBackend(Backend):
         self.packs = self.policy.packs = self._packs(train.packing)
         self.microbatch_tokens = train.tokens_per_microbatch or self._tokens_that_fit(train, needs.dropout)
         self.trunk = self._frozen_trunk(train.cache_hidden_states, needs.dropout)
+        if train.offload_optimizer and (self.device.type == "cpu" or type(self.sharding) is not Replicated):
+            raise ValueError(
+                "train.offload_optimizer needs a GPU that holds all weights: set it to false on CPUs, under FSDP and "
+                "under DeepSpeed"
+            )
+        self.move_state = partial(move_state, prepared) if train.offload_optimizer else lambda device: None
         self.scheduler_at = partial(make_scheduler, scheduler, prepared)
         self.scheduler = self.scheduler_at(0)
 
@@ -151,6 +157,7 @@ class AccelerateBackend(Backend):
     @contextmanager
     def for_sampling(self) -> Iterator[None]:
         """The context in which a sampler runs `policy`."""
+        self.move_state("cpu")
         # round as evaluate() and train_step() do
         with self.accelerator.autocast(), self.sharding.unsharded():
             yield
@@ -168,6 +175,7 @@ class AccelerateBackend(Backend):
         if reference and self.reference is None:
             raise ValueError("This method was built without a reference policy")
         self.policy.eval()
+        self.move_state("cpu")
         logprobs = torch.zeros(batch.tokens.shape)
         values = torch.zeros(batch.tokens.shape) if self.has_values and not reference else None
         last = torch.zeros(len(batch))
@@ -187,6 +195,7 @@ class AccelerateBackend(Backend):
     def train_step(
         self, batch: TokenBatch, loss: LossFn, unit: Unit = Unit.TOKEN, together: int = 1
     ) -> dict[str, float]:
+        self.move_state(self.device)
         self.sharding.wrapped.train(self.uses_train_mode)
         self.sharding.optimizer.zero_grad()  # a step that failed may have left gradients
         # the loss is a sum; DDP averages gradients over processes, so multiply by their number

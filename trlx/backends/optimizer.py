@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler
@@ -100,6 +101,21 @@ def _written(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _are_sharded(parameters: list[Parameter]) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in parameters)
+
+
+def move_state(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
+    """Moves the running averages of `optimizer` to `device`; on the host they are pinned, so that copies are fast."""
+    device = torch.device(device)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.device.type != device.type:
+                state[name] = _copied(value, device)
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return tensor.to(device, non_blocking=True)
+    return torch.empty_like(tensor, device=device, pin_memory=True).copy_(tensor)
 
 
 def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer, steps: int = 0) -> LRScheduler:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -26,6 +28,13 @@ from trlx.models.decoder import trunk
 from trlx.registry import architectures, register_architecture
 
 logger = logging.get_logger(__name__)
+
+
+COSTLY = [getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")] + [
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
+    for kernel in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+]
+"""Operations that selective recomputation does not repeat."""
 
 
 class Architecture(ABC):
@@ -61,10 +70,15 @@ class Architecture(ABC):
     def row_format(self, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
         """How rollouts become rows of this model."""
 
-    def recompute(self) -> None:
-        """Turns activation checkpointing on: the backward pass computes activations again, to save memory."""
+    def recompute(self, selective: bool = False) -> None:
+        """Turns activation checkpointing on: the backward pass computes activations again, to save memory.
+
+        With `selective` it keeps what matrix products and attention return, and computes what costs little again.
+        """
         name = "activation_checkpointing_enable"  # earlier versions of transformers 5 do not have it
-        getattr(self.model, name if hasattr(self.model, name) else "gradient_checkpointing_enable")()
+        kept = {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, COSTLY)}
+        enable = getattr(self.model, name if hasattr(self.model, name) else "gradient_checkpointing_enable")
+        enable(kept if selective else None)
 
     def bare(self) -> Architecture:
         """The same architecture without the adapter's virtual tokens."""

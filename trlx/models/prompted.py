@@ -34,7 +34,7 @@ class PromptTuned(Causal):
 
 
 class _Prefixed(Architecture):
-    def recompute(self) -> None:
+    def recompute(self, selective: bool = False) -> None:
         raise ValueError(
             "Prefix tuning does not support train.gradient_checkpointing, which would drop the prefix: set it to "
             "false, or use prompt tuning or LoRA"

@@ -12,7 +12,7 @@ EXACT = {
     for name in """train.total_steps train.epochs train.checkpoint_interval train.keep_checkpoints train.eval_interval
         train.checkpoint_dir train.resume_from_checkpoint train.tracker train.logging_dir train.project_name
         train.run_name train.entity_name train.group_name train.tags train.rollout_logging_dir train.save_best
-        train.save_optimizer train.reward_timeout train.gradient_checkpointing
+        train.save_optimizer train.reward_timeout train.gradient_checkpointing train.offload_optimizer
         train.async_save model.model_path""".split()
 }
 """Settings that change no number. (`identity` has the model's weights and the learning-rate schedule.)"""

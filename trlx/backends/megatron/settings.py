@@ -175,6 +175,8 @@ def _check_supported(trainer_kwargs: Mapping[str, Any], model: ModelConfig, trai
         raise ConfigError(f"model.peft_config asks for an adapter; {advice}, or leave it out")
     if train.packing == "on":
         raise ConfigError(f"train.packing is on; {advice}, or auto")
+    if train.offload_optimizer:
+        raise ConfigError(f"train.offload_optimizer is true; {advice}, or false")
 
 
 def _sizes(gpt: Lookup, trainer_kwargs: Mapping[str, Any]) -> ParallelSizes:
@@ -194,6 +196,8 @@ def _sizes(gpt: Lookup, trainer_kwargs: Mapping[str, Any]) -> ParallelSizes:
 
 def _recompute(gpt: Lookup, train: TrainConfig) -> Recompute:
     granularity = gpt.choice("activations_checkpoint_granularity", None, ["selective", "full"])
+    if granularity is None and train.gradient_checkpointing == "selective":
+        return Recompute("selective")
     if granularity is None and train.gradient_checkpointing:
         return Recompute("full", "uniform", 1)
     if granularity != "full":  # NeMo files write a method with "selective" too, where it has no effect
