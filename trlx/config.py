@@ -153,8 +153,7 @@ class TrainConfig(Section, section="train"):
     rollout_logging_dir: str | None = None
     """Folder that gets every rollout's token ids."""
     save_best: bool = True
-    """Keep the checkpoint with the highest reward/mean (else metrics/reward, else eval/accuracy of preferences) as
-    ``best_checkpoint``."""
+    """Keep the one with the highest reward/mean, else metrics/reward, else eval/accuracy, as ``best_checkpoint``."""
     save_optimizer: bool = True
     """Write optimizer state into checkpoints; without it a run cannot be resumed exactly."""
     async_save: bool | None = None
@@ -179,18 +178,15 @@ class TrainConfig(Section, section="train"):
     packing: Any = "auto"
     """Compute the rows of a pass behind one another, without padding: auto (on CPUs, where the model can), on, off."""
     cache_hidden_states: Any = "auto"
-    """Keep the output of frozen blocks for each row, which then run once for all passes over it: auto (in at most a
-    quarter of the free memory), off, or the most bytes to keep."""
+    """Run frozen blocks once for each row: auto (keeps at most a quarter of the free memory), off, or most bytes."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null: off."""
     mixed_precision: str | None = None
     """no, bf16 or fp16; null: as ``accelerate launch`` says."""
     gradient_checkpointing: Any = False
-    """Recompute activations in the backward pass: true, or selective (all but what matrix products and attention
-    return)."""
+    """Recompute activations in the backward pass: true, or selective (all but matrix products and attention)."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state in the host's memory while the GPU samples and evaluates; for one copy of the weights
-    per GPU."""
+    """Keep the optimizer's state in the host's memory while a GPU (with all weights) samples or evaluates."""
     reward_on: str = "main"
     """main: reward_fn is called on the main process with the global batch; each_rank: every process scores its rows."""
     reward_timeout: float | None = None
@@ -212,9 +208,8 @@ class TrainConfig(Section, section="train"):
         self.packing = ("off", "on")[self.packing] if isinstance(self.packing, bool) else self.packing
         self.require_choice("packing", ["auto", "on", "off"])
         is_size = type(self.cache_hidden_states) is int and self.cache_hidden_states > 0
-        self.require(
-            is_size or self.cache_hidden_states in ("auto", "off"), "cache_hidden_states", "be auto, off or bytes"
-        )
+        is_known = is_size or self.cache_hidden_states in ("auto", "off")
+        self.require(is_known, "cache_hidden_states", "be auto, off or bytes")
         self.require_choice("gradient_checkpointing", [True, False, "selective"])
         self.require_choice("tracker", ["wandb", "tensorboard", "none", None])
         self.require_choice("reward_on", ["main", "each_rank"])

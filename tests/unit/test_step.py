@@ -47,7 +47,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["PPO", "GRPO", "ILQL", "SFT", "DPO", "KTO", "Reward"])
 def test_a_step_waits_for_a_gpu_twice_however_many_microbatches_it_has(tmp_path, monkeypatch, method):
-    trainer = run(method, tmp_path, train={"total_steps": 1, "minibatch_size": 2})
+    trainer = run(method, tmp_path, train={"total_steps": 1, "minibatch_size": 2, "packing": "off"})
     batch, waits, seen, moves = trainer.store.rows(range(4)), Waits(), [], []
     # transformers itself asks in every pass whether positions are those of one text or of several
     theirs = (masking_utils, "find_packed_sequence_indices")

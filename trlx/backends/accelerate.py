@@ -114,14 +114,17 @@ class AccelerateBackend(Backend):
         self.packs = self.policy.packs = self._packs(train.packing)
         self.microbatch_tokens = train.tokens_per_microbatch or self._tokens_that_fit(train, needs.dropout)
         self.trunk = self._frozen_trunk(train.cache_hidden_states, needs.dropout)
-        if train.offload_optimizer and (self.device.type == "cpu" or type(self.sharding) is not Replicated):
+        self.move_state = self._state_mover(prepared) if train.offload_optimizer else lambda device: None
+        self.scheduler_at = partial(make_scheduler, scheduler, prepared)
+        self.scheduler = self.scheduler_at(0)
+
+    def _state_mover(self, optimizer: torch.optim.Optimizer) -> Callable[[torch.device | str], None]:
+        if self.device.type == "cpu" or type(self.sharding) is not Replicated:
             raise ValueError(
                 "train.offload_optimizer needs a GPU that holds all weights: set it to false on CPUs, under FSDP and "
                 "under DeepSpeed"
             )
-        self.move_state = partial(move_state, prepared) if train.offload_optimizer else lambda device: None
-        self.scheduler_at = partial(make_scheduler, scheduler, prepared)
-        self.scheduler = self.scheduler_at(0)
+        return partial(move_state, optimizer)
 
     def _packs(self, setting: str) -> bool:
         # on GPUs rows of about one length in one pass are few kernels, attention row by row is many
