@@ -97,6 +97,14 @@ def test_a_pass_has_as_many_tokens_as_half_of_the_memory_holds_that_weights_leav
         assert backend(minibatch_size=4).microbatch_tokens is None
 
 
+def test_packing_that_the_model_cannot_is_refused_if_asked_for_and_left_out_if_not(tmp_path):
+    model = {"model_extra_configs": {"attn_implementation": "eager"}}
+    assert not AccelerateSFTTrainer(tiny_config(tmp_path, "SFT", model=model)).backend.packs
+    config = tiny_config(tmp_path, "SFT", model=model, train={"packing": "on"})
+    with pytest.raises(ValueError, match="train.packing is on, but GPT2LMHeadModel computes attention with eager"):
+        AccelerateSFTTrainer(config)
+
+
 def watched(loss, seen):
     def watching(self, outputs, batch):
         seen.append(tuple(batch.tokens.shape))
