@@ -32,7 +32,7 @@ from examples.randomwalks.sft_randomwalks import pretrain
 from examples.randomwalks.task import RandomWalks
 from trlx.checkpoint import own_randomness
 from trlx.data.prompts import PromptPipeline
-from trlx.registry import trainers
+from trlx.trainer import accelerate
 
 RATES = (1.0e-4, 3.0e-4, 6.0e-4, 1.0e-3)
 GROUPS = (4, 8, 16)
@@ -90,7 +90,7 @@ def ours(kind: str, model: Path, rate: float, second: int, steps: int, judge: Ju
             scheduler={"name": "constant", "kwargs": {}},
             train={"total_steps": steps, "epochs": steps, "batch_size": BATCH, "checkpoint_dir": folder},
         )
-        trainer = trainers.get(config.train.trainer)(config, reward_fn=judge.task.reward_fn)
+        trainer = getattr(accelerate, config.train.trainer)(config, reward_fn=judge.task.reward_fn)
         trainer.add_prompt_pipeline(PromptPipeline(judge.task.prompts, 1, trainer.tokenizer))
         after_step = trainer.after_step
 
