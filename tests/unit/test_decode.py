@@ -1,5 +1,7 @@
 """The loop that samples on the Accelerate backend: the same tokens as transformers' generate, from fewer passes."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -34,10 +36,21 @@ def greedy(policy, **given):
     return found
 
 
-def drawn(policy, seed=0, prompts=PROMPTS, **given):
+def drawn(policy, seed=0, prompts=PROMPTS, places=None, **given):
     torch.manual_seed(seed)
     sampling = SamplingConfig(**{"max_new_tokens": 8, "eos_token_id": ENDS, **given})
-    return DecodingSampler(policy, "cpu").generate(prompts, sampling)
+    sampler = DecodingSampler(policy, "cpu", places=places)
+    sampler._model_of_generate = None  # it would read a few tokens to find out
+    return sampler.generate(prompts, sampling)
+
+
+@contextmanager
+def noted(module, shape):
+    """What `shape` returns for the arguments of each call of a module inside the block."""
+    found = []
+    hook = module.register_forward_pre_hook(lambda _, args, named: found.append(shape(args, named)), with_kwargs=True)
+    yield found
+    hook.remove()
 
 
 @pytest.fixture(scope="module")
@@ -129,23 +142,80 @@ def test_log_probabilities_are_said_where_nothing_but_temperature_shapes_the_pol
 
 
 def test_equal_prompts_are_read_once_and_rows_that_ended_leave_with_their_padding(policy):
-    sampler, shapes = DecodingSampler(policy, "cpu"), []
+    sampler = DecodingSampler(policy, "cpu")
     sampling = SamplingConfig(12, do_sample=False, eos_token_id=ENDS, extra=SAYING_MORE)
     # 8 rows end at once, two of five tokens go on
     first = [sample.ids[0] for sample in sampler.generate([[5] * 20, [4, 5, 6, 7, 8]], sampling)]
     assert first[0] != first[1]
     sampling = SamplingConfig(3, do_sample=False, eos_token_id=first[0])
-
-    def note(module, args, kwargs):
-        shapes.append((*args[0].shape, kwargs["attention_mask"].shape[1]))
-
-    hook = policy.model.transformer.register_forward_pre_hook(note, with_kwargs=True)
-    samples = sampler.generate([[4, 5, 6, 7, 8], *[[5] * 20] * 8, [4, 5, 6, 7, 8]], sampling)
-    hook.remove()
+    with noted(
+        policy.model.transformer, lambda args, named: (*args[0].shape, named["attention_mask"].shape[1])
+    ) as shapes:
+        samples = sampler.generate([[4, 5, 6, 7, 8], *[[5] * 20] * 8, [4, 5, 6, 7, 8]], sampling)
     assert [sample.ids for sample in samples[1:9]] == [first[:1]] * 8
     assert samples[0].ids == samples[9].ids and len(samples[0].ids) == 3
     # the prompts in two groups without padding, then two rows of five tokens and the new ones
     assert shapes == [(1, 20, 20), (1, 5, 5), (2, 1, 6), (2, 1, 7)]
+
+
+QUEUE = [[token] * length for token, length in zip(range(4, 16), [3, 1, 6, 2, 9, 4, 1, 2, 5, 3, 7, 2], strict=True)]
+
+
+def test_prompts_that_wait_take_the_places_of_rows_that_ended(policy):
+    """With 2 places, every draw is of 2 rows until no prompt waits, and no row that has ended is drawn again."""
+    whole = drawn(policy, prompts=QUEUE)
+    lengths = [len(sample.ids) for sample in whole]
+    assert min(lengths) < max(lengths) == 8  # some end at their limit, while others go on
+    with noted(policy.model.lm_head, lambda args, _: len(args[0])) as rows:
+        queued = drawn(policy, prompts=QUEUE, places=2)
+    alone = rows.count(1)
+    assert rows == [2] * ((sum(lengths) - alone) // 2) + [1] * alone and alone < 8
+    assert_alike(queued, whole)
+
+
+@pytest.mark.parametrize("places", [1, 3, 8])
+def test_a_queue_gives_the_same_samples_as_all_prompts_at_once(places):
+    policy = build_policy(tiny_model("llama"), value_head=True)
+    for parameter in policy.value_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    stop = Stopper(char_tokenizer(), ["a", "z b"])
+    for given in ({}, {"stop": stop, "min_new_tokens": 3}, {"extra": {"no_repeat_ngram_size": 1}}):
+        asked = {"prompts": [*QUEUE, *PROMPTS, *PROMPTS[:1] * 3], "max_new_tokens": 12, **given}
+        with noted(policy.model.model, lambda args, _: len(args[0])) as rows:
+            queued = drawn(policy, places=places, **asked)
+        assert places - 1 <= max(rows) <= places
+        assert_alike(queued, drawn(policy, **asked))
+
+
+def assert_alike(found, expected):
+    assert [sample.ids for sample in found] == [sample.ids for sample in expected]
+    for name in ("logprobs", "values"):
+        pairs = [(getattr(one, name), getattr(other, name)) for one, other in zip(found, expected, strict=True)]
+        for one, other in pairs:
+            assert (one is None) == (other is None)
+            torch.testing.assert_close(torch.tensor(one or []), torch.tensor(other or []), atol=1e-5, rtol=0)
+
+
+def test_samples_of_one_prompt_wait_until_all_fit_and_read_it_once(policy):
+    prompts = [[5] * 4] * 2 + [[6, 7, 8]] * 2 + [[9, 9]] * 5
+    with noted(policy.model.transformer, lambda args, _: tuple(args[0].shape)) as shapes:
+        found = drawn(policy, prompts=prompts, places=3)
+    # five samples do not fit in three places
+    assert sorted(shape for shape in shapes if shape[1] > 1) == [(1, 2), (1, 2), (1, 3), (1, 4)]
+    assert max(shapes)[0] == 3
+    assert_alike(found, drawn(policy, prompts=prompts))
+
+
+def test_generate_holds_no_more_rows_than_there_are_places(policy):
+    sampler = DecodingSampler(policy, "cpu", places=4)
+    with noted(policy.model.transformer, lambda args, _: len(args[0])) as rows:
+        assert (
+            len(sampler.generate(PROMPTS, SamplingConfig(2, extra={"num_beams": 1, "begin_suppress_tokens": [7]}))) == 6
+        )
+    assert rows == [4, 4, 2, 2]
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match="train.sampler.places must be a whole number of at least 1, got"):
+            DecodingSampler(policy, "cpu", places=wrong)
 
 
 def test_what_the_loop_does_not_know_goes_through_generate_and_is_said_once(caplog):
@@ -167,7 +237,9 @@ def test_what_the_loop_does_not_know_goes_through_generate_and_is_said_once(capl
 
 def test_train_sampler_generate_is_generate_for_everything(tmp_path):
     trainer = run("SFT", tmp_path / "own", train={"total_steps": 0})
-    assert type(trainer.sampler) is DecodingSampler
+    assert type(trainer.sampler) is DecodingSampler and trainer.sampler.places is None
+    trainer = run("SFT", tmp_path / "few", train={"total_steps": 0, "sampler": {"engine": "auto", "places": 3}})
+    assert trainer.sampler.places == 3
     trainer = run("SFT", tmp_path / "theirs", train={"total_steps": 0, "sampler": "generate"})
     assert isinstance(trainer.sampler, TransformersSampler) and not isinstance(trainer.sampler, DecodingSampler)
     with pytest.raises(ValueError, match="train.sampler generate does not work with a NeMo trainer: leave it out"):

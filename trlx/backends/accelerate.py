@@ -154,8 +154,8 @@ class AccelerateBackend(Backend):
         free = free_memory(self.device, self.processes)
         return frozen_trunk(self.policy, free // 4 if setting == "auto" else setting, self.accelerator.autocast)
 
-    def sampler(self) -> Sampler:
-        return DecodingSampler(self.policy, self.device, self.for_sampling)
+    def sampler(self, places: int | None = None) -> Sampler:
+        return DecodingSampler(self.policy, self.device, self.for_sampling, places=places)
 
     @contextmanager
     def for_sampling(self) -> Iterator[None]:

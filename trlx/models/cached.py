@@ -21,31 +21,41 @@ PADDING = 0.25
 
 
 class Reader:
-    """Reads `prompts` and then, with every `step`, one more token of each row that is held.
+    """Reads prompts and then, with every `step`, one more token of each row that is held."""
 
-    Equal prompts are read once, and prompts of other lengths in other groups. `order` says which prompt each row of the
-    hidden states is.
-    """
-
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], device: torch.device | str):
+    def __init__(self, model: PreTrainedModel, device: torch.device | str):
         self.trunk, self.device = trunk(model), device
         self.takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for row, prompt in enumerate(prompts):
-            rows.setdefault(tuple(prompt), []).append(row)
-        distinct = sorted(rows, key=len, reverse=True)
-        self.order = [row for prompt in distinct for row in rows[prompt]]
-        self.lengths = [len(prompts[row]) for row in self.order]
-        read = [self._read(group) for group in _groups(distinct)]
-        copies = torch.tensor([len(rows[prompt]) for prompt in distinct], device=device)
-        self.hidden = torch.cat([hidden for hidden, *_ in read]).repeat_interleave(copies, 0)
+        self.lengths: list[int] = []
+        """The number of tokens of each row."""
+        self.real = torch.empty(0, 0, dtype=torch.int64, device=device)
+        """[B, T], 1 for the tokens of each row, 0 for the padding before them."""
+        self.hidden: Tensor | None = None
         """[B, d], the hidden state after the last token of each row."""
-        self.real = _joined([real for _, real, _ in read], 1).repeat_interleave(copies, 0)
         self.cache = DynamicCache()
+
+    def join(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> None:
+        """Reads `prompts`, longest first, those of about one length together. Each makes as many new rows as `copies`
+        says, behind the rows that are held."""
+        counts, read = iter(copies), []
+        for group in _groups(prompts):
+            rows = [row for row in range(len(group)) for _ in range(next(counts))]
+            self.lengths += [len(group[row]) for row in rows]
+            read.append((torch.tensor(rows, device=self.device), *self._read(group)))
+        width = max(self.real.shape[1], len(prompts[0]))
+        hidden = [hidden[rows] for rows, hidden, *_ in read]
+        self.hidden = torch.cat(hidden if self.hidden is None else [self.hidden, *hidden])
+        self.real = _ending_together([self.real, *(real[rows] for rows, _, real, _ in read)], 1, width)
+        held, self.cache = self.cache.layers, DynamicCache()
         while read[0][-1].layers:  # taken one by one, so that memory never holds the whole cache twice
-            layers = [cache.layers.pop(0) for *_, cache in read]
-            joined = (_joined([getattr(layer, name) for layer in layers], 2) for name in ("keys", "values"))
-            self.cache.layers.append(_Layer(*(each.repeat_interleave(copies, 0) for each in joined)))
+            pairs = [(layer.keys, layer.values) for layer in held[:1]]
+            for rows, *_, cache in read:
+                layer = cache.layers.pop(0)
+                pairs.append((layer.keys[rows], layer.values[rows]))
+            del held[:1]
+            self.cache.layers.append(
+                _Layer(*(_ending_together(each, 2, width, ROOM) for each in zip(*pairs, strict=True)), width)
+            )
 
     def step(self, tokens: Tensor) -> None:
         """Reads one token [B] of each row that is held, and sets `hidden`."""
@@ -53,16 +63,23 @@ class Reader:
         self.real = F.pad(self.real, (0, 1), value=1)
         self.hidden = self._states(tokens[:, None], self.real, self.cache)
 
-    def keep(self, at: list[int]) -> None:
-        """Drops all rows but those `at` these places, and the columns in which the others have only padding."""
-        self.lengths = [self.lengths[i] for i in at]
-        first = self.real.shape[1] - max(self.lengths)
-        index = torch.tensor(at, device=self.device)
-        self.real = self.real[index, first:]
+    def drop(self, ended: Sequence[int]) -> list[int]:
+        """Drops the rows at these places, and columns in which the others have only padding. The last rows move to the
+        places that become free. Returns where each row was before."""
+        came = list(range(len(self.lengths) - len(ended)))
+        free = [at for at in ended if at < len(came)]
+        moved = sorted(set(range(len(came), len(self.lengths))).difference(ended))
+        for to, at in zip(free, moved, strict=True):
+            came[to] = at
+        self.lengths = [self.lengths[at] for at in came]
+        first = self.real.shape[1] - max(self.lengths, default=0)
+        to, at, rows = (torch.tensor(each, dtype=torch.int64, device=self.device) for each in (free, moved, came))
+        self.real, self.hidden = self.real[rows, first:], self.hidden[rows]
         for layer in self.cache.layers:
-            layer.keep(index, first)
+            layer.drop(to, at, len(came), first)
+        return came
 
-    def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor, DynamicCache]:
+    def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
         tokens, real = (each.to(self.device) for each in left_pad([list(prompt) for prompt in prompts], 0))
         cache = DynamicCache()
         return self._states(tokens, real, cache), real, cache
@@ -91,13 +108,13 @@ def why_unreadable(model: PreTrainedModel, device: torch.device | str) -> str | 
 def _both_ways(model: PreTrainedModel, ids: list[int], device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
     """Hidden states with a cache and without: after prompts of two lengths, after a token, and after one row ended."""
     rows = [ids[:3], ids[1:2]]
-    reader = Reader(model, rows, device)
-    for kept in ([0, 1], [1], []):
+    reader = Reader(model, device)
+    reader.join(rows, [1, 1])
+    for ended in ([], [0], [0]):
         states = [trunk(model)(torch.tensor([row], device=device), use_cache=False)[0][:, -1] for row in rows]
         yield reader.hidden, torch.cat(states)
-        rows = [[*rows[i], ids[-1]] for i in kept]
+        rows = [[*rows[at], ids[-1]] for at in reader.drop(ended)]
         if rows:
-            reader.keep(kept)
             reader.step(torch.tensor([row[-1] for row in rows], device=device))
 
 
@@ -109,10 +126,11 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 class _Layer(DynamicLayer):
     """The keys and values [B, heads, T, d] of one block, with room for more columns."""
 
-    def __init__(self, keys: Tensor, values: Tensor):
+    def __init__(self, keys: Tensor, values: Tensor, width: int):
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.keys, self.values = self.room = keys, values
+        self.room = keys, values
+        self._show(width)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
@@ -120,17 +138,25 @@ class _Layer(DynamicLayer):
             self.room = tuple(F.pad(each, (0, 0, 0, end - start + ROOM)) for each in (self.keys, self.values))
         for room, new in zip(self.room, (key_states, value_states), strict=True):
             room[:, :, start:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        self._show(end)
         return self.keys, self.values
 
-    def keep(self, rows: Tensor, first: int) -> None:
-        """Drops all other rows, and the columns before `first`."""
-        self.keys, self.values = self.room = tuple(each[rows][:, :, first:] for each in (self.keys, self.values))
+    def drop(self, to: Tensor, at: Tensor, count: int, first: int) -> None:
+        """Moves the rows `at` some places `to` others, and keeps `count` rows, without the columns before `first`."""
+        if len(to):
+            for room in self.room:
+                room[to] = room[at]
+        end = self.keys.shape[2] - first
+        self.room = tuple(room[:count, :, first:] for room in self.room)
+        self._show(end)
+
+    def _show(self, end: int) -> None:
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
 
 
-def _groups(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
     """Consecutive groups of prompts, longest first, with little padding."""
-    group: list[tuple[int, ...]] = []
+    group: list[Sequence[int]] = []
     for prompt in prompts:
         tokens = sum(map(len, group)) + len(prompt)
         if group and tokens < (1 - PADDING) * (len(group) + 1) * len(group[0]):
@@ -140,7 +166,13 @@ def _groups(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]
     yield group
 
 
-def _joined(parts: Sequence[Tensor], columns: int) -> Tensor:
-    """The rows of all parts, which end in one column; the first part is the widest."""
-    width, after = parts[0].shape[columns], parts[0].ndim - columns - 1
-    return torch.cat([F.pad(each, (*[0, 0] * after, width - each.shape[columns], 0)) for each in parts])
+def _ending_together(parts: Sequence[Tensor], columns: int, width: int, free: int = 0) -> Tensor:
+    """The rows of all parts. Their columns, a dimension, end at `width`, and `free` ones follow."""
+    shape = list(parts[0].shape)
+    shape[0], shape[columns] = sum(map(len, parts)), width + free
+    whole, row = parts[0].new_zeros(shape), 0
+    for part in parts:
+        count = part.shape[columns]
+        whole[row : row + len(part)].narrow(columns, width - count, count).copy_(part)
+        row += len(part)
+    return whole

@@ -99,7 +99,7 @@ def sampler_for(settings: Any, backend: Any, tokenizer: PreTrainedTokenizerBase)
     engine = arguments.pop("engine")
     if engine == "auto":
         check_keywords(backend.sampler, arguments, "train.sampler")
-        return backend.sampler()
+        return backend.sampler(**arguments)
     if engine.lower() not in map(str.lower, samplers.names()):
         known = ["auto", *samplers.names()]
         raise ValueError(f"Unknown sampler {engine!r}.{suggestion(engine, known)} Known: {', '.join(known)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import cached_property
 
 import torch
@@ -20,12 +21,17 @@ logger = logging.get_logger(__name__)
 
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 """Settings of a model's ``generation_config`` that change its sequences."""
-HELD = 0.75
+HELD = 0.9
 """Rows that have ended leave the batch when less than this share of it goes on."""
+FREE = 0.25
+"""Prompts that wait are read when this share of the places is free."""
 
 
 class DecodingSampler(TransformersSampler):
     """Samples from the weights that train, without work for equal prompts, for padding and for rows that have ended.
+
+    Args:
+        places: the most rows that are held at once; prompts wait until rows have ended. None: as many as are asked for.
 
     Each call takes one number from torch's generator as a seed. From it, row i has its own random numbers, so what it
     draws does not depend on the rows beside it. ``generate`` samples where the model or a setting needs it.
@@ -33,8 +39,11 @@ class DecodingSampler(TransformersSampler):
 
     exact = True
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, places: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        if places is not None and not (type(places) is int and places > 0):
+            raise ValueError(f"train.sampler.places must be a whole number of at least 1, got {places!r}")
+        self.places = places
         self._told: set[str] = set()
 
     def _samples(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[Sample]:
@@ -44,25 +53,34 @@ class DecodingSampler(TransformersSampler):
         if reason not in self._told:
             self._told.add(reason)
             logger.info(f"transformers' generate draws the samples, because {reason}")
-        return super()._samples(prompts, sampling)
+        size = self.places or len(prompts)
+        parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        return [sample for part in parts for sample in super(DecodingSampler, self)._samples(part, sampling)]
 
     def _decoded(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[Sample]:
         seed, steps = int(torch.randint(2**62, ())), sampling.max_new_tokens
-        reader = Reader(self.policy.model, prompts, self.device)
         drawing = Drawing(sampling, prompts, uniforms(seed, len(prompts), steps).to(self.device), self.policy.heads)
-        drawing.hold(reader.order)
+        drawing.hold([])
+        places = self.places or len(prompts)
+        reader, waiting = Reader(self.policy.model, self.device), _by_length(prompts, places)
         head = self.policy.value_head if isinstance(self.policy.value_head, ValueHead) else None
-        while True:
+        while waiting or drawing.held:
+            free = places - len(drawing.held)
+            taken = _taken(waiting, free) if free >= FREE * places else []
+            if taken:
+                reader.join([prompts[rows[0]] for rows in taken], [*map(len, taken)])
+                drawing.hold([*drawing.held, *(row for rows in taken for row in rows)])
             values = head and head(reader.hidden)
             tokens = drawing.draw(self.policy.logits(reader.hidden).float(), reader.hidden, values)[0]
-            going = [at for at, row in enumerate(drawing.held) if not drawing.done[row]]
-            if not going or drawing.step == steps:
-                break
-            if len(going) < HELD * len(drawing.held):
-                drawing.hold([drawing.held[at] for at in going])
-                reader.keep(going)
-                tokens = tokens[going]
-            reader.step(tokens)
+            full = [drawing.is_full(row) for row in drawing.held]
+            ended = [at for at, row in enumerate(drawing.held) if drawing.done[row] or full[at]]
+            # the model may have no position for another token of a row that is full
+            if any(full) or len(ended) > (1 - HELD) * len(full):
+                came = reader.drop(ended)
+                drawing.hold([drawing.held[at] for at in came])
+                tokens = tokens[came]
+            if drawing.held:
+                reader.step(tokens)
         return [drawing.sample(row, self.version) for row in range(len(prompts))]
 
     def _setting_of_generate(self, sampling: SamplingConfig) -> str | None:
@@ -86,3 +104,25 @@ class DecodingSampler(TransformersSampler):
             reason = f"has {' or '.join(FORCED)} in its generation_config"
         reason = reason or why_unreadable(model, self.device)
         return reason and f"{type(model).__name__} {reason}"
+
+
+def _by_length(prompts: list[list[int]], places: int) -> deque[list[int]]:
+    """Lists of the rows of one prompt, at most `places` in each; the longest prompts come first."""
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(tuple(prompt), []).append(row)
+    parts = (
+        (rows[prompt], start)
+        for prompt in sorted(rows, key=len, reverse=True)
+        for start in range(0, len(rows[prompt]), places)
+    )
+    return deque(each[start : start + places] for each, start in parts)
+
+
+def _taken(waiting: deque[list[int]], free: int) -> list[list[int]]:
+    """Takes from `waiting` what fits in `free` places."""
+    taken = []
+    while waiting and len(waiting[0]) <= free:
+        taken.append(waiting.popleft())
+        free -= len(taken[-1])
+    return taken

@@ -28,7 +28,7 @@ class Drawing:
     def __init__(
         self, sampling: SamplingConfig, prompts: list[list[int]], uniforms: Tensor, heads: nn.ModuleDict | None = None
     ):
-        self.sampling = sampling
+        self.sampling, self.ends = sampling, sampling.eos_token_ids
         self.uniforms = uniforms
         self.rules = Rules(sampling, uniforms.device, heads)
         self.rows = [list(prompt) for prompt in prompts]
@@ -36,12 +36,15 @@ class Drawing:
         self.done = [False] * len(prompts)
         self.said: list[list[list[float]]] = [[] for _ in prompts]
         """For each row and token, its log-probability, and the value of the state before it if values were given."""
-        self.step = 0
         self.hold(list(range(len(prompts))))
 
     def hold(self, rows: list[int]) -> None:
         """From now on `draw` gets and gives only these rows, in this order."""
-        self.held, self.numbers = rows, self.uniforms[rows]
+        self.held = rows
+        self.numbers = self.uniforms[torch.tensor(rows, dtype=torch.int64, device=self.uniforms.device)]
+        counts, last = [len(self.said[row]) for row in rows], [self.rows[row][-1] for row in rows]
+        # on the device from now on: to copy them there would wait for the model
+        self.steps, self.last = torch.tensor([counts, last], dtype=torch.int64, device=self.uniforms.device)
 
     def draw(self, logits: Tensor, hidden: Tensor, values: Tensor | None = None) -> Tensor:
         """int64 [3, B]: the next token of each row, whether the row was done before it, and after it.
@@ -53,7 +56,7 @@ class Drawing:
             ValueError: the rules leave a row no token.
         """
         before = [self.done[row] for row in self.held]
-        shaped = self.rules(logits, self._last(logits), lambda: [self.rows[i] for i in self.held], self.step, hidden)
+        shaped = self.rules(logits, self.last, lambda: [self.rows[i] for i in self.held], self.steps, hidden)
         tokens, logprobs = self._choose(shaped)
         checked = logprobs if self.sampling.do_sample else logits.amax(dim=-1)
         # one copy from the device, which waits for it
@@ -64,9 +67,14 @@ class Drawing:
             raise ValueError("No token can be drawn: logit_mask forbids every token")
         for row, token, *numbers in zip(self.held, map(int, drawn), *said, strict=True):
             self._append(row, token, numbers)
-        self.step += 1
         drawn = [[self.rows[row][-1] for row in self.held], before, [self.done[row] for row in self.held]]
-        return torch.tensor(drawn, device=logits.device)
+        result = torch.tensor(drawn, device=logits.device)
+        self.steps, self.last = self.steps + 1, result[0]
+        return result
+
+    def is_full(self, row: int) -> bool:
+        """Whether the row has as many tokens as it may have."""
+        return len(self.said[row]) == self.sampling.max_new_tokens
 
     def sample(self, row: int, version: int) -> Sample:
         """What a row has drawn; with its numbers where the policy was not changed by a rule."""
@@ -81,11 +89,7 @@ class Drawing:
             return
         ids.append(token)
         self.said[row].append(numbers)
-        ended = token in self.sampling.eos_token_ids or (stop is not None and stop.done(ids[self.starts[row] :]))
-        self.done[row] = ended
-
-    def _last(self, logits: Tensor) -> Tensor:
-        return torch.tensor([self.rows[row][-1] for row in self.held], device=logits.device)
+        self.done[row] = token in self.ends or (stop is not None and stop.done(ids, self.starts[row]))
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens [B], their log-probabilities [B]) from logits [B, V]."""
@@ -94,6 +98,6 @@ class Drawing:
         probabilities = logits.softmax(dim=-1, dtype=torch.float64)
         # the first token whose cumulative probability exceeds the row's number, scaled by their sum against rounding
         reached = probabilities.cumsum(dim=-1)
-        wanted = self.numbers[:, self.step, None] * reached[:, -1:]
+        wanted = self.numbers.gather(1, self.steps[:, None]) * reached[:, -1:]
         tokens = torch.searchsorted(reached, wanted, right=True).clamp(max=logits.shape[-1] - 1)
         return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)

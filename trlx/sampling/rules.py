@@ -64,6 +64,7 @@ class Rules:
     def __init__(self, sampling: SamplingConfig, device: torch.device, heads: nn.ModuleDict | None = None):
         self.device, self.heads = device, heads
         self.eos, self.min_new_tokens = sampling.eos_token_ids, sampling.min_new_tokens
+        self.ends = torch.tensor(self.eos, dtype=torch.int64, device=device)
         # a beam that ends needs another token to go on with
         self.keep = 1 + max(1, len(self.eos)) if (sampling.extra.get("num_beams") or 1) > 1 else 1
         self.beta, mask = (sampling.extra.get(name) for name in SHAPING)
@@ -76,20 +77,26 @@ class Rules:
         """Whether tokens are drawn from softmax(logits / temperature), which is the policy that trains."""
 
     def __call__(
-        self, logits: Tensor, last: Tensor, rows: Callable[[], list[list[int]]], step: int, hidden: Tensor | None
+        self,
+        logits: Tensor,
+        last: Tensor,
+        rows: Callable[[], list[list[int]]],
+        steps: int | Tensor,
+        hidden: Tensor | None,
     ) -> Tensor:
         """The model's logits [B, V] after all rules.
 
         Args:
             last: int64 [B], the last token of each row.
             rows: returns all tokens of each row so far, without padding.
-            step: number of response tokens so far.
+            steps: number of response tokens so far, one for all rows or int64 [B].
             hidden: [B, d], the hidden states that gave the logits; only ``beta`` needs them.
         """
         if self.looking_back:
             logits = self._looked_back(logits, rows())
-        if step < self.min_new_tokens and self.eos:
-            logits = logits.index_fill(1, torch.tensor(self.eos, device=logits.device), -torch.inf)
+        if self.min_new_tokens and self.eos:
+            early = torch.as_tensor(steps < self.min_new_tokens, device=logits.device).view(-1, 1)
+            logits = logits.index_copy(1, self.ends, logits[:, self.ends].masked_fill(early, -torch.inf))
         if self.forbidden is not None:
             logits = logits.masked_fill(self.forbidden[last], -torch.inf)
         if self.beta:

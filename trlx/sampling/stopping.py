@@ -25,10 +25,14 @@ class Stopper:
         # a token has at least one byte, so this many tokens hold a whole stop sequence; a UTF-8 character has up to 4
         # bytes, and the first token may begin inside one, hence 3 more
         self._tail = max((len(stop.encode()) for stop in self.stop_sequences), default=0) + 3
+        self._ends = {stop[-1] for stop in self.stop_sequences} | {"\ufffd"}
+        self._may_end: dict[int, bool] = {}
 
-    def done(self, response_ids: Sequence[int]) -> bool:
-        """Whether the last token completes a stop sequence. Call it after every token."""
-        text = self._text(response_ids[-self._tail :])
+    def done(self, ids: Sequence[int], start: int = 0) -> bool:
+        """Whether the last token completes a stop sequence behind the first `start` ids. Call it after every token."""
+        if not self._can_end(ids[-1]):
+            return False
+        text = self._text(ids[max(start, len(ids) - self._tail) :])
         return any(stop in text for stop in self.stop_sequences)
 
     def cut(self, response_ids: Sequence[int]) -> tuple[list[int], bool]:
@@ -62,6 +66,13 @@ class Stopper:
             return torch.tensor([self.done(row) for row in input_ids[:, start:].tolist()], device=input_ids.device)
 
         return done
+
+    def _can_end(self, token: int) -> bool:
+        """Whether a stop sequence may end in this token: it has the last character of one, or a part of a character.
+        White space may come from between tokens, so that any token can end in it."""
+        if token not in self._may_end:
+            self._may_end[token] = any(end.isspace() or end in self._text([token]) for end in self._ends)
+        return self._may_end[token]
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
