@@ -16,7 +16,7 @@ from trlx.trainer.base import Trainer
 
 TRAINERS = {
     "ppo": accelerate.AcceleratePPOTrainer,
-    "sampling": accelerate.AcceleratePPOTrainer,
+    "sampling": accelerate.AccelerateGRPOTrainer,
     "grpo": accelerate.AccelerateGRPOTrainer,
     "rloo": accelerate.AccelerateGRPOTrainer,
     "sft": accelerate.AccelerateSFTTrainer,
@@ -79,6 +79,13 @@ def _method(load: Workload) -> dict[str, Any]:
     samples = load.rows * load.group
     gen_kwargs = {"max_new_tokens": load.new_tokens, "do_sample": True, "top_k": 0, "top_p": 1.0}
     method = {"num_rollouts": samples, "chunk_size": samples, "gen_kwargs": gen_kwargs}
+    if load.task == "sampling":
+        return {
+            **method,
+            "name": "GRPOConfig",
+            "num_generations": 2,
+            "kl_coef": 0.0,
+        }  # a model alone, without reference and heads
     if load.task == "grpo":
         return {**method, "name": "GRPOConfig", "num_generations": load.group, "kl_coef": 0.04}
     if load.task == "rloo":

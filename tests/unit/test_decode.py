@@ -173,18 +173,24 @@ def test_prompts_that_wait_take_the_places_of_rows_that_ended(policy):
     assert_alike(queued, whole)
 
 
-@pytest.mark.parametrize("places", [1, 3, 8])
+@pytest.mark.parametrize("places", [1, 3, 14])
 def test_a_queue_gives_the_same_samples_as_all_prompts_at_once(places):
     policy = build_policy(tiny_model("llama"), value_head=True)
     for parameter in policy.value_head.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     stop = Stopper(char_tokenizer(), ["a", "z b"])
     for given in ({}, {"stop": stop, "min_new_tokens": 3}, {"extra": {"no_repeat_ngram_size": 1}}):
-        asked = {"prompts": [*QUEUE, *PROMPTS, *PROMPTS[:1] * 3], "max_new_tokens": 12, **given}
+        asked = {"prompts": [*QUEUE, *PROMPTS, *PROMPTS[:1] * 3, *([30, *each] for each in QUEUE)], **given}
         with noted(policy.model.model, lambda args, _: len(args[0])) as rows:
             queued = drawn(policy, places=places, **asked)
         assert places - 1 <= max(rows) <= places
         assert_alike(queued, drawn(policy, **asked))
+
+
+def test_a_row_at_its_limit_leaves_at_once_because_the_model_may_have_no_position_for_more(policy):
+    prompts = [[first, second] for first in range(4, 9) for second in range(9, 19)]
+    asked = {"prompts": prompts, "max_new_tokens": 2, "eos_token_id": ENDS}
+    assert_alike(drawn(policy, places=20, **asked), drawn(policy, **asked))
 
 
 def assert_alike(found, expected):

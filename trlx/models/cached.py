@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trlx.data.collate import left_pad
 from trlx.models.decoder import probing, trunk
 
-ROOM = 64
+ROOM = 16
 """Columns that a cache has free after it has grown, so that not every token copies all those before it."""
 PADDING = 0.25
 """The largest share of padding in a group of prompts that are read together."""

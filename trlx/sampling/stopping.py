@@ -69,9 +69,9 @@ class Stopper:
 
     def _can_end(self, token: int) -> bool:
         """Whether a stop sequence may end in this token: it has the last character of one, or a part of a character.
-        White space may come from between tokens, so that any token can end in it."""
+        A space may come from between tokens, so that any token can end with it."""
         if token not in self._may_end:
-            self._may_end[token] = any(end.isspace() or end in self._text([token]) for end in self._ends)
+            self._may_end[token] = any(end == " " or end in self._text([token]) for end in self._ends)
         return self._may_end[token]
 
     def _text(self, ids: Sequence[int]) -> str:
