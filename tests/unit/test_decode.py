@@ -188,9 +188,8 @@ def test_a_queue_gives_the_same_samples_as_all_prompts_at_once(places):
 
 
 def test_a_row_at_its_limit_leaves_at_once_because_the_model_may_have_no_position_for_more(policy):
-    prompts = [[first, second] for first in range(4, 9) for second in range(9, 19)]
-    asked = {"prompts": prompts, "max_new_tokens": 2, "eos_token_id": ENDS}
-    assert_alike(drawn(policy, places=20, **asked), drawn(policy, **asked))
+    asked = {"prompts": [[1 + row % 30, 5 + row // 30] for row in range(100)], "max_new_tokens": 3}
+    assert_alike(drawn(policy, places=12, **asked), drawn(policy, **asked))  # once it is the only one of 12 that ended
 
 
 def assert_alike(found, expected):
