@@ -168,7 +168,7 @@ class TrainConfig(Section, section="train"):
     tags: list[str] | None = field(default_factory=list)
     sampler: Any = "auto"
     """What draws rollouts: auto (the model that trains), generate (the same, through transformers' ``generate``), the
-    name of a registered sampler, or a dict of ``engine`` (that name) and arguments: auto has ``places``, rows at most."""
+    name of a registered sampler, or a dict: ``engine`` (that name) and arguments, e.g. ``places`` of auto."""
     seed: int = 1000
     minibatch_size: int | None = None
     """The most rows per forward and backward pass; divides batch_size. Null: the whole batch, or what fits."""
