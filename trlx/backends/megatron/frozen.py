@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from trlx.backends.megatron.model import PolicyStage
 from trlx.backends.megatron.parallel import ParallelState, pipeline_group, tensor_group
 from trlx.batch import TokenBatch
-from trlx.models.frozen import KeptStates, free_memory
+from trlx.models.frozen import KeptStates
+from trlx.models.memory import free_memory
 
 Keys = Sequence[bytes]
 """What the rows of a microbatch are known by, see `trlx.models.frozen.row_keys`."""
@@ -96,7 +97,6 @@ def frozen_layers(
 
 def _least_free(device: torch.device) -> int:
     """The bytes that each process has free, where there are fewest: all must agree on what is kept."""
-    sharing = 1 if device.type == "cuda" else dist.get_world_size()
-    least = torch.tensor(free_memory(device) // sharing, device=device)
+    least = torch.tensor(free_memory(device, dist.get_world_size()), device=device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return int(least)
