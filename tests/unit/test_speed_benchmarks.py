@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from benchmarks.metrics_cost import shares
 from benchmarks.speed.ours import trainer_of
 from benchmarks.speed.plain import PlainPPO, left_padded
 from benchmarks.speed.run import check_alike, ratios, runner
@@ -35,6 +36,11 @@ def test_contenders_sample_responses_of_the_same_lengths_and_train_as_many_token
     if load.task in expected:
         assert (found["trlx"]["lengths"], found["trlx"]["tokens"]) == expected[load.task]
     assert found["trlx"]["total"] == pytest.approx(sum(found["trlx"][phase] for phase in Stopwatch().seconds))
+
+
+def test_metrics_are_a_part_of_a_step():
+    found = shares(tiny(WORKLOADS["gpt2-small"]))
+    assert 0 < found["metrics"] < found["step"]
 
 
 @pytest.mark.parametrize("workload", ["gpt2-small-ragged", "gpt2-small-ragged-2-blocks", "llama-160m-ragged"])
