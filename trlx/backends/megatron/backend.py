@@ -185,6 +185,8 @@ class MegatronBackend(Backend):
 
     def save(self, folder: Path, optimizer: bool = True) -> None:
         self.parallel.require_groups()
+        # kernels round a row as its neighbours want: a run that goes on reads it anew, as one that resumes here does
+        self.forget_rows()
         self.weights.save_trained(folder, self.updates)
         self.randomness.save(folder)
         if optimizer:
