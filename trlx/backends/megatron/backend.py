@@ -185,8 +185,6 @@ class MegatronBackend(Backend):
 
     def save(self, folder: Path, optimizer: bool = True) -> None:
         self.parallel.require_groups()
-        # kernels round a row as its neighbours want: a run that goes on reads it anew, as one that resumes here does
-        self.forget_rows()
         self.weights.save_trained(folder, self.updates)
         self.randomness.save(folder)
         if optimizer:
@@ -228,9 +226,10 @@ class MegatronBackend(Backend):
             return None
         keys, lengths = row_keys(batch), row_lengths(batch)
         missing = self.trunk.reserve(keys, lengths)
-        cut = microbatches(
-            [lengths[row] for row in missing], self.microbatch_size, self.pass_cost, most_tokens=self.microbatch_tokens
-        )
+        # on CPUs alone, so that a resumed run, where rows have other neighbours, rounds as one that was not stopped
+        most = 1 if self.device.type == "cpu" else self.microbatch_size
+        own = [lengths[row] for row in missing]
+        cut = microbatches(own, most, self.pass_cost, most_tokens=self.microbatch_tokens)
         new = [[missing[i] for i in each] for each in cut]
         self.trunk.compute(self._microbatches(batch, new), [[keys[row] for row in each] for each in new])
         known = [[keys[row] for row in each] for each in rows]
