@@ -23,10 +23,12 @@ from trlx.batch import Sample
 from trlx.data.collate import left_pad
 from trlx.data.store import own_rows
 from trlx.sampling.base import Sampler
-from trlx.sampling.decode import HELD
 from trlx.sampling.drawing import Drawing, uniforms
 from trlx.sampling.rules import KNOWN, Rules
 from trlx.sampling.settings import SamplingConfig
+
+HELD = 0.75
+"""Rows that are done leave when less than this share of a group goes on."""
 
 
 class PipelineSampler(Sampler):
