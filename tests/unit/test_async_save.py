@@ -15,6 +15,7 @@ from tests.runs import metrics, run, weights
 from tests.unit.test_checkpoint import killed_at_every_instant, nothing, step_of, write
 from tests.unit.test_resume import sft
 from trlx import background, checkpoint
+from trlx.backends import distress
 from trlx.backends.accelerate import AccelerateBackend
 from trlx.background import Background
 from trlx.registry import trainers
@@ -204,6 +205,19 @@ def test_a_save_that_is_overridden_is_called_and_returns_when_the_checkpoint_is_
     monkeypatch.setitem(trainers._classes, "acceleratesfttrainer", ("Trainer", Trainer))
     sft(tmp_path, [0.0, 1.0, 0.5], total_steps=2, async_save=True)
     assert found == [0, 1, 1, 2]
+
+
+def test_a_process_that_ends_because_of_another_ones_error_first_writes_its_checkpoint(monkeypatch):
+    work, gate, ended = Background(), threading.Event(), []
+    watch = distress.Watch.__new__(distress.Watch)
+    watch._rank, watch._ending = 0, threading.Event()
+    monkeypatch.setattr(distress, "GRACE", 0)
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append((code, list(written))))
+    written = []
+    work.start(lambda: written.append(gate.wait(10)))
+    threading.Timer(0.1, gate.set).start()
+    watch._leave("process 1 failed")
+    assert ended == [(1, [True])]
 
 
 def test_where_weights_are_sharded_a_wish_for_the_background_is_refused():
