@@ -43,7 +43,7 @@ COLLECTION, BATCH, ROUNDS = 256, 128, 2
 """Walks of a collection and of a batch; passes over a collection of GRPO and RLOO."""
 SAMPLES = 10
 """Walks from each start at an evaluation."""
-PRESETS = {"ppo": "randomwalks", "grpo": "randomwalks-grpo"}
+PRESETS = {"ppo": "randomwalks", "grpo": "randomwalks-grpo", "rloo": "randomwalks-grpo"}
 ADAM = {"betas": [0.9, 0.95], "eps": 1.0e-8, "weight_decay": 1.0e-6}
 
 
@@ -82,6 +82,7 @@ class Judge:
 def ours(kind: str, model: Path, rate: float, second: int, steps: int, judge: Judge) -> None:
     """One run of trlx."""
     own = {"ppo_epochs": second} if kind == "ppo" else {"num_generations": second, "num_iterations": ROUNDS}
+    own |= {"advantage": "rloo"} if kind == "rloo" else {}
     with tempfile.TemporaryDirectory() as folder:
         config = trlx.load_preset(PRESETS[kind]).evolve(
             method={"num_rollouts": COLLECTION, "chunk_size": COLLECTION, **own},
@@ -158,6 +159,7 @@ def theirs(kind: str, model: Path, rate: float, second: int, steps: int, judge: 
 CONTENDERS: dict[str, tuple[Callable[..., None], str, tuple[int, ...]]] = {
     "ppo": (ours, "ppo", PASSES),
     "grpo": (ours, "grpo", GROUPS),
+    "rloo": (ours, "rloo", GROUPS),
     "trl-grpo": (theirs, "grpo", GROUPS),
     "trl-rloo": (theirs, "rloo", GROUPS),
 }
@@ -189,7 +191,7 @@ def main() -> None:
             runs[key] = judge.result()
             results |= {"environment": environment(), "limit": options.limit, "summary": summary(results["runs"])}
             options.out.write_text(json.dumps(results, indent=1) + "\n")
-            print(name, key, {**runs[key], "curve": None}, flush=True)
+            print(f"{name} {key}: {runs[key]['seconds']:.2f} s, {max(judge.curve, default=0)} steps", flush=True)
     print(json.dumps(results.get("summary"), indent=1))
 
 
