@@ -56,6 +56,25 @@ def test_a_decoder_that_reads_two_prompts_keeps_two_outputs():
     assert len(trunk.kept) == 2 and (expected[0] - expected[1]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_what_is_kept_of_a_row_does_not_depend_on_the_rows_beside_it(packs):
+    # else a resumed run, which computes other rows together, would not be bit-equal
+    model = AutoModelForCausalLM.from_config(tiny_gpt2_config(hidden=64))
+    rows = [Rollout([5, 6, 7], [8] * length) for length in (29, 14, 3)]
+    kept = []
+    for cut in ([rows], [[row] for row in rows], [rows[1:], rows[:1]]):
+        policy = build_policy(model, num_layers_unfrozen=1).eval()
+        policy.packs = packs
+        trunk = frozen_trunk(policy, 1e9)
+        for part in cut:
+            with trunk.skipped(collate(part, 0), "cpu"):
+                pass
+        kept.append(trunk.kept)
+    for found in kept[1:]:
+        assert found.keys() == kept[0].keys() and len(found) == 3
+        assert all(torch.equal(found[key], kept[0][key]) for key in found)
+
+
 def backend_of(folder, **train):
     config = tiny_config(folder, "PPO", model=TOP, train={"packing": "off", **train})  # so that rows can be counted
     return AcceleratePPOTrainer(config, reward_fn=share_of_a).backend

@@ -107,15 +107,18 @@ class FrozenTrunk(KeptStates):
         keys = row_keys(batch)
         missing = [row for row, key in enumerate(keys) if key not in self.kept]
         found = {key: self.kept[key] for key in keys if key in self.kept}
-        if missing:
-            rows = batch.rows(missing).to(device)
-            states = self.compute(rows.tokens, rows.attention_mask, rows.encoder_tokens, rows.encoder_mask)
-            lengths = batch.attention_mask[missing].sum(dim=1).tolist()
-            states = states[0].split(lengths) if self.policy.packs else states
-            for row, length, each in zip(missing, lengths, states, strict=True):
-                found[keys[row]] = each[:length]
-                self.keep(keys[row], each[:length])
+        # a resumed run computes other rows together; alone each has the same bits, which is slow on a GPU
+        for rows in [[row] for row in missing] if torch.device(device).type == "cpu" else [missing] * bool(missing):
+            for row, states in zip(rows, self._computed(batch.rows(rows), device), strict=True):
+                found[keys[row]] = states
+                self.keep(keys[row], states)
         return [found[key] for key in keys]
+
+    def _computed(self, rows: TokenBatch, device: torch.device | str) -> list[Tensor]:
+        lengths, there = rows.attention_mask.sum(dim=1).tolist(), rows.to(device)
+        states = self.compute(there.tokens, there.attention_mask, there.encoder_tokens, there.encoder_mask)
+        each = states[0].split(lengths) if self.policy.packs else states
+        return [row[:length] for row, length in zip(each, lengths, strict=True)]
 
 
 class _Reached(Exception):
