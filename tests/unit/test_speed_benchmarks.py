@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.metrics_cost import shares
+from benchmarks.search_budget import RATES, grid, summary
 from benchmarks.speed.ours import trainer_of
 from benchmarks.speed.plain import PlainPPO, left_padded
 from benchmarks.speed.run import check_alike, ratios, runner
@@ -103,3 +104,11 @@ def test_a_second_counts_under_the_inner_phase_alone(monkeypatch):
         watch.timed("reward", lambda: None)()  # 4 and 5
     found = watch.result()  # 6 ends the score, 7 the rest
     assert found == {"generate": 1, "reward": 1, "score": 3, "update": 0, "rest": 2, "total": 7, "tokens": 0}
+
+
+def test_a_search_counts_settings_that_do_not_reach_the_goal_as_the_slowest():
+    assert sorted(grid((4, 8, 16))) == sorted((rate, group) for rate in RATES for group in (4, 8, 16))
+    runs = [{"seconds": seconds, "reached": reached} for seconds, reached in ((5.0, True), (1.0, False), (3.0, True))]
+    found = summary({"a": dict(enumerate(runs)), "b": dict(enumerate(runs[1:2]))})
+    assert found["a"] == {"settings": 3, "reached": 2, "best": 3.0, "median": 5.0}
+    assert found["b"] == {"settings": 1, "reached": 0, "best": None, "median": None}
