@@ -10,7 +10,7 @@ from typing import Any
 import trlx.trainer.accelerate
 import trlx.trainer.nemo  # noqa: F401  registers its trainers, as the line above does
 from trlx import logging
-from trlx.config import TrainConfig, TRLConfig, read_yaml
+from trlx.config import TrainConfig, TRLConfig
 from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list, common_method
 from trlx.presets import load_preset, over_preset
@@ -20,6 +20,7 @@ from trlx.run.failures import for_users
 from trlx.run.folder import check_folders
 from trlx.strict import called_here, check_keywords, suggestion
 from trlx.trainer.base import OURS, Trainer
+from trlx.yaml_files import read_yaml
 
 logger = logging.get_logger(__name__)
 

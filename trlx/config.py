@@ -6,9 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-import operator
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +14,10 @@ from typing import Any, get_type_hints
 
 from trlx import logging
 from trlx.method_configs import MethodConfig, get_method
-from trlx.registry import architectures, methods
+from trlx.registry import architectures
 from trlx.strict import ConfigError, Section, build, called_here, suggestion, unknown_key, with_numbers
 from trlx.tracebacks import short_errors
+from trlx.yaml_files import read_yaml
 
 logger = logging.get_logger(__name__)
 
@@ -185,6 +184,8 @@ class TrainConfig(Section, section="train"):
     """no, bf16 or fp16; null: as ``accelerate launch`` says."""
     gradient_checkpointing: Any = False
     """Recompute activations in the backward pass: true, or selective (all but matrix products and attention)."""
+    compile: bool = False
+    """Compile the transformer blocks with torch.compile, for training and not for sampling; packing is off then."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in the host's memory while a GPU (with all weights) samples or evaluates."""
     reward_on: str = "main"
@@ -207,6 +208,8 @@ class TrainConfig(Section, section="train"):
         self.cache_hidden_states = "off" if self.cache_hidden_states is False else self.cache_hidden_states
         self.packing = ("off", "on")[self.packing] if isinstance(self.packing, bool) else self.packing
         self.require_choice("packing", ["auto", "on", "off"])
+        # the lengths of packed rows are Python numbers, so each batch would be compiled anew
+        self.require(not (self.compile and self.packing == "on"), "packing", "be auto or off with train.compile")
         is_size = type(self.cache_hidden_states) is int and self.cache_hidden_states > 0
         is_known = is_size or self.cache_hidden_states in ("auto", "off")
         self.require(is_known, "cache_hidden_states", "be auto, off or bytes")
@@ -266,6 +269,7 @@ class TRLConfig:
         Raises:
             ConfigError: an unknown key, a wrong type or a value out of range; the message names the key.
         """
+        _check_sections(override.partition("=")[0].split(".")[0] for override in overrides)
         return cls.from_dict(read_yaml(*files, overrides=overrides))
 
     @classmethod
@@ -316,52 +320,6 @@ class TRLConfig:
 
 
 SECTIONS: dict[str, type] = get_type_hints(TRLConfig)
-
-
-def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """YAML files merged left to right, then dotted overrides, with interpolations resolved.
-
-    Raises:
-        ConfigError: a file is not YAML or has no sections, an override has no value, or an interpolation has no target.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import InterpolationResolutionError
-    from yaml import MarkedYAMLError
-
-    register_resolvers()
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"The override {override!r} has no value; write it as section.key=value")
-    _check_sections(override.partition("=")[0].split(".")[0] for override in overrides)
-    parts = []
-    for file in files:
-        try:
-            parts.append(OmegaConf.load(file))
-        except MarkedYAMLError as error:
-            raise ConfigError(f"{file}, line {error.problem_mark.line + 1}, is not YAML: {error.problem}") from None
-        if not OmegaConf.is_dict(parts[-1]):
-            raise ConfigError(f"{file} must have sections with settings, e.g. train: {{seed: 1}}")
-    whole = OmegaConf.merge(*parts, OmegaConf.from_dotlist(list(overrides)))
-    try:
-        return OmegaConf.to_container(whole, resolve=True)
-    except InterpolationResolutionError as error:
-        raise ConfigError(f"{', '.join(map(str, files))}: {error}") from error
-
-
-def register_resolvers() -> None:
-    """Registers with OmegaConf the functions that configs may call: ``${multiply:4, ${.hidden_size}}``, as in NeMo, and
-    ``${nemo_trainer:${method.name}}``, the name of a method's NeMo trainer."""
-    from omegaconf import OmegaConf
-
-    with warnings.catch_warnings():  # 2.4 calls it register_resolver, which in 2.3 is the name of something else
-        warnings.simplefilter("ignore", UserWarning)
-        OmegaConf.register_new_resolver("multiply", operator.mul, replace=True)
-        OmegaConf.register_new_resolver("nemo_trainer", _nemo_trainer, replace=True)
-
-
-def _nemo_trainer(method: str) -> str:
-    written = {name.lower(): name for name in methods.names()}  # a config may name its method in any case
-    return f"NeMo{written.get(method.lower(), method).removesuffix('Config')}Trainer"
 
 
 def _plain(value: Any) -> Any:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trlx.compat.settings import PRESETS
-from trlx.config import SECTIONS, TRLConfig, merged, nested, register_resolvers
+from trlx.config import SECTIONS, TRLConfig, merged, nested
 from trlx.strict import ConfigError, suggestion
 from trlx.tracebacks import short_errors
+from trlx.yaml_files import register_resolvers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

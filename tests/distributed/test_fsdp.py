@@ -190,6 +190,7 @@ def told(words, settings, changes):
         ("set fsdp_offload_params: false", {"FSDP_OFFLOAD_PARAMS": "true"}, {}),
         ("set fsdp_cpu_ram_efficient_loading: false", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}),
         ("train.gradient_checkpointing: true", {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}),
+        ("train.compile needs all weights on each process", {}, {"train": {"compile": True}}),
         ("'adamw_8bit_bnb' does not work under FSDP", {}, {"optimizer": {"name": "adamw_8bit_bnb"}}),
     ],
 )

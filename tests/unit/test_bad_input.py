@@ -102,6 +102,7 @@ def test_wrong_data_is_refused(tmp_path, method, arguments, words):
             "'linear' does not take T_max and eta_min.*write scheduler.kwargs.T_max: null",
         ),
         ({"train": {"offload_optimizer": True}}, "train.offload_optimizer needs a GPU"),
+        ({"train": {"compile": True, "packing": "on"}}, "train.packing must be auto or off with train.compile"),
         ({"train": {"gradient_checkpointing": "some"}}, "train.gradient_checkpointing: unknown value 'some'"),
         ({"model": {"num_layers_unfrozen": 9}}, "num_layers_unfrozen.*9|9.*2"),
         ({"method": {"gen_kwargs": {"temperature": [1.0, 2.0]}}}, "temperature"),

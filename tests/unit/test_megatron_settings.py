@@ -226,6 +226,7 @@ def test_a_wrong_file_says_what_to_write(source, words):
             {"model": {"peft_config": {"peft_type": "LORA"}}},
             "peft_config asks for an adapter; the NeMo trainers cannot",
         ),
+        ({"train": {"compile": True}}, "train.compile is true; the NeMo trainers cannot"),
         ({"train": {"packing": True}}, "train.packing is on; the NeMo trainers cannot"),
     ],
 )

@@ -8,14 +8,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from tests.builders import tiny_gpt2
-from tests.runs import run
+from tests.builders import tiny_gpt2, tiny_gpt2_config
+from tests.runs import run, share_of_a, tiny_config
 from trlx.backends import optimizer as optimizers
 from trlx.backends.accelerate import AccelerateBackend
-from trlx.batch import TokenBatch
+from trlx.batch import Rollout, TokenBatch
+from trlx.data.collate import collate
+from trlx.models import compiled
 from trlx.models.architecture import Causal
 from trlx.models.heads import QHeads
 from trlx.models.logprobs import chosen_logprobs
+from trlx.sampling.settings import SamplingConfig
+from trlx.trainer.accelerate import AcceleratePPOTrainer
 
 
 class Waits(TorchDispatchMode):
@@ -152,3 +156,35 @@ def test_running_averages_leave_the_device_and_come_back_unchanged(monkeypatch):
         assert {value.device.type for value in both[0].state[weights[0]].values()} == {"meta"}
         optimizers.move_state(both[0], "cpu")
     assert torch.equal(*weights)
+
+
+def test_compiled_blocks_give_the_same_gradients_with_one_graph_for_all_widths_and_do_not_sample(
+    tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("WARNING", "torch.__trace")  # its lines take a second
+    graphs, after, moved = [], [], {}
+    monkeypatch.setattr(compiled, "COMPILER", lambda graph, inputs: graphs.append(graph) or graph.forward)
+    settings = {
+        "model": {"model_path": tiny_gpt2_config(), "num_layers_unfrozen": 1},
+        "optimizer": {"name": "sgd", "kwargs": {"lr": 1.0}},
+        "method": {"num_value_layers_unfrozen": 1},
+    }
+    for setting in (False, True):
+        train = {"compile": setting, "max_grad_norm": None}
+        config = tiny_config(tmp_path, "PPO", train=train, **settings)
+        backend = AcceleratePPOTrainer(config, reward_fn=share_of_a).backend
+        assert backend.packs != setting
+        before = {name: weight.clone() for name, weight in backend.policy.named_parameters()}
+        for width in (3, 5):
+            batch = collate([Rollout(list(range(width)), [7, 8]), Rollout([9] * width, [7])], 0)
+            backend.train_step(batch, lambda outputs, _: ((outputs.logprobs + outputs.values).sum(), {}))
+            after.append(len(graphs))
+        moved[setting] = {name: weight - before[name] for name, weight in backend.policy.named_parameters()}
+        backend.sampler().generate([[5, 6], [7]], SamplingConfig(max_new_tokens=3))
+    # the frozen block without gradients, and the trained one with its copy in the value function
+    assert after == [0, 0, 2, 2] and len(graphs) == 2
+    assert moved[True].keys() == moved[False].keys()
+    trained = ["model.transformer.h.1.ln_1.bias", "heads.value.blocks.0.ln_1.bias"]
+    assert all(moved[False][name].abs().max() > 1e-3 for name in trained)
+    for name, expected in moved[False].items():
+        torch.testing.assert_close(moved[True][name], expected, rtol=0, atol=1e-6)

@@ -40,6 +40,7 @@ from trlx.methods.masked import finish, merge_packed, pack
 from trlx.methods.units import Unit
 from trlx.models.adapters import AdaptedPolicy, AdapterOff, adapted_model, build_adapted_policy
 from trlx.models.architecture import architecture_for
+from trlx.models.compiled import compile_blocks
 from trlx.models.decoder import has_dropout, output_head
 from trlx.models.frozen import FrozenTrunk, frozen_trunk
 from trlx.models.limits import check_positions, check_vocabulary
@@ -72,20 +73,14 @@ class AccelerateBackend(Backend):
     ):
         check_settings(optimizer, scheduler)
         uses_deepspeed = wants_deepspeed()
-        # Accelerate's own DeepSpeed support makes an optimizer step for every microbatch, rounds all weights and heads
-        # to bfloat16, and does not run on CPUs: let it prepare plain data-parallel processes
-        with patch_environment(**{ASKED: "false"}):
-            self.accelerator = Accelerator(
-                # without cpu=True, Accelerate does not connect the processes of a CPU job
-                cpu=not torch.accelerator.is_available(),
-                mixed_precision=train.mixed_precision,
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-            )
+        self.accelerator = _accelerator(train.mixed_precision)
         self.sharding = _sharding_for(self.accelerator, uses_deepspeed, train.max_grad_norm or float("inf"))
+        if train.compile and type(self.sharding) is not Replicated:
+            raise ValueError(
+                "train.compile needs all weights on each process: set it to false under FSDP and under DeepSpeed"
+            )
         self.can_copy_weights = self.sharding.independent
         self.device = self.accelerator.device
-        if self.accelerator.mixed_precision == "fp16" and self.device.type == "cpu":
-            raise ValueError("train.mixed_precision fp16 needs a GPU: write bf16, which works on CPUs too, or no")
         self.data_rank, self.data_size = self.accelerator.process_index, self.accelerator.num_processes
         self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.tokenizer = tokenizer
@@ -111,12 +106,13 @@ class AccelerateBackend(Backend):
             self.reference = kind(self.policy, self.sharding.exchange) if needs.reference else None
         with self.sharding.unsharded():
             self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
-        self.packs = self.policy.packs = self._packs(train.packing)
+        self.packs = self.policy.packs = self._packs("off" if train.compile else train.packing)
         self.microbatch_tokens = train.tokens_per_microbatch or self._tokens_that_fit(train, needs.dropout)
         self.trunk = self._frozen_trunk(train.cache_hidden_states, needs.dropout)
         self.move_state = self._state_mover(prepared) if train.offload_optimizer else lambda device: None
         self.scheduler_at = partial(make_scheduler, scheduler, prepared)
         self.scheduler = self.scheduler_at(0)
+        self.uncompiled = compile_blocks(self.policy) if train.compile else nullcontext
 
     def _state_mover(self, optimizer: torch.optim.Optimizer) -> Callable[[torch.device | str], None]:
         if self.device.type == "cpu" or type(self.sharding) is not Replicated:
@@ -162,7 +158,7 @@ class AccelerateBackend(Backend):
         """The context in which a sampler runs `policy`."""
         self.move_state("cpu")
         # round as evaluate() and train_step() do
-        with self.accelerator.autocast(), self.sharding.unsharded():
+        with self.accelerator.autocast(), self.sharding.unsharded(), self.uncompiled():
             yield
 
     def weights_by_name(self) -> Iterator[tuple[str, Tensor]]:
@@ -326,6 +322,21 @@ class GenerateSampler(TransformersSampler):
         if not isinstance(backend, AccelerateBackend):
             raise ValueError("train.sampler generate does not work with a NeMo trainer: leave it out")
         super().__init__(backend.policy, backend.device, backend.for_sampling)
+
+
+def _accelerator(mixed_precision: str | None) -> Accelerator:
+    # Accelerate's own DeepSpeed support makes an optimizer step for every microbatch, rounds all weights and heads
+    # to bfloat16, and does not run on CPUs: let it prepare plain data-parallel processes
+    with patch_environment(**{ASKED: "false"}):
+        accelerator = Accelerator(
+            # without cpu=True, Accelerate does not connect the processes of a CPU job
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=mixed_precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("train.mixed_precision fp16 needs a GPU: write bf16, which works on CPUs too, or no")
+    return accelerator
 
 
 def _sharding_for(accelerator: Accelerator, uses_deepspeed: bool, max_grad_norm: float) -> Replicated:

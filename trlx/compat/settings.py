@@ -30,6 +30,7 @@ _NAMES = {
     "train.mixed_precision: fp16": "fp16",
     "train.mixed_precision": "precision",
     "train.gradient_checkpointing": "enable_gradient_checkpointing",
+    "train.compile": "torch_compile use_torch_compile",
     "train.max_grad_norm": "clip_grad grad_clip gradient_clip_val",
     "train.seed": "data_seed",
     "train.checkpoint_dir": "output_dir save_dir save_path ckpt_path default_local_dir",

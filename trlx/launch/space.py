@@ -10,8 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from trlx.config import read_yaml
 from trlx.strict import ConfigError, Section, build, suggestion
+from trlx.yaml_files import read_yaml
 
 SCHEDULERS = {"fifo": "fifo", "asha": "async_hyperband", "hyperband": "hyperband", "hyperbandforbohb": "hb_bohb"}
 """Their names in ``ray.tune.create_scheduler``."""

@@ -39,6 +39,7 @@ ADAPTED = {
     "config.train.max_grad_norm": "in use from here on",
     "config.train.minibatch_size": "numbers are the same up to rounding; dropout masks differ",
     "config.train.tokens_per_microbatch": "numbers are the same up to rounding; dropout masks differ",
+    "config.train.compile": "numbers are the same up to rounding; dropout masks differ",
     "config.train.packing": "numbers are the same up to rounding; dropout masks differ",
     "config.train.mixed_precision": "weights stay as they are, results are rounded differently",
     "config.train.seed": "rows and prompts come in another order; in the present pass some may come twice, some never",

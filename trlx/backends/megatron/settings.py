@@ -175,6 +175,8 @@ def _check_supported(trainer_kwargs: Mapping[str, Any], model: ModelConfig, trai
         raise ConfigError(f"model.peft_config asks for an adapter; {advice}, or leave it out")
     if train.packing == "on":
         raise ConfigError(f"train.packing is on; {advice}, or auto")
+    if train.compile:
+        raise ConfigError(f"train.compile is true; {advice}, or false")
     if train.offload_optimizer:
         raise ConfigError(f"train.offload_optimizer is true; {advice}, or false")
 

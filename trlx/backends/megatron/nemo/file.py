@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trlx.config import register_resolvers
 from trlx.presets import megatron_preset
 from trlx.strict import ConfigError, suggestion, unknown_key
+from trlx.yaml_files import register_resolvers
 
 WHERE = "megatron_cfg"
 """Prefix of dotted keys in messages."""
