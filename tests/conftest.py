@@ -34,12 +34,10 @@ def pytest_configure(config):
     torch.set_num_threads(config.getoption("--threads"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the mark
-def pytest_collection_modifyitems(items):
+def pytest_itemcollected(item):
     # one worker runs all tests that start processes, one after the other, while the other worker runs the rest
-    for item in items:
-        if item.get_closest_marker("distributed"):
-            item.add_marker(pytest.mark.xdist_group("distributed"))
+    if item.get_closest_marker("distributed"):
+        item.add_marker(pytest.mark.xdist_group("distributed"))
 
 
 @pytest.fixture(autouse=True)
