@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import NewGELUActivation
 
 from trlx import logging
 from trlx.background import write
@@ -23,6 +22,7 @@ from trlx.models.architecture import Architecture, Causal, Scored
 from trlx.models.decoder import disable_dropout, freeze, hidden_size, output_head
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
 from trlx.models.logprobs import chosen_logprobs, logits_of, spread
+from trlx.models.operations import with_fast_operations
 from trlx.models.packing import packed_states
 from trlx.models.quantization import quantized
 
@@ -182,7 +182,7 @@ def load_model(
     options.setdefault("dtype", options.pop("torch_dtype", torch.float32))
     if isinstance(model_path, PretrainedConfig):
         model = architecture.loader.from_config(copy.deepcopy(model_path), **options)
-        return _with_trained_pad(_with_fused_gelu(model), is_new=True)
+        return _with_trained_pad(with_fast_operations(model), is_new=True)
     try:
         with no_bars():
             model = architecture.loader.from_pretrained(model_path, **options)
@@ -193,7 +193,7 @@ def load_model(
         ) from None
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers found it on the hub
         raise ValueError(f"{model_path} on the hub is an adapter: download it and write its folder in model.model_path")
-    return _with_trained_pad(_with_fused_gelu(model), is_new=False)
+    return _with_trained_pad(with_fast_operations(model), is_new=False)
 
 
 def save_hf(policy: Policy, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str, merge: bool = False) -> None:
@@ -246,15 +246,6 @@ def fitting_heads(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
         listed = ", ".join(f"{verb} {' and '.join(sorted(kinds))}" for verb, kinds in said.items() if kinds)
         logger.info(f"Of the heads in {where}, this method {listed}")
     return taken
-
-
-def _with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` with GPT-2's GELU as one operation: transformers writes it as eight, most of which keep their input."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(parent, name, nn.GELU(approximate="tanh"))
-    return model
 
 
 @torch.no_grad()
