@@ -20,6 +20,7 @@ os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
 from tests import builders  # noqa: E402
 
@@ -34,10 +35,16 @@ def pytest_configure(config):
     torch.set_num_threads(config.getoption("--threads"))
 
 
-def pytest_itemcollected(item):
-    # one worker runs all tests that start processes, one after the other, while the other worker runs the rest
-    if item.get_closest_marker("distributed"):
-        item.add_marker(pytest.mark.xdist_group("distributed"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return ProcessesInOneWorker(config, log)
+
+
+class ProcessesInOneWorker(LoadScopeScheduling):
+    """One worker runs all tests of tests/distributed, one after the other, while the other worker runs the rest."""
+
+    def _split_scope(self, nodeid):
+        return "distributed" if nodeid.startswith("tests/distributed/") else nodeid
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from transformers.activations import NewGELUActivation
 
 from tests.unit.tiny_models import FAMILIES, ragged_batch, tiny_config, tiny_model
+from trlx.models import packing
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
 from trlx.models.packing import why_unpackable
 from trlx.models.policy import HEADS_FILE, build_policy, load_heads, load_model, save_hf
@@ -39,12 +40,36 @@ def test_logprobs_are_those_of_the_whole_models_logits(name):
     assert found.dtype == torch.float32 and (found[~response_mask] == 0).all()
 
 
+def sharing_batch():
+    """(tokens, attention_mask, response_mask): row 1 begins as row 0 does and row 2 goes on from row 1; row 3 is row 1;
+    row 4 shares two tokens, and nothing begins like row 5."""
+    rows = [[5, 6, 7, 8, 9], [5, 6, 7, 10], [5, 6, 7, 10, 11, 12], [5, 6, 7, 10], [5, 6, 13, 14], [15, 6, 7, 8]]
+    tokens = torch.tensor([row + [0] * (6 - len(row)) for row in rows])
+    columns, lengths = torch.arange(6), torch.tensor([[len(row)] for row in rows])
+    return tokens, columns < lengths, (columns > 0) & (columns < lengths)
+
+
+def test_a_beginning_that_rows_share_is_packed_once(monkeypatch):
+    monkeypatch.setattr(packing, "SHARED", 3)
+    found = packing.packed(*sharing_batch()[:2])
+    # width 6: row 1 adds its fourth token, row 2 its last two, row 3 nothing, the others everything
+    assert found.at.tolist() == [0, 1, 2, 3, 4, 9, 16, 17, 24, 25, 26, 27, 30, 31, 32, 33]
+    assert [None if shared is None else shared.tolist() for shared, _ in found.rows] == (
+        [None, [0, 1, 2], [0, 1, 2, 5], [0, 1, 2, 5], None, None]
+    )
+    assert [own for _, own in found.rows] == [5, 1, 2, 0, 4, 4]
+    assert found.places[:4].tolist() == [
+        [0, 1, 2, 3, 4, 0], [0, 1, 2, 5, 0, 0], [0, 1, 2, 5, 6, 7], [0, 1, 2, 5, 0, 0]
+    ]  # fmt: skip
+
+
 PACKED = "gpt2 gpt_neox gpt_bigcode opt opt_projected llama qwen2 qwen3 mixtral phi olmo2 cohere granite".split()
 
 
 @every_family
-def test_packed_rows_have_the_outputs_and_gradients_of_rows_apart_where_the_model_can(name):
-    batch, found = ragged_batch(), []
+def test_packed_rows_have_the_outputs_and_gradients_of_rows_apart_where_the_model_can(name, monkeypatch):
+    batch, found = sharing_batch(), []
+    monkeypatch.setattr(packing, "SHARED", 3)
     policy = build_policy(tiny_model(name), value_head=True, value_layers=1, dropout=False)
     randomize(policy.value_head.head)
     assert (why_unpackable(policy.architecture) is None) == (name in PACKED)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trlx.batch import TokenBatch
 from trlx.models.decoder import blocks, probing
 from trlx.models.heads import ValueBranch
+from trlx.models.packing import packed
 from trlx.models.policy import Policy
 
 
@@ -66,7 +67,8 @@ class FrozenTrunk(KeptStates):
         """Inside the block the model does not run its frozen blocks: it must read `batch`, for which they are known."""
         states = self._states(batch, device)
         if self.policy.packs:
-            joined = torch.cat(states)[None]
+            rows = packed(batch.tokens, batch.attention_mask).rows
+            joined = torch.cat([each[len(each) - own :] for each, (_, own) in zip(states, rows, strict=True)])[None]
         else:
             padded = nn.utils.rnn.pad_sequence(states, batch_first=True)
             joined = nn.functional.pad(padded, (0, 0, 0, batch.tokens.shape[1] - padded.shape[1]))
@@ -117,8 +119,9 @@ class FrozenTrunk(KeptStates):
     def _computed(self, rows: TokenBatch, device: torch.device | str) -> list[Tensor]:
         lengths, there = rows.attention_mask.sum(dim=1).tolist(), rows.to(device)
         states = self.compute(there.tokens, there.attention_mask, there.encoder_tokens, there.encoder_mask)
-        each = states[0].split(lengths) if self.policy.packs else states
-        return [row[:length] for row, length in zip(each, lengths, strict=True)]
+        if self.policy.packs:
+            states = states[0][packed(there.tokens, there.attention_mask).places]
+        return [row[:length] for row, length in zip(states, lengths, strict=True)]
 
 
 class _Reached(Exception):

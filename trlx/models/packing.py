@@ -1,8 +1,9 @@
-"""Rows of a batch behind one another in one row of tokens, without padding: positions begin anew with every row."""
+"""Rows of a batch behind one another in one row of tokens, without padding and with what they share only once."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +14,59 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trlx.models.architecture import Architecture, Causal, Scored
 from trlx.models.decoder import probing, trunk
 
+SHARED = 8
+"""The fewest tokens of a beginning for which it pays that rows share it."""
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 """Settings of a model whose attention does not reach back to the first token."""
 
 
-def packed_states(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states [1, N, d] after each of the N tokens where `attention_mask` [B, T] is True, row after row."""
-    positions = attention_mask.cumsum(dim=1) - 1
+@dataclass(frozen=True)
+class Packed:
+    """Where the tokens of rows stand behind one another. A beginning that rows share stands there once."""
+
+    at: Tensor
+    """[N], the place of each packed token in the flattened [B, T]."""
+    places: Tensor
+    """[B, T], the place of each token among the N; 0 for padding."""
+    rows: list[tuple[Tensor | None, int]]
+    """For each row the places of what it shares with rows before it, and how many tokens of its own follow."""
+
+
+def packed(tokens: Tensor, attention_mask: Tensor) -> Packed:
+    """Where the tokens of [B, T], right-padded where `attention_mask` is False, stand when they are packed.
+
+    The samples of a prompt, the answers of a pair, and all rows with one system prompt share a beginning. One of fewer
+    than `SHARED` tokens stands there for each row.
+    """
+    width, lengths = tokens.shape[1], attention_mask.sum(dim=1).tolist()
+    # a tree of all beginnings: by the next token, its place and what may follow it
+    tree: dict[int, tuple[int, dict]] = {}
+    at, places, rows = [], [], []
+    for row, length in enumerate(lengths):
+        ids, known, node = tokens[row, :length].tolist(), [], tree
+        while len(known) < length and ids[len(known)] in node:
+            place, node = node[ids[len(known)]]
+            known.append(place)
+        shared = len(known) if len(known) >= SHARED else 0
+        found = [*known[:shared], *range(len(at), len(at) + length - shared)]
+        for token, place in zip(ids[len(known) :], found[len(known) :], strict=True):
+            node[token] = place, {}
+            node = node[token][1]
+        at += range(row * width + shared, row * width + length)
+        places.append(found + [0] * (width - length))
+        rows.append((torch.tensor(found[:shared], device=tokens.device) if shared else None, length - shared))
+    return Packed(torch.tensor(at, device=tokens.device), torch.tensor(places, device=tokens.device), rows)
+
+
+def packed_states(model: PreTrainedModel, tokens: Tensor, rows: Packed) -> Tensor:
+    """Hidden states [1, N, d] after each of the N packed tokens of [B, T]."""
+    columns = rows.at % tokens.shape[1]
     return trunk(model)(
-        tokens[attention_mask][None],
-        position_ids=positions[attention_mask][None],
+        tokens.flatten()[rows.at][None],
+        position_ids=columns[None],
         # models make no mask of their own where one has four dimensions; `_attention` needs none
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),
-        row_lengths=attention_mask.sum(dim=1).tolist(),
+        packed_rows=rows.rows,
         use_cache=False,
     )[0]
 
@@ -48,7 +89,8 @@ def why_unpackable(architecture: Architecture) -> str | None:
             mask[0, -2:] = False
             rows = torch.cat([tokens, tokens.flip(1)])
             expected = architecture.states(rows, None, None)[mask]
-            found = packed_states(model, rows, mask)[0]
+            where = packed(rows, mask)
+            found = packed_states(model, rows, where)[0][where.places[mask]]
     except Exception as error:  # models do all sorts of things with arguments that they do not know
         return f"does not take packed rows ({type(error).__name__})"
     tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max()
@@ -61,14 +103,27 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    row_lengths: list[int] | None = None,
+    packed_rows: list[tuple[Tensor | None, int]] | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' ``sdpa`` attention; with `row_lengths`, of each packed row alone. All [B, heads, T, d]."""
-    if row_lengths is None:
+    """transformers' ``sdpa`` attention; with `packed_rows` (see `Packed`), of each row alone. All [B, heads, T, d]."""
+    if packed_rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    rows = zip(*(each.split(row_lengths, dim=2) for each in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *row, None, **settings)[0] for row in rows], dim=1), None
+    found, start = [], 0
+    for shared, count in packed_rows:
+        own, mask = slice(start, start + count), None
+        start += count
+        keys, values = key[:, :, own], value[:, :, own]
+        if shared is not None:
+            keys, values = (
+                torch.cat([whole.index_select(2, shared), part], dim=2)
+                for whole, part in ((key, keys), (value, values))
+            )
+            mask = torch.ones(count, len(shared) + count, dtype=torch.bool, device=key.device).tril(len(shared))
+            mask = mask[None, None]
+        if count:
+            found.append(sdpa_attention_forward(module, query[:, :, own], keys, values, mask, **settings)[0])
+    return torch.cat(found, dim=1), None
 
 
 AttentionInterface.register("sdpa", _attention)  # changes nothing for calls without `row_lengths`

@@ -23,7 +23,7 @@ from trlx.models.decoder import disable_dropout, freeze, hidden_size, output_hea
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
 from trlx.models.logprobs import chosen_logprobs, logits_of, spread
 from trlx.models.operations import with_fast_operations
-from trlx.models.packing import packed_states
+from trlx.models.packing import packed, packed_states
 from trlx.models.quantization import quantized
 
 logger = logging.get_logger(__name__)
@@ -102,7 +102,8 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Hidden states [b, t, d], and the place [B * T] of each token's state among these ``b * t``."""
         if self.packs:
-            return packed_states(self.model, tokens, attention_mask), attention_mask.flatten().cumsum(0) - 1
+            rows = packed(tokens, attention_mask)
+            return packed_states(self.model, tokens, rows), rows.places.flatten()
         places = torch.arange(tokens.numel(), device=tokens.device)
         return self.architecture.states(tokens, encoder_tokens, encoder_mask), places
 
