@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 import time
 from collections import Counter
@@ -50,6 +50,11 @@ def shares(load: Workload) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    name, *small = sys.argv[1:] or ["gpt2-small"]
-    found = shares(tiny(WORKLOADS[name]) if small else WORKLOADS[name])
-    print(f"{name}: {found['metrics']:.3f} of {found['step']:.3f} CPU seconds, {found['metrics'] / found['step']:.2%}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workload", choices=WORKLOADS, nargs="?", default="gpt2-small")
+    parser.add_argument("--tiny", action="store_true", help="sizes of a second, to try the command itself")
+    asked = parser.parse_args()
+    load = WORKLOADS[asked.workload]
+    found = shares(tiny(load) if asked.tiny else load)
+    metrics, step = found["metrics"], found["step"]
+    print(f"{asked.workload}: {metrics:.3f} of {step:.3f} CPU seconds, {metrics / step:.2%}")

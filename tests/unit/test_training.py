@@ -82,13 +82,15 @@ def test_statistics_have_the_names_scripts_know(tmp_path, method):
     assert ("reward/mean" in evaluations[0]) == (method in ("PPO", "RFT"))
 
 
-def test_the_saved_folder_loads_in_plain_transformers_with_identical_logits(tmp_path):
+def test_the_saved_folder_loads_in_plain_transformers_with_the_same_logits(tmp_path):
     trainer = run("PPO", tmp_path / "run", train={"total_steps": 2})
     trainer.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = AutoTokenizer.from_pretrained(tmp_path / "model")("abc", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, trainer.backend.policy.model.eval()(ids).logits)
+        # transformers computes GPT-2's GELU in eight operations, trlx in one
+        close = {"rtol": 0, "atol": 1e-6}
+        torch.testing.assert_close(loaded(ids).logits, trainer.backend.policy.model.eval()(ids).logits, **close)
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint_2" / "hf_model")
         assert torch.equal(saved(ids).logits, loaded(ids).logits)
 

@@ -253,7 +253,7 @@ class Backend(ABC):
 
     @abstractmethod
     def export_hf(self, folder: Path, merge: bool = False) -> None:
-        """Writes a folder that plain ``transformers`` loads with identical logits, and a file with the heads.
+        """Writes a folder that plain ``transformers`` loads with the same logits, and a file with the heads.
 
         If an adapter trains, the folder holds the adapter alone, or with `merge` the model with the adapter merged.
 

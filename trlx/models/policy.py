@@ -198,7 +198,7 @@ def load_model(
 
 
 def save_hf(policy: Policy, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str, merge: bool = False) -> None:
-    """Writes the model so that plain ``transformers`` loads it with identical logits, and the heads beside it.
+    """Writes the model so that plain ``transformers`` loads it with the same logits (to 1e-6), and the heads beside it.
 
     For an adapted policy it writes the adapter or, with `merge`, the model with the adapter merged into its weights.
     """
