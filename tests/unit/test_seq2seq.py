@@ -75,8 +75,9 @@ def run_seq2seq(algorithm, folder, model, **changes):
 
 
 def spread(samples, prompts, outputs, **kwargs):
-    """A reward that hardly two random outputs share: these models repeat a few letters at first."""
-    return [sum(map(ord, output)) % 17 / 17 for output in outputs]
+    """A reward that hardly two samples share: these models repeat a few letters at first, and where all rewards are the
+    same, whitened advantages are rounding alone."""
+    return [sum(map(ord, sample)) % 17 / 17 for sample in samples]
 
 
 def tiny_policy(name, **needs):
