@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -168,15 +169,22 @@ def test_work_is_done_in_order_and_none_after_an_error_until_it_is_told():
 
 
 def test_tied_weights_are_copied_once_and_what_memory_does_not_hold_is_written_at_once(monkeypatch):
-    weight, written = torch.ones(2), []
+    weight, square, freed, written = torch.ones(2), torch.tensor([[1, 2], [3, 4]]), torch.ones(2), []
+    alive = weakref.ref(freed)
     with background.postponed() as writes:
-        background.write(written.append, {"a": weight, "b": weight, "part": weight[:1]})
+        background.write(
+            written.append,
+            {"a": weight, "b": weight, "part": weight[:1], "square": square, "turned": square.t(), "freed": freed},
+        )
+        del freed
+        assert alive() is not None  # else the next tensor may have its address
         monkeypatch.setattr(background.psutil, "virtual_memory", lambda: SimpleNamespace(available=15))
         background.write(written.append, {"a": weight})
     assert len(written) == len(writes) == 1 and written[0]["a"] is weight
     weight.zero_()
     writes[0]()
     assert written[1]["a"] is written[1]["b"] and written[1]["a"].tolist() == [1, 1] and len(written[1]["part"]) == 1
+    assert written[1]["turned"].tolist() == [[1, 3], [2, 4]] != written[1]["square"].tolist()
 
 
 def test_the_best_checkpoint_shares_files_with_the_one_of_its_step_unless_the_disk_has_no_links(tmp_path, monkeypatch):
@@ -203,8 +211,11 @@ def test_a_save_that_is_overridden_is_called_and_returns_when_the_checkpoint_is_
             found.append(checkpoint.step_of(checkpoint.newest(tmp_path) if directory is None else directory))
 
     monkeypatch.setitem(trainers._classes, "acceleratesfttrainer", ("Trainer", Trainer))
-    sft(tmp_path, [0.0, 1.0, 0.5], total_steps=2, async_save=True)
+    trainer = sft(tmp_path, [0.0, 1.0, 0.5], total_steps=2, async_save=True)
     assert found == [0, 1, 1, 2]
+    with pytest.raises(ValueError, match="holds other things than one checkpoint, which would be deleted"):
+        trainer.save(tmp_path)
+    assert len(checkpoint.checkpoints(tmp_path)) >= 2
 
 
 def test_a_process_that_ends_because_of_another_ones_error_first_writes_its_checkpoint(monkeypatch):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trlx.batch import Rollout
+from trlx.batch import Rollout, TokenBatch
 from trlx.data.collate import collate, left_pad, right_pad
 
 
@@ -36,6 +36,14 @@ def test_dense_scores_stand_at_the_response_tokens_and_missing_ones_count_zero()
 def test_a_list_of_one_score_stands_at_the_first_response_token_and_a_number_at_the_last():
     batch = collate([Rollout([7], [3, 4, 5], score=[2.5]), Rollout([7], [3, 4, 5], score=2.5)], pad_id=0)
     assert batch.scores.tolist() == [[0, 2.5, 0, 0], [0, 0, 0, 2.5]]
+
+
+def test_response_tokens_their_rows_and_pairs_are_found_by_number():
+    mask = torch.tensor([[0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 0]]).bool()
+    batch = TokenBatch(torch.zeros(6, 3, dtype=torch.int64), torch.ones(6, 3).bool(), mask, torch.zeros(6, 3))
+    for found in (batch, batch.to("cpu")):
+        assert [each.tolist() for each in found.at] == [[0, 0, 3, 4, 5], [1, 2, 2, 1, 1]]
+        assert found.filled.tolist() == [0, 3, 4, 5] and found.pairs.tolist() == [0, 2]
 
 
 def test_untrained_response_tokens_are_masked_and_the_score_stands_at_the_last_trained_one():

@@ -10,6 +10,7 @@ from tests.runs import run
 from tests.unit.test_families import CHOSEN
 from tests.unit.tiny_models import tiny_model
 from trlx.models.adapters import build_adapted_policy
+from trlx.models.cached import Reader
 from trlx.models.policy import build_policy
 from trlx.sampling.decode import DecodingSampler
 from trlx.sampling.drawing import uniforms
@@ -185,6 +186,15 @@ def test_a_queue_gives_the_same_samples_as_all_prompts_at_once(places):
             queued = drawn(policy, places=places, **asked)
         assert places - 1 <= max(rows) <= places
         assert_alike(queued, drawn(policy, **asked))
+
+
+def test_prompts_that_wait_are_read_when_a_quarter_of_the_places_is_free(policy, monkeypatch):
+    read, join = [], Reader.join
+    monkeypatch.setattr(
+        Reader, "join", lambda self, prompts, copies: read.append(sum(copies)) or join(self, prompts, copies)
+    )
+    drawn(policy, prompts=[*QUEUE, *([30, *each] for each in QUEUE)], places=8)
+    assert read[0] == 8 and sum(read) == 24 and min(read[:-1]) >= 2
 
 
 def test_a_row_at_its_limit_leaves_at_once_because_the_model_may_have_no_position_for_more(policy):

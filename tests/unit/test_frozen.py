@@ -8,12 +8,14 @@ import trlx
 from tests.builders import tiny_gpt2_config
 from tests.runs import PROMPTS, run, share_of_a, tiny_config, weights
 from tests.unit.test_families import config_of
+from tests.unit.test_models_policy import sharing_batch
 from tests.unit.test_seq2seq import inputs, tiny_policy
-from tests.unit.tiny_models import FAMILIES
-from trlx.batch import Rollout
+from tests.unit.tiny_models import FAMILIES, tiny_model
+from trlx.batch import Rollout, TokenBatch
 from trlx.data.collate import EncoderDecoderRows, collate
+from trlx.models import packing
 from trlx.models.decoder import blocks
-from trlx.models.frozen import frozen_trunk
+from trlx.models.frozen import KeptStates, frozen_trunk
 from trlx.models.policy import build_policy
 from trlx.trainer.accelerate import AcceleratePPOTrainer, AccelerateSFTTrainer
 
@@ -73,6 +75,26 @@ def test_what_is_kept_of_a_row_does_not_depend_on_the_rows_beside_it(packs):
     for found in kept[1:]:
         assert found.keys() == kept[0].keys() and len(found) == 3
         assert all(torch.equal(found[key], kept[0][key]) for key in found)
+
+
+def test_packed_rows_that_share_a_beginning_skip_their_frozen_blocks_too(monkeypatch):
+    monkeypatch.setattr(packing, "SHARED", 3)
+    tokens, attention_mask, response_mask = sharing_batch()
+    batch = TokenBatch(tokens, attention_mask, response_mask, torch.zeros(tokens.shape))
+    policy = build_policy(tiny_model("gpt2"), num_layers_unfrozen=1).eval()
+    trunk = frozen_trunk(policy, 1e9)
+    policy.packs = True
+    expected = policy(*sharing_batch()).logprobs
+    with trunk.skipped(batch, "cpu"):
+        torch.testing.assert_close(policy(*sharing_batch()).logprobs, expected, atol=1e-5, rtol=0)
+    together = trunk._computed(batch, "cpu")  # as on a GPU
+    for states, alone in zip(together, trunk._states(batch, "cpu"), strict=True):
+        torch.testing.assert_close(states, alone, atol=1e-5, rtol=0)
+
+
+def test_what_is_kept_of_a_row_does_not_hold_the_other_rows_in_memory():
+    kept = KeptStates(8)
+    assert kept.keep(b"row", torch.zeros(5, 2)[1]) and kept.kept[b"row"].untyped_storage().nbytes() == 8
 
 
 def backend_of(folder, **train):

@@ -1,5 +1,7 @@
 """How batches are cut into microbatches: by hand, and in a step of a trainer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests.runs import tiny_config
 from trlx.backends import accelerate
 from trlx.backends.microbatches import FEWEST, PASS_COST, at_least, filled, microbatches, row_lengths
 from trlx.batch import TokenBatch
+from trlx.models import memory
 from trlx.models.memory import bytes_per_token
 from trlx.trainer.accelerate import AccelerateSFTTrainer
 
@@ -82,8 +85,8 @@ def test_a_step_computes_long_rows_apart_and_keeps_blocks_together(
 
 
 def test_a_pass_has_as_many_tokens_as_half_of_the_memory_holds_that_weights_leave(tmp_path, monkeypatch):
-    def backend(layers=2, **train):
-        model = {"model_path": tiny_gpt2_config(layers=layers), "num_layers_unfrozen": 1}
+    def backend(layers=2, resid_pdrop=0.0, **train):
+        model = {"model_path": tiny_gpt2_config(layers=layers, resid_pdrop=resid_pdrop), "num_layers_unfrozen": 1}
         return AccelerateSFTTrainer(tiny_config(tmp_path, "SFT", model=model, train=train)).backend
 
     policy = backend().policy
@@ -91,15 +94,27 @@ def test_a_pass_has_as_many_tokens_as_half_of_the_memory_holds_that_weights_leav
     assert each == bytes_per_token(backend(layers=3).policy)  # frozen blocks keep nothing
     # a block keeps at least 2 + 2 inputs of norms and layers, 3 of attention, 4 before and 4 after GELU
     assert each > 15 * policy.model.config.n_embd * 4
+    assert each * 5 < trained  # five tokens are read, and weights do not count
     for free, tokens in ((3 * trained + 2 * 40 * each, 40), (0, 1)):
         monkeypatch.setattr(accelerate, "free_memory", lambda *_, free=free: free)
         assert backend().microbatch_tokens == tokens
         assert backend(minibatch_size=4).microbatch_tokens is None
+        assert backend().trunk.budget == free // 4
+    assert backend(resid_pdrop=0.1).microbatch_tokens is None
+
+
+def test_processes_share_the_memory_of_their_host(monkeypatch):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=101))
+    assert memory.free_memory(torch.device("cpu"), 4) == 25
 
 
 def test_packing_that_the_model_cannot_is_refused_if_asked_for_and_left_out_if_not(tmp_path):
     model = {"model_extra_configs": {"attn_implementation": "eager"}}
     assert not AccelerateSFTTrainer(tiny_config(tmp_path, "SFT", model=model)).backend.packs
+    backend = AccelerateSFTTrainer(tiny_config(tmp_path, "SFT")).backend
+    assert backend.packs
+    backend.device = torch.device("cuda")  # where it must be asked for
+    assert not backend._packs("auto") and backend._packs("on")
     config = tiny_config(tmp_path, "SFT", model=model, train={"packing": "on"})
     with pytest.raises(ValueError, match="train.packing is on, but GPT2LMHeadModel computes attention with eager"):
         AccelerateSFTTrainer(config)

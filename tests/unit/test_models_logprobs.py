@@ -9,7 +9,7 @@ from transformers import GPT2LMHeadModel, MptForCausalLM
 
 from tests.unit.tiny_models import tiny_config, tiny_model
 from trlx.models.decoder import output_head, trunk
-from trlx.models.logprobs import chosen_logprobs, logits_of
+from trlx.models.logprobs import Chosen, chosen_logprobs, logits_of
 
 
 class CountingHead(nn.Linear):
@@ -31,6 +31,11 @@ def test_logprobs_are_those_of_the_temperature_scaled_softmax():
     (found * torch.tensor([1.0, 41.0])).sum().backward()
     # 1 - p of the chosen one, -p of the other, / temperature
     torch.testing.assert_close(logits.grad, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
+
+
+def test_large_logits_do_not_overflow():
+    logits = torch.tensor([[200.0, 0.0], [0.0, -200.0]])
+    assert Chosen.apply(logits, torch.tensor([1, 0]))[1].tolist() == [-200.0, 0.0]
 
 
 def test_probabilities_and_gradient_take_the_memory_of_the_logits():

@@ -86,6 +86,12 @@ def test_packed_rows_have_the_outputs_and_gradients_of_rows_apart_where_the_mode
         torch.testing.assert_close(packed, found[0], rtol=1e-5, atol=1e-6)
 
 
+def test_a_window_that_is_longer_than_the_rows_of_the_check_is_seen_in_the_settings():
+    for window, reason in ((8, "has attention in a window"), (None, None)):
+        policy = build_policy(tiny_model("mistral", sliding_window=window))
+        assert why_unpackable(policy.architecture) == reason
+
+
 @every_family
 def test_garbage_in_the_padding_changes_nothing(name):
     tokens, attention_mask, response_mask = ragged_batch()

@@ -162,8 +162,14 @@ def test_compiled_blocks_give_the_same_gradients_with_one_graph_for_all_widths_a
     tmp_path, monkeypatch, caplog
 ):
     caplog.set_level("WARNING", "torch.__trace")  # its lines take a second
-    graphs, after, moved = [], [], {}
-    monkeypatch.setattr(compiled, "COMPILER", lambda graph, inputs: graphs.append(graph) or graph.forward)
+    graphs, runs, after, moved = [], [], [], {}
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return lambda *given: runs.append(graph) or graph.forward(*given)
+
+    monkeypatch.setattr(compiled, "COMPILER", compiler)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     settings = {
         "model": {"model_path": tiny_gpt2_config(), "num_layers_unfrozen": 1},
         "optimizer": {"name": "sgd", "kwargs": {"lr": 1.0}},
@@ -183,6 +189,9 @@ def test_compiled_blocks_give_the_same_gradients_with_one_graph_for_all_widths_a
         backend.sampler().generate([[5, 6], [7]], SamplingConfig(max_new_tokens=3))
     # the frozen block without gradients, and the trained one with its copy in the value function
     assert after == [0, 0, 2, 2] and len(graphs) == 2
+    # in two steps: the first reads each of two rows alone, the second both, in the policy and in the value function
+    assert [runs.count(graph) for graph in graphs] == [4, 4]
+    assert torch._dynamo.config.recompile_limit == compiled.MOST_GRAPHS
     assert moved[True].keys() == moved[False].keys()
     trained = ["model.transformer.h.1.ln_1.bias", "heads.value.blocks.0.ln_1.bias"]
     assert all(moved[False][name].abs().max() > 1e-3 for name in trained)

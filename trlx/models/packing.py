@@ -126,4 +126,4 @@ def _attention(
     return torch.cat(found, dim=1), None
 
 
-AttentionInterface.register("sdpa", _attention)  # changes nothing for calls without `row_lengths`
+AttentionInterface.register("sdpa", _attention)  # changes nothing for calls without `packed_rows`
