@@ -37,14 +37,16 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    return ProcessesInOneWorker(config, log)
+    return FewProcesses(config, log)
 
 
-class ProcessesInOneWorker(LoadScopeScheduling):
-    """One worker runs all tests of tests/distributed, one after the other, while the other worker runs the rest."""
+class FewProcesses(LoadScopeScheduling):
+    """Tests that start processes run one after the other: those of Megatron in one worker, the others in the other
+    worker, which then goes on with the rest."""
 
     def _split_scope(self, nodeid):
-        return "distributed" if nodeid.startswith("tests/distributed/") else nodeid
+        groups = ("tests/distributed/test_megatron", "tests/distributed/")
+        return next((group for group in groups if nodeid.startswith(group)), nodeid)
 
 
 @pytest.fixture(autouse=True)
