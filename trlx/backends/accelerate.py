@@ -55,7 +55,6 @@ from trlx.sampling.generate import TransformersSampler
 
 logger = logging.get_logger(__name__)
 
-COLUMNS = ("tokens", "attention_mask", "response_mask", "encoder_tokens", "encoder_mask")
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
@@ -134,9 +133,8 @@ class AccelerateBackend(Backend):
 
     def _tokens_that_fit(self, train: TrainConfig, dropout: bool) -> int | None:
         # another cut draws other dropout masks, and no number may depend on the machine in more than rounding
-        if train.minibatch_size or train.gradient_checkpointing or (dropout and has_dropout(self.policy.model)):
-            return None
-        if not self.sharding.independent:
+        drops = dropout and has_dropout(self.policy.model)
+        if train.minibatch_size or train.gradient_checkpointing or drops or not self.sharding.independent:
             return None
         with self.accelerator.autocast():
             each = bytes_per_token(self.policy)
@@ -360,7 +358,8 @@ def _full_size(weight: Tensor) -> int:
 
 def _columns(batch: TokenBatch) -> tuple[Any, ...]:
     """The arguments of the policy."""
-    return (*(getattr(batch, name) for name in COLUMNS), batch.at)
+    masks = batch.attention_mask, batch.response_mask
+    return batch.tokens, *masks, batch.encoder_tokens, batch.encoder_mask, batch.at
 
 
 def _load_policy(model: ModelConfig, needs: ModelNeeds, tokenizer: PreTrainedTokenizerBase) -> Policy:

@@ -68,13 +68,13 @@ def place(train: TrainConfig, step: int, last_step: int | None) -> Path:
     return Path(train.checkpoint_dir) / f"checkpoint_{step:0{len(str(last))}d}"
 
 
-def rotate(written: Path, train: TrainConfig, is_main: bool = True) -> None:
+def rotate(written: Path, train: TrainConfig) -> None:
     """Deletes all but the newest ``train.keep_checkpoints`` checkpoints, after the one at `written` is complete.
 
     Keeps the one that ``train.resume_from_checkpoint`` names, so that the same command can start the run again.
     """
     keep, spared = train.keep_checkpoints, {written.resolve(), Path(train.resume_from_checkpoint or written).resolve()}
-    for path in checkpoint.checkpoints(written.parent)[:-keep] if keep and is_main else []:
+    for path in checkpoint.checkpoints(written.parent)[:-keep] if keep else []:
         try:
             if path.resolve() not in spared:
                 checkpoint.remove(path)

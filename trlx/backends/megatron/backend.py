@@ -228,8 +228,7 @@ class MegatronBackend(Backend):
         missing = self.trunk.reserve(keys, lengths)
         # on CPUs alone, so that a resumed run, where rows have other neighbours, rounds as one that was not stopped
         most = 1 if self.device.type == "cpu" else self.microbatch_size
-        own = [lengths[row] for row in missing]
-        cut = microbatches(own, most, self.pass_cost, most_tokens=self.microbatch_tokens)
+        cut = microbatches([lengths[row] for row in missing], most, self.pass_cost, most_tokens=self.microbatch_tokens)
         new = [[missing[i] for i in each] for each in cut]
         self.trunk.compute(self._microbatches(batch, new), [[keys[row] for row in each] for each in new])
         known = [[keys[row] for row in each] for each in rows]
