@@ -16,8 +16,8 @@ pytestmark = pytest.mark.distributed
 
 KILLS = 6
 """For each kind of run, 60 in all."""
-RUNS = [("PPO", 1), ("PPO", 2), ("GRPO", 2), ("SFT", 1), ("SFT", 2), ("ILQL", 1), ("RFT", 1)]
-RUNS += [("DPO", 1), ("KTO", 2), ("Reward", 1)]
+RUNS = [("PPO", 1), ("PPO", 2), ("GRPO", 1), ("SFT", 1), ("SFT", 2), ("ILQL", 1), ("RFT", 1)]
+RUNS += [("DPO", 1), ("KTO", 1), ("Reward", 1)]
 """Method and number of processes."""
 SETTINGS = {"checkpoint_interval": 1, "eval_interval": 3, "total_steps": 24, "epochs": 100}
 

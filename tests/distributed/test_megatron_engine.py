@@ -68,13 +68,12 @@ RECOMPUTE = [
 
 
 def recompute(parallel) -> None:
-    for dropout in (False, True):
-        expected = trained(built(parallel=parallel, dropout=dropout))
-        for gpt in RECOMPUTE:
-            same(trained(built(parallel=parallel, dropout=dropout, gpt=gpt)), expected)
+    expected = trained(built(parallel=parallel, dropout=True))
+    for gpt in RECOMPUTE:
+        same(trained(built(parallel=parallel, dropout=True, gpt=gpt)), expected)
 
 
-def test_recomputed_activations_change_nothing_with_and_without_dropout():
+def test_recomputed_activations_change_nothing_under_dropout():
     together(4, recompute, layout(2, 2, sequence=True))
 
 

@@ -223,7 +223,7 @@ def test_a_signal_to_a_process_that_is_not_the_main_one_stops_all_after_a_save(t
 
 
 KILLS = 3
-LONG = {"checkpoint_interval": 1, "eval_interval": 3, "total_steps": 24, "epochs": 100}
+LONG = {"checkpoint_interval": 1, "eval_interval": 3, "total_steps": 16, "epochs": 100}
 
 
 def check_readable(folder):
@@ -239,19 +239,18 @@ def check_readable(folder):
         AutoModel.from_pretrained(max(found) / "hf_model")
 
 
-@pytest.mark.parametrize(("algorithm", "layout"), [("PPO", TENSOR), ("KTO", PIPELINE)])
-def test_a_run_killed_again_and_again_ends_like_one_left_in_peace(tmp_path, algorithm, layout):
+def test_a_run_killed_again_and_again_ends_like_one_left_in_peace(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    together(2, nemo, algorithm, whole, layout, LONG)
+    together(2, nemo, "PPO", whole, PIPELINE, LONG)
     killed.mkdir()
-    dice = random.Random(f"two processes {algorithm}")
+    dice = random.Random("two stages")
     for _ in range(KILLS):
-        ranks = start(2, nemo, algorithm, killed, layout, {**LONG, **AUTO})
+        ranks = start(2, nemo, "PPO", killed, PIPELINE, {**LONG, **AUTO})
         wait_for_a_random_moment(dice, ranks, killed)
         assert all(process.is_alive() for process in ranks), "the run ended before it could be killed"
         kill(dice.sample(ranks, 2))
         check_readable(killed)
-    together(2, nemo, algorithm, killed, layout, {**LONG, **AUTO})
+    together(2, nemo, "PPO", killed, PIPELINE, {**LONG, **AUTO})
     assert metrics(killed) == metrics(whole)
     expected, found = saved(whole), saved(killed)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []

@@ -32,7 +32,7 @@ BEGINNINGS = {"Reward": tiny_gpt2_config(layers=4, initializer_range=0.15)}
 """Models whose gradients do not magnify rounding."""
 
 
-STEPS = {"PPO": 20, "SFT": 20, "ILQL": 20, "DPO": 6, "KTO": 6, "Reward": 6}
+STEPS = {"PPO": 12, "SFT": 12, "ILQL": 12, "DPO": 6, "KTO": 6, "Reward": 6}
 
 
 def curve(trainer: str, algorithm: str, folder, data_size=1, **options) -> None:
