@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from tests.builders import VOCABULARY, tiny_gpt2_config
-from tests.distributed.test_megatron_truth import LOSSES, NEEDS, ROWS, layout, rows, settings, world
+from tests.distributed.test_megatron_truth import LOSSES, NEEDS, ROWS, UNITS, layout, rows, settings, world
 from tests.processes import together
+from tests.waits import ON_HOST, Waits
 from trlx.data.store import shard
+from trlx.methods.units import Unit
 from trlx.trainer.nemo import megatron_backend
 
 pytestmark = pytest.mark.distributed
@@ -243,6 +245,32 @@ def test_a_value_function_with_blocks_of_its_own_is_refused():
 
     with pytest.raises(ValueError, match="which has a value head only"):
         _refuse(replace(NEEDS["PPO"], value_layers=1))
+
+
+def waits_for_a_gpu() -> None:
+    from megatron.core.optimizer import clip_grads
+
+    from trlx.backends.megatron import backend as module
+
+    stand_in = clip_grads, "l2_norm_impl"  # for a kernel of Apex
+    asked = [(module.MegatronBackend, "microbatches"), (module, "row_keys"), (module, "row_lengths"), stand_in]
+    # with a multiple of 3, two of six microbatches are empty, as with interleaved stages, which keep no frozen layers
+    for algorithm, multiple, unfrozen in (("PPO", 3, -1), ("ILQL", 1, 1), ("Reward", 1, 1)):
+        # torch's Adam counts its steps on the host, in tensors
+        optimizer = {"name": "sgd", "kwargs": {"lr": 1.0}}
+        backend, batch = built(algorithm, optimizer=optimizer, unfrozen=unfrozen), rows()
+        backend.multiple = multiple
+        batch = batch.replace(old_logprobs=torch.zeros(batch.tokens.shape))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module.MegatronBackend, "sum_across", lambda self, count: count.numpy())
+            with Waits(patch, *asked, *ON_HOST) as waits:
+                backend.train_step(batch, LOSSES[algorithm], UNITS.get(algorithm, Unit.TOKEN))
+        assert waits.found == {"_local_scalar_dense": 1, "tolist": 1}, algorithm
+        assert backend.trunk is None or backend.trunk.kept
+
+
+def test_a_step_of_the_engine_waits_for_a_gpu_twice_however_many_microbatches_it_has():
+    together(1, waits_for_a_gpu)
 
 
 def uses_of_cuda() -> None:

@@ -1,7 +1,6 @@
 """What one optimizer step asks of the machine: how often it waits for a GPU, and how much memory it takes."""
 
 import weakref
-from collections import Counter
 
 import pytest
 import torch
@@ -10,9 +9,10 @@ from transformers import masking_utils
 
 from tests.builders import tiny_gpt2, tiny_gpt2_config
 from tests.runs import run, share_of_a, tiny_config
+from tests.waits import ON_HOST, Waits
 from trlx.backends import optimizer as optimizers
 from trlx.backends.accelerate import AccelerateBackend
-from trlx.batch import Rollout, TokenBatch
+from trlx.batch import Rollout
 from trlx.data.collate import collate
 from trlx.models import compiled
 from trlx.models.architecture import Causal
@@ -22,49 +22,19 @@ from trlx.sampling.settings import SamplingConfig
 from trlx.trainer.accelerate import AcceleratePPOTrainer
 
 
-class Waits(TorchDispatchMode):
-    """Counts operations for which the host waits for a GPU: they make a number of a tensor, or select by a mask."""
-
-    names = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "bincount")
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.on_host = Counter(), False
-
-    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
-        name = fn.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        if not self.on_host and (name in self.names or any(x is not None and x.dtype == torch.bool for x in indices)):
-            self.found[name] += 1
-        return fn(*args, **(kwargs or {}))
-
-    def unwatched(self, function):
-        def call(*args, **kwargs):
-            before, self.on_host = self.on_host, True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.on_host = before
-
-        return call
-
-
 @pytest.mark.parametrize("method", ["PPO", "GRPO", "ILQL", "SFT", "DPO", "KTO", "Reward"])
 def test_a_step_waits_for_a_gpu_twice_however_many_microbatches_it_has(tmp_path, monkeypatch, method):
     trainer = run(method, tmp_path, train={"total_steps": 1, "minibatch_size": 2, "packing": "off"})
-    batch, waits, seen, moves = trainer.store.rows(range(4)), Waits(), [], []
+    monkeypatch.setattr(AccelerateBackend, "sum_across", lambda self, count: float(count))
+    own = [(AccelerateBackend, "microbatches"), (AccelerateBackend, "sum_across"), *ON_HOST]
     # transformers itself asks in every pass whether positions are those of one text or of several
-    theirs = (masking_utils, "find_packed_sequence_indices")
-    for owner, name in ((AccelerateBackend, "microbatches"), (TokenBatch, "rows"), (TokenBatch, "to"), theirs):
-        monkeypatch.setattr(owner, name, waits.unwatched(getattr(owner, name)))
-    monkeypatch.setattr(AccelerateBackend, "sum_across", waits.unwatched(lambda self, count: float(count)))
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: tolist(x) if waits.on_host else seen.append(x) or tolist(x))
+    waits = Waits(monkeypatch, *own, (masking_utils, "find_packed_sequence_indices"))
+    batch, moves = trainer.store.rows(range(4)), []
     trainer.backend.move_state = moves.append
     with waits:
         trainer.backend.train_step(batch, trainer.loss, trainer.unit, trainer.rows_together)
     # the norm of the gradients, which says whether there is a step, and all metrics
-    assert waits.found == {"_local_scalar_dense": 1} and len(seen) == 1
+    assert waits.found == {"_local_scalar_dense": 1, "tolist": 1}
     trainer.backend.evaluate(batch)
     with trainer.backend.for_sampling():
         assert moves == [trainer.backend.device, "cpu", "cpu"]  # where the optimizer's state goes

@@ -74,6 +74,7 @@ class MegatronBackend(Backend):
         self.microbatch_tokens = train.tokens_per_microbatch
         self.lr_schedule = repr(settings.optim.schedule)  # may contain train.total_steps
         self.divisor = settings.sizes.tensor if settings.sizes.sequence else 1
+        self.multiple = settings.sizes.pipeline if settings.sizes.virtual else 1
 
         rows = padded_vocab(self.vocab_size, settings.make_vocab_size_divisible_by * settings.sizes.tensor)
         self.stage = build_chunks(decoder, settings, rows, needs, train.seed, self.device)
@@ -212,13 +213,11 @@ class MegatronBackend(Backend):
 
         An interleaved schedule needs a multiple of the stages, so microbatches with an empty response mask are added.
         """
-        pieces = [_widened(batch.rows(each), self.divisor).to(self.device) for each in rows]
-        sizes = self.parallel.sizes
-        missing = -len(pieces) % sizes.pipeline if sizes.virtual else 0
-        if not missing:
-            return pieces
-        last = pieces[-1]
-        return pieces + [last.replace(response_mask=torch.zeros_like(last.response_mask))] * missing
+        pieces = [_widened(batch.rows(each), self.divisor) for each in rows]
+        missing = -len(pieces) % self.multiple
+        if missing:
+            pieces += [pieces[-1].replace(response_mask=torch.zeros_like(pieces[-1].response_mask))] * missing
+        return [piece.to(self.device) for piece in pieces]
 
     def _reading(self, batch: TokenBatch, rows: list[list[int]]) -> Reading | None:
         """Runs the frozen layers for those rows of `batch` whose output is not kept, and says what is."""

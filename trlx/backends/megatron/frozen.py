@@ -63,8 +63,8 @@ class FrozenLayers(KeptStates):
                 continue
             if self.sizes.sequence:
                 states = all_to_all_sp2hp(states, tensor_group()).view(-1, len(own), self.width)
-            for row, length in enumerate(microbatch.attention_mask.sum(dim=1).tolist()):
-                self.kept[own[row]] = states[:length, row].clone()
+            for row, key in enumerate(own):
+                self.kept[key] = states[: len(self.kept[key]), row].clone()
 
     @torch.no_grad()
     def states(self, keys: Keys, width: int) -> Tensor | None:

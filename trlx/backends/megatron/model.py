@@ -35,8 +35,8 @@ ACTIVATIONS = {
 class PolicyStage(GPTModel):
     """One pipeline stage, or one chunk of an interleaved stage. The last one has the heads.
 
-    Called with tokens [B, T], their response mask and the lengths of rows, the last stage returns `TokenOutputs`, the
-    others hidden states. With a score head there is no output layer.
+    Called with tokens [B, T], the places of the response tokens and the lengths of rows, the last stage returns
+    `TokenOutputs`, the others hidden states. With a score head there is no output layer.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class PolicyStage(GPTModel):
     def forward(
         self,
         tokens: Tensor,
-        response_mask: Tensor | None = None,
+        at: tuple[Tensor, Tensor] | None = None,
         lengths: Tensor | None = None,
         kept: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | TokenOutputs:
-        """Hidden states of a stage; on the last stage the outputs where `response_mask` [B, T] is True.
+        """Hidden states of a stage; on the last stage the outputs for the tokens `at`, see `TokenBatch.at`.
 
         With a score head these are the scores at the last tokens of rows, whose `lengths` [B] do not count padding.
 
@@ -114,7 +114,7 @@ class PolicyStage(GPTModel):
         elif kept is not None:
             super().set_input_tensor(kept)
         with nullcontext() if kept is None else self.decoder.above_frozen():
-            return super().forward(tokens, positions, mask, loss_mask=(response_mask, lengths), **kwargs)
+            return super().forward(tokens, positions, mask, loss_mask=(at, lengths), **kwargs)
 
     def below(self, tokens: Tensor) -> Tensor:
         """The hidden states that `forward` takes as `kept`; where the next stage keeps them, those that it gets."""
@@ -137,7 +137,7 @@ class PolicyStage(GPTModel):
         hidden_states: Tensor,
         input_ids: Tensor,
         *_: Any,
-        loss_mask: tuple[Tensor, Tensor] | None = None,
+        loss_mask: tuple[tuple[Tensor, Tensor], Tensor] | None = None,
         inference_context: Any = None,
         **__: Any,
     ) -> Tensor | TokenOutputs | tuple[Tensor, Tensor]:
@@ -161,12 +161,11 @@ class PolicyStage(GPTModel):
         for table in tables:
             table[real:].zero_()
 
-    def _outputs(self, hidden: Tensor, tokens: Tensor, response_mask: Tensor, lengths: Tensor) -> TokenOutputs:
+    def _outputs(self, hidden: Tensor, tokens: Tensor, at: tuple[Tensor, Tensor], lengths: Tensor) -> TokenOutputs:
         if self.heads is not None and "score" in self.heads:
             at_last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
             return TokenOutputs(torch.zeros(tokens.shape, device=hidden.device), last=self.heads["score"](at_last))
-        assert not response_mask[:, 0].any(), "the first token of a row has no hidden state before it"
-        at = response_mask.flatten().nonzero().squeeze(1)
+        at = at[0] * tokens.shape[1] + at[1]
         chosen = tokens.flatten().index_select(0, at)
         before = hidden.flatten(0, 1).index_select(0, at - 1)
         shared = tensor_parallel.copy_to_tensor_model_parallel_region(before, tensor_group())

@@ -133,7 +133,7 @@ def _run(
         if keys and reading.trunk.is_below:
             output = torch.empty(0, device=tokens.device)
         else:
-            output = model(tokens, microbatch.response_mask, microbatch.attention_mask.sum(dim=1), kept=kept)
+            output = model(tokens, microbatch.at, microbatch.attention_mask.sum(dim=1), kept=kept)
         clock.seconds += time.perf_counter() - began
         return output, on_last(microbatch)
 

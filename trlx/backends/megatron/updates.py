@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Updates:
         """One optimizer step. Returns metrics that are equal on all ranks."""
         overflow = self.engine.prepare_grads()
         norm = float("inf") if overflow else self._clipped_norm()
-        rate, skipped = self.rate, not torch.tensor(norm).isfinite()
+        rate, skipped = self.rate, not math.isfinite(norm)
         if not skipped:
             self.engine.step_with_ready_grads()
             self.step_count += 1
