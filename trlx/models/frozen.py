@@ -65,13 +65,10 @@ class FrozenTrunk(KeptStates):
     @contextmanager
     def skipped(self, batch: TokenBatch, device: torch.device | str) -> Iterator[None]:
         """Inside the block the model does not run its frozen blocks: it must read `batch`, for which they are known."""
-        states = self._states(batch, device)
+        padded = nn.utils.rnn.pad_sequence(self._states(batch, device), batch_first=True)
+        joined = nn.functional.pad(padded, (0, 0, 0, batch.tokens.shape[1] - padded.shape[1]))
         if self.policy.packs:
-            rows = packed(batch.tokens, batch.attention_mask).rows
-            joined = torch.cat([each[len(each) - own :] for each, (_, own) in zip(states, rows, strict=True)])[None]
-        else:
-            padded = nn.utils.rnn.pad_sequence(states, batch_first=True)
-            joined = nn.functional.pad(padded, (0, 0, 0, batch.tokens.shape[1] - padded.shape[1]))
+            joined = joined.flatten(0, 1)[packed(batch.tokens, batch.attention_mask).at.to(device)][None]
         with self.returning(joined):
             yield
 

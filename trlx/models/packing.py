@@ -21,15 +21,26 @@ WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
 @dataclass(frozen=True)
+class Alike:
+    """Rows behind one another whose shared beginnings have equally many tokens, and which have equally many more."""
+
+    count: int
+    own: int
+    """Tokens of each row that stand here."""
+    shared: Tensor | None
+    """[count, tokens], the places of the beginnings, which stand with other rows."""
+
+
+@dataclass(frozen=True)
 class Packed:
     """Where the tokens of rows stand behind one another. A beginning that rows share stands there once."""
 
     at: Tensor
     """[N], the place of each packed token in the flattened [B, T]."""
     places: Tensor
-    """[B, T], the place of each token among the N; 0 for padding."""
-    rows: list[tuple[Tensor | None, int]]
-    """For each row the places of what it shares with rows before it, and how many tokens of its own follow."""
+    """[B, T], the place of each token among the N; that of any token for padding."""
+    rows: list[Alike]
+    """All rows, in the order of their tokens."""
 
 
 def packed(tokens: Tensor, attention_mask: Tensor) -> Packed:
@@ -39,23 +50,32 @@ def packed(tokens: Tensor, attention_mask: Tensor) -> Packed:
     than `SHARED` tokens stands there for each row.
     """
     width, lengths = tokens.shape[1], attention_mask.sum(dim=1).tolist()
-    # a tree of all beginnings: by the next token, its place and what may follow it
+    # a tree of all beginnings: by the next token, where it stands in [B, T], and what may follow it
     tree: dict[int, tuple[int, dict]] = {}
-    at, places, rows = [], [], []
-    for row, length in enumerate(lengths):
-        ids, known, node = tokens[row, :length].tolist(), [], tree
-        while len(known) < length and ids[len(known)] in node:
-            place, node = node[ids[len(known)]]
+    found: list[list[int]] = []
+    alike: dict[tuple[int, int], list[int]] = {}
+    for row, (ids, length) in enumerate(zip(tokens.tolist(), lengths, strict=True)):
+        known, node, own = [], tree, range(row * width, row * width + length)
+        for token in ids[:length]:
+            if token not in node:
+                break
+            place, node = node[token]
             known.append(place)
         shared = len(known) if len(known) >= SHARED else 0
-        found = [*known[:shared], *range(len(at), len(at) + length - shared)]
-        for token, place in zip(ids[len(known) :], found[len(known) :], strict=True):
+        found.append([*known[:shared], *own[shared:]])
+        for token, place in zip(ids[len(known) : length], own[len(known) :], strict=True):
             node[token] = place, {}
             node = node[token][1]
-        at += range(row * width + shared, row * width + length)
-        places.append(found + [0] * (width - length))
-        rows.append((torch.tensor(found[:shared], device=tokens.device) if shared else None, length - shared))
-    return Packed(torch.tensor(at, device=tokens.device), torch.tensor(places, device=tokens.device), rows)
+        alike.setdefault((shared, length - shared), []).append(row)
+    at = [place for (shared, _), rows in alike.items() for row in rows for place in found[row][shared:]]
+    number = torch.zeros(tokens.numel(), dtype=torch.long)
+    number[at] = torch.arange(len(at))
+    places = number[torch.tensor([each + [0] * (width - len(each)) for each in found])]
+    groups = [
+        Alike(len(rows), own, places[rows, :shared].to(tokens.device) if shared else None)
+        for (shared, own), rows in alike.items()
+    ]
+    return Packed(torch.tensor(at, device=tokens.device), places.to(tokens.device), groups)
 
 
 def packed_states(model: PreTrainedModel, tokens: Tensor, rows: Packed) -> Tensor:
@@ -103,27 +123,35 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packed_rows: list[tuple[Tensor | None, int]] | None = None,
+    packed_rows: list[Alike] | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' ``sdpa`` attention; with `packed_rows` (see `Packed`), of each row alone. All [B, heads, T, d]."""
+    """transformers' ``sdpa`` attention; with `packed_rows` (see `Packed`), of each row alone, and of those that are
+    `Alike` in one call. All [B, heads, T, d]."""
     if packed_rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     found, start = [], 0
-    for shared, count in packed_rows:
-        own, mask = slice(start, start + count), None
-        start += count
-        keys, values = key[:, :, own], value[:, :, own]
-        if shared is not None:
+    for rows in packed_rows:
+        if not rows.own:
+            continue
+        own, mask = slice(start, start + rows.count * rows.own), None
+        start = own.stop
+        queries, keys, values = (_apart(whole[:, :, own], rows.count) for whole in (query, key, value))
+        if rows.shared is not None:
             keys, values = (
-                torch.cat([whole.index_select(2, shared), part], dim=2)
+                torch.cat([_apart(whole.index_select(2, rows.shared.flatten()), rows.count), part], dim=2)
                 for whole, part in ((key, keys), (value, values))
             )
-            mask = torch.ones(count, len(shared) + count, dtype=torch.bool, device=key.device).tril(len(shared))
-            mask = mask[None, None]
-        if count:
-            found.append(sdpa_attention_forward(module, query[:, :, own], keys, values, mask, **settings)[0])
+            size = rows.shared.shape[1]
+            mask = torch.ones(rows.own, size + rows.own, dtype=torch.bool, device=key.device).tril(size)[None, None]
+        output = sdpa_attention_forward(module, queries, keys, values, mask, **settings)[0]
+        found.append(output.flatten(0, 1)[None])
     return torch.cat(found, dim=1), None
+
+
+def _apart(states: Tensor, count: int) -> Tensor:
+    """[1, heads, count * t, d] as [count, heads, t, d]."""
+    return states[0].unflatten(1, (count, -1)).transpose(0, 1)
 
 
 AttentionInterface.register("sdpa", _attention)  # changes nothing for calls without `packed_rows`
