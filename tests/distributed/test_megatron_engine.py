@@ -55,7 +55,7 @@ def same(found, expected, tolerance=1e-6) -> None:
     for mine, theirs in zip(found[0], expected[0], strict=True):
         assert mine == pytest.approx(theirs, abs=tolerance, rel=tolerance)
     for name, weight in found[1].items():
-        assert float((weight - expected[1][name]).abs().max()) < tolerance, name
+        assert float((weight - expected[1][name]).abs().max()) <= tolerance, name
 
 
 RECOMPUTE = [
@@ -147,6 +147,8 @@ def weights_come_back(folder, name) -> None:
         assert torch.equal(theirs.value, mine.value)
     norm = next(w.value for w in third.weights.weights if w.name == "decoder.final_layernorm.weight")
     assert not torch.equal(norm, norm.bfloat16().float())
+    first.load(folder)  # its running averages start anew, as those of the second one
+    same(trained(first, "ILQL", steps=1), trained(second, "ILQL", steps=1), tolerance=0)
 
 
 @pytest.mark.parametrize("name", ["adamw", "distributed_fused_adam"])

@@ -186,7 +186,7 @@ def test_running_averages_that_start_anew_make_a_first_step_of_adam(tmp_path, th
         assert (float(moved.median()) == pytest.approx(0.01, abs=1e-5)) == (name == "anew")
 
 
-def test_a_loss_scale_is_restored_and_running_averages_are_forgotten_where_asked(tmp_path):
+def test_a_loss_scale_is_restored_and_running_averages_are_forgotten_where_asked_or_not_saved(tmp_path):
     backend = run("SFT", tmp_path, train={"total_steps": 1}).backend
     for scale in (128.0, 4.0):
         backend.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -195,10 +195,14 @@ def test_a_loss_scale_is_restored_and_running_averages_are_forgotten_where_asked
     backend.load(tmp_path)
     assert backend.accelerator.scaler.get_scale() == 128.0
     backend.accelerator.scaler = None
-    averages = backend.sharding.optimizer.state
-    assert averages
-    backend.load(tmp_path, optimizer=False)
-    assert not averages
+    weights_alone = tmp_path / "weights alone"
+    weights_alone.mkdir()
+    backend.save(weights_alone, optimizer=False)
+    for folder, optimizer in ((tmp_path, False), (weights_alone, True)):
+        backend.load(tmp_path)
+        assert backend.sharding.optimizer.state
+        backend.load(folder, optimizer=optimizer)
+        assert not backend.sharding.optimizer.state
     backend.save(tmp_path)
     assert json.loads((tmp_path / "updates.json").read_text()) == {"step_count": 1, "scaler": None}
 
