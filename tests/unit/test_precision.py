@@ -13,9 +13,11 @@ from torch.nn import Parameter
 from tests.builders import tiny_gpt2_config
 from tests.runs import metrics, run
 from tests.unit.test_frozen import ROWS, backend_of
+from trlx.backends import accelerate
 from trlx.backends import optimizer as optimizers
 from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
 from trlx.config import OptimizerConfig, SchedulerConfig
+from trlx.models.memory import bytes_per_token
 
 BF16 = {"train": {"mixed_precision": "bf16"}, "model": {"model_path": tiny_gpt2_config()}}
 
@@ -62,6 +64,20 @@ def test_frozen_blocks_whose_output_is_kept_round_as_the_model_does(tmp_path):
     found = backend.evaluate(ROWS)
     backend.trunk = None
     torch.testing.assert_close(found.logprobs, backend.evaluate(ROWS).logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_pass_in_bf16_has_more_tokens_and_less_where_processes_share_the_memory(tmp_path, monkeypatch):
+    policy = backend_of(tmp_path).policy
+    each, trained = bytes_per_token(policy), sum(w.nbytes for w in policy.parameters() if w.requires_grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = bytes_per_token(policy)
+    # matrix products keep half, norms as much as before; copies of the weights do not count
+    assert 0.5 * each < half < 0.7 * each < trained
+    free = 3 * trained + 2 * 40 * half
+    monkeypatch.setattr(accelerate, "free_memory", lambda _, processes: 2 * free // processes)
+    monkeypatch.setattr(accelerate.Accelerator, "num_processes", 2)
+    AcceleratorState._reset_state(True)
+    assert backend_of(tmp_path, mixed_precision="bf16").microbatch_tokens == 40
 
 
 def test_sft_in_bf16_learns_as_in_float32(tmp_path):

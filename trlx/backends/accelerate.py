@@ -136,8 +136,7 @@ class AccelerateBackend(Backend):
         drops = dropout and has_dropout(self.policy.model)
         if train.minibatch_size or train.gradient_checkpointing or drops or not self.sharding.independent:
             return None
-        with self.accelerator.autocast():
-            each = bytes_per_token(self.policy)
+        each = bytes_per_token(self.policy)  # which Accelerate has prepared, so it rounds as in a step
         coming = 3 * sum(weight.nbytes for weight in trainable(self.policy))  # gradients and Adam's two averages
         return max(int((free_memory(self.device, self.processes) - coming) / 2 / each), 1)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import psutil
 import torch
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from trlx.models.decoder import probing
@@ -21,19 +20,25 @@ def free_memory(device: torch.device, processes: int) -> int:
 
 def bytes_per_token(policy: Policy) -> float:
     """What a forward pass keeps for the backward pass, for each token. Reads a few tokens to see it."""
-    kept: dict[int, torch.UntypedStorage] = {}
+    with probing(policy.model) as tokens, torch.enable_grad():
+        # what does not grow with the tokens does not count: weights, and the copies of them that autocast makes
+        rows = torch.cat([tokens, tokens.flip(1)])
+        return (_kept(policy, rows) - _kept(policy, tokens)) / tokens.numel()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+
+def _kept(policy: Policy, tokens: Tensor) -> int:
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
+        found[storage.data_ptr()] = storage
         return tensor
 
-    with probing(policy.model) as tokens, torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        responses = mask.clone()
-        responses[:, 0] = False
-        outputs = policy(tokens, mask, responses, tokens, mask)  # held until `kept` is counted
-    for own in chain(policy.parameters(), policy.buffers()):
-        kept.pop(own.untyped_storage().data_ptr(), None)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    responses = mask.clone()
+    responses[:, 0] = False
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = policy(tokens, mask, responses, tokens, mask)  # held until `found` is counted
+    size = sum(storage.nbytes() for storage in found.values())
     del outputs
-    return sum(storage.nbytes() for storage in kept.values()) / tokens.numel()
+    return size
