@@ -12,7 +12,7 @@ from trlx.batch import Sample
 from trlx.models.architecture import Causal
 from trlx.models.cached import Reader, why_unreadable
 from trlx.models.heads import ValueHead
-from trlx.sampling.drawing import Drawing, uniforms
+from trlx.sampling.drawing import HELD, Drawing, equal_prompts, uniforms
 from trlx.sampling.generate import TransformersSampler
 from trlx.sampling.rules import KNOWN
 from trlx.sampling.settings import SamplingConfig
@@ -21,8 +21,6 @@ logger = logging.get_logger(__name__)
 
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 """Settings of a model's ``generation_config`` that change its sequences."""
-HELD = 0.9
-"""Rows that have ended leave the batch when less than this share of it goes on."""
 FREE = 0.25
 """Prompts that wait are read when this share of the places is free."""
 
@@ -62,7 +60,8 @@ class DecodingSampler(TransformersSampler):
         drawing = Drawing(sampling, prompts, uniforms(seed, len(prompts), steps).to(self.device), self.policy.heads)
         drawing.hold([])
         places = self.places or len(prompts)
-        reader, waiting = Reader(self.policy.model, self.device), _by_length(prompts, places)
+        reader, equal = Reader(self.policy.model, self.device), equal_prompts(prompts)
+        waiting = deque(rows[start : start + places] for rows in equal for start in range(0, len(rows), places))
         head = self.policy.value_head if isinstance(self.policy.value_head, ValueHead) else None
         while waiting or drawing.held:
             free = places - len(drawing.held)
@@ -104,19 +103,6 @@ class DecodingSampler(TransformersSampler):
             reason = f"has {' or '.join(FORCED)} in its generation_config"
         reason = reason or why_unreadable(model, self.device)
         return reason and f"{type(model).__name__} {reason}"
-
-
-def _by_length(prompts: list[list[int]], places: int) -> deque[list[int]]:
-    """Lists of the rows of one prompt, at most `places` in each; the longest prompts come first."""
-    rows: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(tuple(prompt), []).append(row)
-    parts = (
-        (rows[prompt], start)
-        for prompt in sorted(rows, key=len, reverse=True)
-        for start in range(0, len(rows[prompt]), places)
-    )
-    return deque(each[start : start + places] for each, start in parts)
 
 
 def _taken(waiting: deque[list[int]], free: int) -> list[list[int]]:

@@ -11,10 +11,21 @@ from trlx.batch import Sample
 from trlx.sampling.rules import Rules
 from trlx.sampling.settings import SamplingConfig, check_logits
 
+HELD = 0.9
+"""Rows that have ended leave their batch when less than this share of it goes on: to drop them copies the cache."""
+
 
 def uniforms(seed: int, rows: int, steps: int) -> Tensor:
     """float64 [rows, steps] in [0, 1). More rows do not change the numbers of those before them."""
     return torch.rand(rows, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def equal_prompts(prompts: list[list[int]]) -> list[list[int]]:
+    """The rows of each prompt; the longest prompts come first."""
+    equal: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        equal.setdefault(tuple(prompt), []).append(row)
+    return [equal[prompt] for prompt in sorted(equal, key=len, reverse=True)]
 
 
 class Drawing:

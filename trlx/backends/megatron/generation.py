@@ -23,12 +23,9 @@ from trlx.batch import Sample
 from trlx.data.collate import left_pad
 from trlx.data.store import own_rows
 from trlx.sampling.base import Sampler
-from trlx.sampling.drawing import Drawing, uniforms
+from trlx.sampling.drawing import HELD, Drawing, equal_prompts, uniforms
 from trlx.sampling.rules import KNOWN, Rules
 from trlx.sampling.settings import SamplingConfig
-
-HELD = 0.75
-"""Rows that are done leave when less than this share of a group goes on."""
 
 
 class PipelineSampler(Sampler):
@@ -95,12 +92,13 @@ class _Group:
     """Whether all rows are done."""
 
     def __post_init__(self) -> None:
-        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, self.prompts)))}
-        self.places: list[int] | None = [places[tuple(prompt)] for prompt in self.prompts]
-        tokens, mask = left_pad([list(prompt) for prompt in places], self.sampling.pad_token_id)
+        equal = equal_prompts(self.prompts)
+        self.places: list[int] | None = [place for place, rows in enumerate(equal) for _ in rows]
+        tokens, mask = left_pad([self.prompts[rows[0]] for rows in equal], self.sampling.pad_token_id)
         self.tokens, self.real = tokens.to(self.device), mask.bool().to(self.device)
-        self.context = StaticInferenceContext(len(places), tokens.shape[1] + self.sampling.max_new_tokens)
+        self.context = StaticInferenceContext(len(equal), tokens.shape[1] + self.sampling.max_new_tokens)
         self.drawing = Drawing(self.sampling, self.prompts, self.uniforms, self.heads)
+        self.drawing.hold([row for rows in equal for row in rows])
 
     def inputs(self) -> dict[str, Tensor]:
         """The model's inputs for the tokens that are not in the cache."""
