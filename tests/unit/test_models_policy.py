@@ -42,9 +42,10 @@ def test_logprobs_are_those_of_the_whole_models_logits(name):
 
 def sharing_batch():
     """(tokens, attention_mask, response_mask): row 1 begins as row 0 does and row 2 goes on from row 1; row 3 is row 1;
-    row 4 shares two tokens, nothing begins like row 5, and row 6 shares as many tokens as row 1."""
+    row 4 shares two tokens, and nothing begins like row 5; row 6 shares as many as row 1; all of row 7 begins others.
+    """
     rows = [[5, 6, 7, 8, 9], [5, 6, 7, 10], [5, 6, 7, 10, 11, 12], [5, 6, 7, 10], [5, 6, 13, 14], [15, 6, 7, 8]]
-    rows.append([5, 6, 7, 11])
+    rows += [[5, 6, 7, 11], [5, 6]]
     tokens = torch.tensor([row + [0] * (6 - len(row)) for row in rows])
     columns, lengths = torch.arange(6), torch.tensor([[len(row)] for row in rows])
     return tokens, columns < lengths, (columns > 0) & (columns < lengths)
@@ -54,15 +55,15 @@ def test_a_beginning_that_rows_share_is_packed_once(monkeypatch):
     monkeypatch.setattr(packing, "SHARED", 3)
     found = packing.packed(*sharing_batch()[:2])
     # width 6: row 1 adds its fourth token, and so does row 6, which therefore follows it; row 2 adds its last two,
-    # row 3 nothing, and the others everything
+    # rows 3 and 7 nothing, and the others everything
     assert found.at.tolist() == [0, 1, 2, 3, 4, 9, 39, 16, 17, 24, 25, 26, 27, 30, 31, 32, 33]
-    assert [(rows.count, rows.own) for rows in found.rows] == [(1, 5), (2, 1), (1, 2), (1, 0), (2, 4)]
+    assert [(rows.count, rows.own) for rows in found.rows] == [(1, 5), (2, 1), (1, 2), (1, 0), (2, 4), (1, 0)]
     assert [None if rows.shared is None else rows.shared.tolist() for rows in found.rows] == (
-        [None, [[0, 1, 2], [0, 1, 2]], [[0, 1, 2, 5]], [[0, 1, 2, 5]], None]
+        [None, [[0, 1, 2], [0, 1, 2]], [[0, 1, 2, 5]], [[0, 1, 2, 5]], None, [[0, 1]]]
     )
     assert found.places.tolist() == [
         [0, 1, 2, 3, 4, 0], [0, 1, 2, 5, 0, 0], [0, 1, 2, 5, 7, 8], [0, 1, 2, 5, 0, 0],
-        [9, 10, 11, 12, 0, 0], [13, 14, 15, 16, 0, 0], [0, 1, 2, 6, 0, 0],
+        [9, 10, 11, 12, 0, 0], [13, 14, 15, 16, 0, 0], [0, 1, 2, 6, 0, 0], [0, 1, 0, 0, 0, 0],
     ]  # fmt: skip
 
 

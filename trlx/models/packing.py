@@ -47,7 +47,7 @@ def packed(tokens: Tensor, attention_mask: Tensor) -> Packed:
     """Where the tokens of [B, T], right-padded where `attention_mask` is False, stand when they are packed.
 
     The samples of a prompt, the answers of a pair, and all rows with one system prompt share a beginning. One of fewer
-    than `SHARED` tokens stands there for each row.
+    than `SHARED` tokens stands there for each row, but a row that begins another one, or equals it, adds nothing.
     """
     width, lengths = tokens.shape[1], attention_mask.sum(dim=1).tolist()
     # a tree of all beginnings: by the next token, where it stands in [B, T], and what may follow it
@@ -61,7 +61,7 @@ def packed(tokens: Tensor, attention_mask: Tensor) -> Packed:
                 break
             place, node = node[token]
             known.append(place)
-        shared = len(known) if len(known) >= SHARED else 0
+        shared = len(known) if len(known) >= min(SHARED, length) else 0
         found.append([*known[:shared], *own[shared:]])
         for token, place in zip(ids[len(known) : length], own[len(known) :], strict=True):
             node[token] = place, {}
