@@ -77,9 +77,8 @@ class Trainer(OldNames, ABC):
         source = self.backend_class.source(config.model, config.train)
         self.tokenizer = tokenizer_for(source, config.tokenizer, config.model.model_extra_configs)
         self.stopper = Stopper(self.tokenizer, stop_sequences) if stop_sequences else None
-        self.eval_variants = [
-            (name, self.sampling(kwargs)) for name, kwargs in sweep_variants(config.method.gen_kwargs)
-        ]
+        variants = sweep_variants(config.method.gen_kwargs)
+        self.eval_variants = [(name, self.sampling(kwargs)) for name, kwargs in variants]
         self.model_needs = replace(self.needs(self.method), temperature=self.logprob_temperature)
         self.backend = self.backend_class(
             model=config.model,
@@ -89,6 +88,7 @@ class Trainer(OldNames, ABC):
             tokenizer=self.tokenizer,
             needs=self.model_needs,
         )
+        self.store_of = partial(RolloutStore, pad_id=self.tokenizer.pad_token_id, row_format=self.backend.row_format)
         self.saver = Saver(self)
         self.sampler = sampler_for(config.train.sampler, self.backend, self.tokenizer)
         weakref.finalize(self, self.sampler.close)
@@ -138,7 +138,7 @@ class Trainer(OldNames, ABC):
     def learn_from(self, rollouts: list[Rollout]) -> None:
         """Sets what every epoch of an offline method trains on."""
         check_rollouts_given(type(self).__name__, rollouts, self.rows_together)
-        self.samples = self.store = RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.row_format)
+        self.samples = self.store = self.store_of(rollouts)
 
     def collect(self) -> Store:
         """Returns what the coming epoch trains on, the same on every process."""

@@ -55,10 +55,6 @@ class PreferenceTrainer(Trainer):
         self.add_reference(store)
         return means_over(self.backend, store, self.loss, self.rows_together)
 
-    def store_of(self, rollouts: list[Rollout]) -> RolloutStore:
-        """`rollouts`, to be read in batches."""
-        return RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.row_format)
-
     def add_reference(self, store: RolloutStore) -> None:
         """Writes the reference's log-probabilities on the rollouts that have none. Call it on every process.
 

@@ -55,8 +55,7 @@ class RewardTrainer(Trainer):
 
     def add_eval_samples(self, samples: Any, seq_length: int) -> None:
         """Sets the pairs of evaluations."""
-        rollouts = whole_pairs(samples, self.tokenizer, seq_length)
-        store = RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.row_format)
+        store = self.store_of(whole_pairs(samples, self.tokenizer, seq_length))
         self.evaluator = PairEvaluator(self.backend, self.tokenizer, store)
 
     def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:

@@ -91,8 +91,7 @@ class RFTTrainer(OnlineTrainer):
         """Selects the samples of the present epoch. Every process has the same history, so it selects the same."""
         outputs, scores = [tuple(r.response) for r in self.history], [r.score for r in self.history]
         chosen = select(self._prompts(), outputs, scores, self._percentile)
-        rollouts = [self.history[i] for i in chosen]
-        return RolloutStore(rollouts, self.tokenizer.pad_token_id, self.backend.row_format)
+        return self.store_of([self.history[i] for i in chosen])
 
     def _stats(self, chosen: RolloutStore) -> dict[str, float]:
         prompts, scores = self._prompts(), torch.tensor([r.score for r in self.history], dtype=torch.float64)

@@ -11,7 +11,6 @@ from trlx import logging
 from trlx.batch import Rollout, TokenBatch, TokenOutputs
 from trlx.data.dialogue import dialogues
 from trlx.data.rows import methods_of
-from trlx.data.store import RolloutStore
 from trlx.methods.masked import Metrics
 from trlx.methods.sft import sft_loss
 from trlx.trainer.base import Trainer
@@ -31,8 +30,7 @@ class SFTTrainer(Trainer):
 
     def add_eval_samples(self, samples: list[Any], seq_length: int) -> None:
         """Sets the samples of evaluations. Call it on every process, after `add_eval_pipeline`."""
-        rollouts, pad_id = self._dialogues(samples, seq_length), self.tokenizer.pad_token_id
-        store = RolloutStore(rollouts, pad_id, self.backend.row_format)
+        store = self.store_of(self._dialogues(samples, seq_length))
         self.evaluator.held_out = partial(means_over, self.backend, store, self.loss, self.rows_together)
 
     def loss(self, outputs: TokenOutputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
