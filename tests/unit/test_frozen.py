@@ -39,7 +39,7 @@ def test_every_family_can_skip_its_frozen_blocks(name, layers, value_layers, fro
     columns = ROWS.tokens, ROWS.attention_mask, ROWS.response_mask
     expected = policy(*columns)
     for _ in range(2):
-        with trunk.skipped(ROWS, "cpu"):
+        with trunk.skipped(ROWS, None, "cpu"):
             found = policy(*columns)
         torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-6, rtol=0)
         torch.testing.assert_close(found.values, expected.values, atol=1e-6, rtol=0)
@@ -52,25 +52,22 @@ def test_a_decoder_that_reads_two_prompts_keeps_two_outputs():
     policy = tiny_policy("bart", num_layers_unfrozen=1).eval()
     trunk = frozen_trunk(policy, 1e9)
     expected = policy(*inputs(batch)).logprobs
-    with trunk.skipped(batch, "cpu"):
+    with trunk.skipped(batch, None, "cpu"):
         found = policy(*inputs(batch)).logprobs
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert len(trunk.kept) == 2 and (expected[0] - expected[1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("packs", [True, False])
-def test_what_is_kept_of_a_row_does_not_depend_on_the_rows_beside_it(packs):
+def test_what_is_kept_of_a_row_does_not_depend_on_the_rows_beside_it():
     # else a resumed run, which computes other rows together, would not be bit-equal
     model = AutoModelForCausalLM.from_config(tiny_gpt2_config(hidden=64))
     rows = [Rollout([5, 6, 7], [8] * length) for length in (29, 14, 3)]
     kept = []
     for cut in ([rows], [[row] for row in rows], [rows[1:], rows[:1]]):
         policy = build_policy(model, num_layers_unfrozen=1).eval()
-        policy.packs = packs
         trunk = frozen_trunk(policy, 1e9)
         for part in cut:
-            with trunk.skipped(collate(part, 0), "cpu"):
-                pass
+            trunk._states(collate(part, 0), "cpu")
         kept.append(trunk.kept)
     for found in kept[1:]:
         assert found.keys() == kept[0].keys() and len(found) == 3
@@ -83,10 +80,10 @@ def test_packed_rows_that_share_a_beginning_skip_their_frozen_blocks_too(monkeyp
     batch = TokenBatch(tokens, attention_mask, response_mask, torch.zeros(tokens.shape))
     policy = build_policy(tiny_model("gpt2"), num_layers_unfrozen=1).eval()
     trunk = frozen_trunk(policy, 1e9)
-    policy.packs = True
-    expected = policy(*sharing_batch()).logprobs
-    with trunk.skipped(batch, "cpu"):
-        torch.testing.assert_close(policy(*sharing_batch()).logprobs, expected, atol=1e-5, rtol=0)
+    rows = packing.packed(tokens, attention_mask)
+    expected = policy(*sharing_batch(), rows=rows).logprobs
+    with trunk.skipped(batch, rows, "cpu"):
+        torch.testing.assert_close(policy(*sharing_batch(), rows=rows).logprobs, expected, atol=1e-5, rtol=0)
     together = trunk._computed(batch, "cpu")  # as on a GPU
     for states, alone in zip(together, trunk._states(batch, "cpu"), strict=True):
         torch.testing.assert_close(states, alone, atol=1e-5, rtol=0)

@@ -57,10 +57,9 @@ def test_a_beginning_that_rows_share_is_packed_once(monkeypatch):
     # width 6: row 1 adds its fourth token, and so does row 6, which therefore follows it; row 2 adds its last two,
     # rows 3 and 7 nothing, and the others everything
     assert found.at.tolist() == [0, 1, 2, 3, 4, 9, 39, 16, 17, 24, 25, 26, 27, 30, 31, 32, 33]
-    assert [(rows.count, rows.own) for rows in found.rows] == [(1, 5), (2, 1), (1, 2), (1, 0), (2, 4), (1, 0)]
-    assert [None if rows.shared is None else rows.shared.tolist() for rows in found.rows] == (
-        [None, [[0, 1, 2], [0, 1, 2]], [[0, 1, 2, 5]], [[0, 1, 2, 5]], None, [[0, 1]]]
-    )
+    assert found.rows == [(1, 5, 5), (2, 1, 4), (1, 2, 6), (2, 4, 4)]
+    assert found.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 2, 6, 0, 1, 2, 5, 7, 8] + [*range(9, 17)]
+    assert {x.device.type for x in vars(found.to("meta")).values() if isinstance(x, torch.Tensor)} == {"meta"}
     assert found.places.tolist() == [
         [0, 1, 2, 3, 4, 0], [0, 1, 2, 5, 0, 0], [0, 1, 2, 5, 7, 8], [0, 1, 2, 5, 0, 0],
         [9, 10, 11, 12, 0, 0], [13, 14, 15, 16, 0, 0], [0, 1, 2, 6, 0, 0], [0, 1, 0, 0, 0, 0],
@@ -78,11 +77,11 @@ def test_packed_rows_have_the_outputs_and_gradients_of_rows_apart_where_the_mode
     randomize(policy.value_head.head)
     assert (why_unpackable(policy.architecture) is None) == (name in PACKED)
     for packs, again in ((False, False), (True, False), (True, True))[: 3 if name in PACKED else 0]:
-        policy.packs = packs
+        rows = packing.packed(*batch[:2]) if packs else None
         if again:
             policy.architecture.recompute()
         policy.train().zero_grad()
-        outputs = policy(*batch)
+        outputs = policy(*batch, rows=rows)
         (outputs.logprobs - outputs.values).mean().backward()
         gradients = [weight.grad.clone() for weight in policy.parameters() if weight.grad is not None]
         found.append([outputs.logprobs, outputs.values, *gradients])

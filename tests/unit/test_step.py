@@ -10,6 +10,7 @@ from transformers import masking_utils
 from tests.builders import tiny_gpt2, tiny_gpt2_config
 from tests.runs import run, share_of_a, tiny_config
 from tests.waits import ON_HOST, Waits
+from trlx.backends import accelerate
 from trlx.backends import optimizer as optimizers
 from trlx.backends.accelerate import AccelerateBackend
 from trlx.batch import Rollout
@@ -22,11 +23,14 @@ from trlx.sampling.settings import SamplingConfig
 from trlx.trainer.accelerate import AcceleratePPOTrainer
 
 
-@pytest.mark.parametrize("method", ["PPO", "GRPO", "ILQL", "SFT", "DPO", "KTO", "Reward"])
-def test_a_step_waits_for_a_gpu_twice_however_many_microbatches_it_has(tmp_path, monkeypatch, method):
-    trainer = run(method, tmp_path, train={"total_steps": 1, "minibatch_size": 2, "packing": "off"})
+@pytest.mark.parametrize(
+    ("method", "packing"),
+    [*((name, "off") for name in "PPO GRPO ILQL SFT DPO KTO Reward".split()), ("PPO", "on"), ("Reward", "on")],
+)
+def test_a_step_waits_for_a_gpu_twice_however_many_microbatches_it_has(tmp_path, monkeypatch, method, packing):
+    trainer = run(method, tmp_path, train={"total_steps": 1, "minibatch_size": 2, "packing": packing})
     monkeypatch.setattr(AccelerateBackend, "sum_across", lambda self, count: float(count))
-    own = [(AccelerateBackend, "microbatches"), (AccelerateBackend, "sum_across"), *ON_HOST]
+    own = [(AccelerateBackend, "microbatches"), (AccelerateBackend, "sum_across"), (accelerate, "packed"), *ON_HOST]
     # transformers itself asks in every pass whether positions are those of one text or of several
     waits = Waits(monkeypatch, *own, (masking_utils, "find_packed_sequence_indices"))
     batch, moves = trainer.store.rows(range(4)), []

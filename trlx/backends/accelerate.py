@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from trlx.models.decoder import has_dropout, output_head
 from trlx.models.frozen import FrozenTrunk, frozen_trunk
 from trlx.models.limits import check_positions, check_vocabulary
 from trlx.models.memory import bytes_per_token, free_memory
-from trlx.models.packing import why_unpackable
+from trlx.models.packing import packed, why_unpackable
 from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
 from trlx.models.reference import Reference, digest
 from trlx.registry import register_sampler
@@ -105,7 +105,7 @@ class AccelerateBackend(Backend):
             self.reference = kind(self.policy, self.sharding.exchange) if needs.reference else None
         with self.sharding.unsharded():
             self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
-        self.packs = self.policy.packs = self._packs("off" if train.compile else train.packing)
+        self.packs = self._packs("off" if train.compile else train.packing)
         self.microbatch_tokens = train.tokens_per_microbatch or self._tokens_that_fit(train, needs.dropout)
         self.trunk = self._frozen_trunk(train.cache_hidden_states, needs.dropout)
         self.move_state = self._state_mover(prepared) if train.offload_optimizer else lambda device: None
@@ -179,8 +179,8 @@ class AccelerateBackend(Backend):
             for rows in self.microbatches(batch):
                 microbatch = batch.rows(rows)
                 width = microbatch.tokens.shape[1]
-                with self._skipping(microbatch):
-                    outputs = self.policy(*_columns(microbatch.to(self.device)), values=values is not None)
+                with self._reading(microbatch, microbatch.to(self.device)) as columns:
+                    outputs = self.policy(*columns, values=values is not None)
                 logprobs[rows, :width] = outputs.logprobs.cpu()
                 if values is not None:
                     values[rows, :width] = outputs.values.cpu()
@@ -203,8 +203,8 @@ class AccelerateBackend(Backend):
             microbatch = on_host.to(self.device)
             with nullcontext() if rows is last else self.sharding.accumulating():
                 began = time.perf_counter()
-                with self._skipping(on_host):
-                    outputs = self.sharding.wrapped(*_columns(microbatch))
+                with self._reading(on_host, microbatch) as columns:
+                    outputs = self.sharding.wrapped(*columns)
                 summed, metrics = loss(outputs, microbatch)
                 halfway = time.perf_counter()
                 self.sharding.backward(summed * loss_factor)
@@ -222,9 +222,13 @@ class AccelerateBackend(Backend):
         if self.trunk is not None:
             self.trunk.forget()
 
-    def _skipping(self, microbatch: TokenBatch) -> AbstractContextManager:
-        """Inside the block the policy, which must read `microbatch`, does not compute its frozen blocks again."""
-        return nullcontext() if self.trunk is None else self.trunk.skipped(microbatch, self.device)
+    @contextmanager
+    def _reading(self, on_host: TokenBatch, batch: TokenBatch) -> Iterator[tuple[Any, ...]]:
+        """Yields the policy's arguments for `batch`. Inside the block it does not compute its frozen blocks again."""
+        rows = packed(on_host.tokens, on_host.attention_mask).to(self.device) if self.packs else None
+        masks, encoder = (batch.attention_mask, batch.response_mask), (batch.encoder_tokens, batch.encoder_mask)
+        with nullcontext() if self.trunk is None else self.trunk.skipped(on_host, rows, self.device):
+            yield batch.tokens, *masks, *encoder, batch.at, rows
 
     def _means(self, found: list[tuple[list[str], Tensor]]) -> dict[str, float]:
         names = found[0][0]
@@ -353,12 +357,6 @@ def _full_size(weight: Tensor) -> int:
         return weight.ds_numel
     packed = getattr(weight, "quant_state", None)  # 4 bits
     return math.prod(packed.shape) if packed is not None else weight.numel()
-
-
-def _columns(batch: TokenBatch) -> tuple[Any, ...]:
-    """The arguments of the policy."""
-    masks = batch.attention_mask, batch.response_mask
-    return batch.tokens, *masks, batch.encoder_tokens, batch.encoder_mask, batch.at
 
 
 def _load_policy(model: ModelConfig, needs: ModelNeeds, tokenizer: PreTrainedTokenizerBase) -> Policy:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trlx.batch import TokenBatch
 from trlx.models.decoder import blocks, probing
 from trlx.models.heads import ValueBranch
-from trlx.models.packing import packed
+from trlx.models.packing import Packed
 from trlx.models.policy import Policy
 
 
@@ -63,12 +63,15 @@ class FrozenTrunk(KeptStates):
         self.policy, self.frozen, self.is_tuple, self.around = policy, frozen, is_tuple, around
 
     @contextmanager
-    def skipped(self, batch: TokenBatch, device: torch.device | str) -> Iterator[None]:
-        """Inside the block the model does not run its frozen blocks: it must read `batch`, for which they are known."""
+    def skipped(self, batch: TokenBatch, rows: Packed | None, device: torch.device | str) -> Iterator[None]:
+        """Inside the block the model does not run its frozen blocks: it must read `batch`, for which they are known.
+
+        `batch` is on the host; `rows`, as the policy gets them, on `device`.
+        """
         padded = nn.utils.rnn.pad_sequence(self._states(batch, device), batch_first=True)
         joined = nn.functional.pad(padded, (0, 0, 0, batch.tokens.shape[1] - padded.shape[1]))
-        if self.policy.packs:
-            joined = joined.flatten(0, 1)[packed(batch.tokens, batch.attention_mask).at.to(device)][None]
+        if rows is not None:
+            joined = joined.flatten(0, 1)[rows.at][None]
         with self.returning(joined):
             yield
 
@@ -83,10 +86,8 @@ class FrozenTrunk(KeptStates):
             yield
 
     @torch.no_grad()
-    def compute(
-        self, tokens: Tensor, attention_mask: Tensor, encoder_tokens: Tensor | None, encoder_mask: Tensor | None
-    ) -> Tensor:
-        """The output of the frozen blocks, laid out as ``Policy.states`` does; those above them do not run."""
+    def compute(self, tokens: Tensor, *encoder: Tensor | None) -> Tensor:
+        """The output [B, T, d] of the frozen blocks, of what `Architecture.states` takes; those above do not run."""
 
         def stop(block: nn.Module, args: tuple, output: Any) -> None:
             raise _Reached(output[0] if self.is_tuple else output)
@@ -94,7 +95,7 @@ class FrozenTrunk(KeptStates):
         hook = self.frozen[-1].register_forward_hook(stop)
         try:
             with self.around():
-                self.policy.states(tokens, attention_mask, encoder_tokens, encoder_mask)
+                self.policy.architecture.states(tokens, *encoder)
         except _Reached as reached:
             return reached.args[0]
         finally:
@@ -115,9 +116,7 @@ class FrozenTrunk(KeptStates):
 
     def _computed(self, rows: TokenBatch, device: torch.device | str) -> list[Tensor]:
         lengths, there = rows.attention_mask.sum(dim=1).tolist(), rows.to(device)
-        states = self.compute(there.tokens, there.attention_mask, there.encoder_tokens, there.encoder_mask)
-        if self.policy.packs:
-            states = states[0][packed(there.tokens, there.attention_mask).places]
+        states = self.compute(there.tokens, there.encoder_tokens, there.encoder_mask)
         return [row[:length] for row, length in zip(states, lengths, strict=True)]
 
 
@@ -170,7 +169,7 @@ def _agrees(trunk: FrozenTrunk) -> bool:
     states = trunk.policy.architecture.states
     with probing(trunk.policy.model) as tokens:
         mask = torch.ones_like(tokens)
-        kept, expected = trunk.compute(tokens, mask.bool(), tokens, mask), states(tokens, tokens, mask)
+        kept, expected = trunk.compute(tokens, tokens, mask), states(tokens, tokens, mask)
         states(tokens.flip(1), tokens, mask)  # in case modules remember something of their last call
         try:
             with trunk.returning(kept):

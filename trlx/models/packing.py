@@ -21,17 +21,6 @@ WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
 @dataclass(frozen=True)
-class Alike:
-    """Rows behind one another whose shared beginnings have equally many tokens, and which have equally many more."""
-
-    count: int
-    own: int
-    """Tokens of each row that stand here."""
-    shared: Tensor | None
-    """[count, tokens], the places of the beginnings, which stand with other rows."""
-
-
-@dataclass(frozen=True)
 class Packed:
     """Where the tokens of rows stand behind one another. A beginning that rows share stands there once."""
 
@@ -39,15 +28,23 @@ class Packed:
     """[N], the place of each packed token in the flattened [B, T]."""
     places: Tensor
     """[B, T], the place of each token among the N; that of any token for padding."""
-    rows: list[Alike]
-    """All rows, in the order of their tokens."""
+    keys: Tensor
+    """[K], the places of all tokens of each row, row after row; not of rows that another row begins with."""
+    rows: list[tuple[int, int, int]]
+    """These rows, in the order of their tokens: (number of rows, tokens of each that stand there, tokens of each)."""
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same on `device`."""
+        at, places, keys = (x.to(device, non_blocking=True) for x in (self.at, self.places, self.keys))
+        return Packed(at, places, keys, self.rows)
 
 
 def packed(tokens: Tensor, attention_mask: Tensor) -> Packed:
     """Where the tokens of [B, T], right-padded where `attention_mask` is False, stand when they are packed.
 
     The samples of a prompt, the answers of a pair, and all rows with one system prompt share a beginning. One of fewer
-    than `SHARED` tokens stands there for each row, but a row that begins another one, or equals it, adds nothing.
+    than `SHARED` tokens stands there for each row, but a row that begins another one, or equals it, adds nothing. Both
+    tensors are on the host: this looks at each token.
     """
     width, lengths = tokens.shape[1], attention_mask.sum(dim=1).tolist()
     # a tree of all beginnings: by the next token, where it stands in [B, T], and what may follow it
@@ -66,16 +63,14 @@ def packed(tokens: Tensor, attention_mask: Tensor) -> Packed:
         for token, place in zip(ids[len(known) : length], own[len(known) :], strict=True):
             node[token] = place, {}
             node = node[token][1]
-        alike.setdefault((shared, length - shared), []).append(row)
-    at = [place for (shared, _), rows in alike.items() for row in rows for place in found[row][shared:]]
+        if shared < length:
+            alike.setdefault((length - shared, length), []).append(row)
+    at = [place for (own, _), rows in alike.items() for row in rows for place in found[row][-own:]]
     number = torch.zeros(tokens.numel(), dtype=torch.long)
     number[at] = torch.arange(len(at))
+    keys = number[[place for rows in alike.values() for row in rows for place in found[row]]]
     places = number[torch.tensor([each + [0] * (width - len(each)) for each in found])]
-    groups = [
-        Alike(len(rows), own, places[rows, :shared].to(tokens.device) if shared else None)
-        for (shared, own), rows in alike.items()
-    ]
-    return Packed(torch.tensor(at, device=tokens.device), places.to(tokens.device), groups)
+    return Packed(torch.tensor(at), places, keys, [(len(rows), *counts) for counts, rows in alike.items()])
 
 
 def packed_states(model: PreTrainedModel, tokens: Tensor, rows: Packed) -> Tensor:
@@ -86,7 +81,7 @@ def packed_states(model: PreTrainedModel, tokens: Tensor, rows: Packed) -> Tenso
         position_ids=columns[None],
         # models make no mask of their own where one has four dimensions; `_attention` needs none
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),
-        packed_rows=rows.rows,
+        packed_rows=rows,
         use_cache=False,
     )[0]
 
@@ -109,7 +104,7 @@ def why_unpackable(architecture: Architecture) -> str | None:
             mask[0, -2:] = False
             rows = torch.cat([tokens, tokens.flip(1)])
             expected = architecture.states(rows, None, None)[mask]
-            where = packed(rows, mask)
+            where = packed(rows.cpu(), mask.cpu()).to(rows.device)
             found = packed_states(model, rows, where)[0][where.places[mask]]
     except Exception as error:  # models do all sorts of things with arguments that they do not know
         return f"does not take packed rows ({type(error).__name__})"
@@ -123,29 +118,24 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packed_rows: list[Alike] | None = None,
+    packed_rows: Packed | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' ``sdpa`` attention; with `packed_rows` (see `Packed`), of each row alone, and of those that are
-    `Alike` in one call. All [B, heads, T, d]."""
+    """transformers' ``sdpa`` attention; with `packed_rows`, of each row alone, and of rows with equally many tokens in
+    one call. All [B, heads, T, d]."""
     if packed_rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     found, start = [], 0
-    for rows in packed_rows:
-        if not rows.own:
-            continue
-        own, mask = slice(start, start + rows.count * rows.own), None
-        start = own.stop
-        queries, keys, values = (_apart(whole[:, :, own], rows.count) for whole in (query, key, value))
-        if rows.shared is not None:
-            keys, values = (
-                torch.cat([_apart(whole.index_select(2, rows.shared.flatten()), rows.count), part], dim=2)
-                for whole, part in ((key, keys), (value, values))
-            )
-            size = rows.shared.shape[1]
-            mask = torch.ones(rows.own, size + rows.own, dtype=torch.bool, device=key.device).tril(size)[None, None]
-        output = sdpa_attention_forward(module, queries, keys, values, mask, **settings)[0]
-        found.append(output.flatten(0, 1)[None])
+    each = packed_rows.keys.split([count * length for count, _, length in packed_rows.rows])
+    for (count, own, length), places in zip(packed_rows.rows, each, strict=True):
+        part, mask = slice(start, start + count * own), None
+        start = part.stop
+        keys, values = key[:, :, part], value[:, :, part]
+        if length > own:
+            keys, values = (whole.index_select(2, places) for whole in (key, value))
+            mask = torch.ones(own, length, dtype=torch.bool, device=key.device).tril(length - own)[None, None]
+        apart = (_apart(states, count) for states in (query[:, :, part], keys, values))
+        found.append(sdpa_attention_forward(module, *apart, mask, **settings)[0].flatten(0, 1)[None])
     return torch.cat(found, dim=1), None
 
 

@@ -23,7 +23,7 @@ from trlx.models.decoder import disable_dropout, freeze, hidden_size, output_hea
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
 from trlx.models.logprobs import chosen_logprobs, logits_of, spread
 from trlx.models.operations import with_fast_operations
-from trlx.models.packing import packed, packed_states
+from trlx.models.packing import Packed, packed_states
 from trlx.models.quantization import quantized
 
 logger = logging.get_logger(__name__)
@@ -53,8 +53,6 @@ class Policy(nn.Module):
         heads = {name: head for name, head in (("value", value_head), ("q", q_heads)) if head is not None}
         self.heads = nn.ModuleDict(heads) if heads else None
         self.logits = logits_of(model, self.architecture)
-        self.packs = False
-        """Whether rows go through the model without padding; only if `why_unpackable` says nothing."""
 
     def forward(
         self,
@@ -64,6 +62,7 @@ class Policy(nn.Module):
         encoder_tokens: Tensor | None = None,
         encoder_mask: Tensor | None = None,
         at: tuple[Tensor, Tensor] | None = None,
+        rows: Packed | None = None,
         values: bool = True,
     ) -> TokenOutputs:
         """The outputs for the tokens where `response_mask` is True; other entries are 0. All [B, T], rows right-padded.
@@ -74,6 +73,7 @@ class Policy(nn.Module):
             attention_mask: says where rows end, for models with a score; see also `Architecture.states`.
             encoder_tokens, encoder_mask: [B, S], for models with an encoder.
             at: (row, column) of each True of `response_mask`, see `TokenBatch.at`. None: a GPU is asked for them.
+            rows: see `packed`; the rows go through the model without padding. Only if `why_unpackable` says nothing.
             values: False skips the heads.
         """
         if at is None:
@@ -81,7 +81,11 @@ class Policy(nn.Module):
             at = response_mask.nonzero(as_tuple=True)
         value_head, q_heads = (self.value_head, self.q_heads) if values else (None, None)
         with nullcontext() if value_head is None else value_head.watching():
-            hidden, places = self.states(tokens, attention_mask, encoder_tokens, encoder_mask)
+            if rows is None:
+                hidden = self.architecture.states(tokens, encoder_tokens, encoder_mask)
+            else:
+                hidden = packed_states(self.model, tokens, rows)
+        places = torch.arange(tokens.numel(), device=tokens.device) if rows is None else rows.places.flatten()
         if isinstance(self.architecture, Scored):
             nothing = torch.zeros(tokens.shape, device=tokens.device)
             return TokenOutputs(nothing, last=self._at_last(hidden, places, attention_mask))
@@ -96,16 +100,6 @@ class Policy(nn.Module):
             q = [spread(each, at, tokens.shape) for each in q_heads(before, chosen)]
             outputs.q, outputs.target_q, outputs.q_logprobs = q
         return outputs
-
-    def states(
-        self, tokens: Tensor, attention_mask: Tensor, encoder_tokens: Tensor | None, encoder_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states [b, t, d], and the place [B * T] of each token's state among these ``b * t``."""
-        if self.packs:
-            rows = packed(tokens, attention_mask)
-            return packed_states(self.model, tokens, rows), rows.places.flatten()
-        places = torch.arange(tokens.numel(), device=tokens.device)
-        return self.architecture.states(tokens, encoder_tokens, encoder_mask), places
 
     def _at_last(self, hidden: Tensor, places: Tensor, attention_mask: Tensor) -> Tensor:
         """The score [B] float32 of the last token of each row."""
