@@ -3,12 +3,12 @@
     python -m benchmarks.search_budget                        # all settings of all contenders
     python -m benchmarks.search_budget --settings 3 --limit 60 --contenders grpo trl-grpo
 
-Each contender gets the same number of settings: four learning rates times three values of a second setting, responses
-to a prompt for GRPO and RLOO, passes over a collection for PPO. All else is the same: 256 walks in a collection,
-batches of 128, a constant learning rate, the seed, and the walker that they start from. Every four steps the same
-function samples ten walks from every start; a run ends when their mean optimality reaches 0.9, or after 160 steps. What
-counts is the CPU seconds of all threads until then, without evaluations and without building the trainer. A run that is
-in the file of results is not repeated, so the command can be stopped at any time.
+Each contender gets the same 12 settings: four learning rates times three sizes of a batch. All else is the same: the
+batch is what was just sampled, and each walk is used once, which is TRL's default; eight walks from a start, a constant
+learning rate, two seeds, and the walker that they start from. Every two steps the same function samples ten
+walks from every start; a run ends when their mean optimality reaches 0.9, or after 80 steps. What counts is the CPU
+seconds of all threads until then, without evaluations and without building the trainer, and their mean over the seeds.
+A run that is in the file of results is not repeated, so the command can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from trlx.checkpoint import own_randomness
 from trlx.data.prompts import PromptPipeline
 from trlx.trainer import accelerate
 
-RATES = (1.0e-4, 3.0e-4, 6.0e-4, 1.0e-3)
-GROUPS = (4, 8, 16)
-PASSES = (1, 2, 4)
+GROUP = 8
+"""Walks from one start, for GRPO and RLOO."""
+SEEDS = (1, 2)
 ENOUGH = 0.9
 """Mean optimality."""
-COLLECTION, BATCH, ROUNDS = 256, 128, 2
-"""Walks of a collection and of a batch; passes over a collection of GRPO and RLOO."""
 SAMPLES = 10
 """Walks from each start at an evaluation."""
 PRESETS = {"ppo": "randomwalks", "grpo": "randomwalks-grpo", "rloo": "randomwalks-grpo"}
+GRID = [(rate, batch) for batch in (128, 64, 256) for rate in (6.0e-4, 3.0e-4, 1.0e-3, 1.0e-4)]
+"""Learning rates and walks of a batch, those of the middle first."""
 ADAM = {"betas": [0.9, 0.95], "eps": 1.0e-8, "weight_decay": 1.0e-6}
 
 
@@ -79,17 +79,17 @@ class Judge:
         return {"seconds": found["total"] - found["score"], "reached": reached, "curve": self.curve}
 
 
-def ours(kind: str, model: Path, rate: float, second: int, steps: int, judge: Judge) -> None:
+def ours(kind: str, model: Path, rate: float, batch: int, seed: int, steps: int, judge: Judge) -> None:
     """One run of trlx."""
-    own = {"ppo_epochs": second} if kind == "ppo" else {"num_generations": second, "num_iterations": ROUNDS}
+    own = {"ppo_epochs": 1} if kind == "ppo" else {"num_generations": GROUP, "num_iterations": 1}
     own |= {"advantage": "rloo"} if kind == "rloo" else {}
     with tempfile.TemporaryDirectory() as folder:
         config = trlx.load_preset(PRESETS[kind]).evolve(
-            method={"num_rollouts": COLLECTION, "chunk_size": COLLECTION, **own},
+            method={"num_rollouts": batch, "chunk_size": batch, **own},
             model={"model_path": str(model)},
             optimizer={"kwargs": {"lr": rate, **ADAM}},
             scheduler={"name": "constant", "kwargs": {}},
-            train={"total_steps": steps, "epochs": steps, "batch_size": BATCH, "checkpoint_dir": folder},
+            train={"total_steps": steps, "epochs": steps, "batch_size": batch, "checkpoint_dir": folder, "seed": seed},
         )
         trainer = getattr(accelerate, config.train.trainer)(config, reward_fn=judge.task.reward_fn)
         trainer.add_prompt_pipeline(PromptPipeline(judge.task.prompts, 1, trainer.tokenizer))
@@ -105,7 +105,7 @@ def ours(kind: str, model: Path, rate: float, second: int, steps: int, judge: Ju
         trainer.learn()
 
 
-def theirs(kind: str, model: Path, rate: float, second: int, steps: int, judge: Judge) -> None:
+def theirs(kind: str, model: Path, rate: float, batch: int, seed: int, steps: int, judge: Judge) -> None:
     """One run of TRL."""
     import datasets
     import trl
@@ -131,14 +131,12 @@ def theirs(kind: str, model: Path, rate: float, second: int, steps: int, judge: 
             adam_beta1=ADAM["betas"][0],
             adam_beta2=ADAM["betas"][1],
             weight_decay=ADAM["weight_decay"],
-            per_device_train_batch_size=BATCH,
-            steps_per_generation=COLLECTION // BATCH,
-            num_iterations=ROUNDS,
-            num_generations=second,
+            per_device_train_batch_size=batch,
+            num_generations=GROUP,
             max_completion_length=judge.task.max_length - 1,
             beta=0.0,
             top_k=0,
-            seed=1000,
+            seed=seed,
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
@@ -156,22 +154,22 @@ def theirs(kind: str, model: Path, rate: float, second: int, steps: int, judge: 
         ).train()
 
 
-CONTENDERS: dict[str, tuple[Callable[..., None], str, tuple[int, ...]]] = {
-    "ppo": (ours, "ppo", PASSES),
-    "grpo": (ours, "grpo", GROUPS),
-    "rloo": (ours, "rloo", GROUPS),
-    "trl-grpo": (theirs, "grpo", GROUPS),
-    "trl-rloo": (theirs, "rloo", GROUPS),
+CONTENDERS: dict[str, tuple[Callable[..., None], str]] = {
+    "ppo": (ours, "ppo"),
+    "grpo": (ours, "grpo"),
+    "rloo": (ours, "rloo"),
+    "trl-grpo": (theirs, "grpo"),
+    "trl-rloo": (theirs, "rloo"),
 }
-"""By name: the function that runs it, the method, and the values of the second setting."""
+"""By name: the function that runs it, and the method."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--settings", type=int, default=len(RATES) * 3, help="how many, from the grid's middle out")
-    parser.add_argument("--limit", type=int, default=160, help="most steps of a run")
-    parser.add_argument("--interval", type=int, default=4, help="steps between evaluations")
+    parser.add_argument("--settings", type=int, default=len(GRID), help="how many, from the grid's middle out")
+    parser.add_argument("--limit", type=int, default=80, help="most steps of a run")
+    parser.add_argument("--interval", type=int, default=2, help="steps between evaluations")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/search_budget.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -180,38 +178,46 @@ def main() -> None:
         pretrain(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     results = json.loads(options.out.read_text()) if options.out.is_file() else {"runs": {}}
-    for number, name in itertools.product(range(options.settings), options.contenders):
-        fn, kind, seconds = CONTENDERS[name]
-        rate, second = grid(seconds)[number]
-        runs = results["runs"].setdefault(name, {})
-        key = f"{rate:g} {second}"
-        if key not in runs:
+    for (rate, batch), seed, name in itertools.product(GRID[: options.settings], SEEDS, options.contenders):
+        fn, kind = CONTENDERS[name]
+        runs = results["runs"].setdefault(name, {}).setdefault(f"{rate:g} {batch}", {})
+        if str(seed) not in runs:
             judge = Judge(tokenizer, options.interval)
-            fn(kind, model, rate, second, options.limit, judge)
-            runs[key] = judge.result()
+            fn(kind, model, rate, batch, seed, options.limit, judge)
+            runs[str(seed)] = found = judge.result()
             results |= {"environment": environment(), "limit": options.limit, "summary": summary(results["runs"])}
             options.out.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{name} {key}: {runs[key]['seconds']:.2f} s, {max(judge.curve, default=0)} steps", flush=True)
+            steps = max(judge.curve, default=0)
+            print(f"{name} {rate:g} {batch} {seed}: {found['seconds']:.2f} s, {steps} steps", flush=True)
     print(json.dumps(results.get("summary"), indent=1))
 
 
-def grid(seconds: tuple[int, ...]) -> list[tuple[float, int]]:
-    """All pairs of a learning rate and a value of the second setting, those of the grid's middle first."""
-    rates = (RATES[2], RATES[1], RATES[3], RATES[0])
-    return [(rate, second) for second in (seconds[1], seconds[0], seconds[2]) for rate in rates]
-
-
 def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """For each contender the best and the median CPU seconds; a run that was not good enough counts as infinite."""
-    found = {}
+    """For each contender the best and the median CPU seconds of its settings, and each of ours by each of theirs.
+
+    A setting has the mean of its seeds. If a run was not good enough, it counts as infinite, in the file as null.
+    """
+    found: dict[str, Any] = {}
     for name, settings in runs.items():
-        seconds = sorted(run["seconds"] if run["reached"] else float("inf") for run in settings.values())
-        median = statistics.median(seconds)
-        reached = sum(run["reached"] for run in settings.values())
-        best = seconds[0] if reached else None
-        found[name] = {"settings": len(seconds), "reached": reached, "best": best}
-        found[name]["median"] = median if median < float("inf") else None
-    return found
+        seconds = sorted(
+            statistics.mean(run["seconds"] if run["reached"] else float("inf") for run in seeds.values())
+            for seeds in settings.values()
+            if seeds
+        )
+        if not seconds:
+            continue
+        reached = sum(each < float("inf") for each in seconds)
+        shown = {"best": seconds[0], "median": statistics.median(seconds)}
+        found[name] = {"settings": len(seconds), "reached": reached} | {
+            kind: value if value < float("inf") else None for kind, value in shown.items()
+        }
+    ratios = {}
+    for mine, other in itertools.product(("ppo", "grpo", "rloo"), ("trl-grpo", "trl-rloo")):
+        for kind in ("best", "median"):
+            pair = [found.get(name, {}).get(kind) for name in (mine, other)]
+            if all(pair):
+                ratios[f"{mine} / {other}, {kind}"] = pair[0] / pair[1]
+    return {**found, "ratios": ratios}
 
 
 if __name__ == "__main__":

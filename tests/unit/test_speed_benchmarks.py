@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.metrics_cost import shares
-from benchmarks.search_budget import RATES, grid, summary
+from benchmarks.search_budget import GRID, summary
 from benchmarks.speed.ours import trainer_of
 from benchmarks.speed.plain import PlainPPO, left_padded
 from benchmarks.speed.run import check_alike, ratios, runner
@@ -107,8 +107,13 @@ def test_a_second_counts_under_the_inner_phase_alone(monkeypatch):
 
 
 def test_a_search_counts_settings_that_do_not_reach_the_goal_as_the_slowest():
-    assert sorted(grid((4, 8, 16))) == sorted((rate, group) for rate in RATES for group in (4, 8, 16))
-    runs = [{"seconds": seconds, "reached": reached} for seconds, reached in ((5.0, True), (1.0, False), (3.0, True))]
-    found = summary({"a": dict(enumerate(runs)), "b": dict(enumerate(runs[1:2]))})
-    assert found["a"] == {"settings": 3, "reached": 2, "best": 3.0, "median": 5.0}
-    assert found["b"] == {"settings": 1, "reached": 0, "best": None, "median": None}
+    assert len(set(GRID)) == 12
+    pairs = [(5.0, True), (7.0, True)], [(1.0, False), (1.0, True)], [(3.0, True), (4.0, True)]
+    settings = [
+        {seed: {"seconds": seconds, "reached": reached} for seed, (seconds, reached) in enumerate(pair)}
+        for pair in pairs
+    ]
+    found = summary({"grpo": dict(enumerate(settings)), "trl-grpo": {"0": settings[0]}, "trl-rloo": {"0": settings[1]}})
+    assert found["grpo"] == {"settings": 3, "reached": 2, "best": 3.5, "median": 6.0}
+    assert found["trl-rloo"] == {"settings": 1, "reached": 0, "best": None, "median": None}
+    assert found["ratios"] == {"grpo / trl-grpo, best": 3.5 / 6.0, "grpo / trl-grpo, median": 1.0}
