@@ -58,7 +58,7 @@ def check_short_of_memory(parallel) -> None:
     backend = built("PPO", parallel, unfrozen=1, train={"cache_hidden_states": 30 * 32 * 4})
     found, read = used(backend)
     same(found, whole)
-    kept = len(backend.trunk.kept)
+    kept = len(backend.trunk.room)
     assert 2 < kept < 7 and all(ROWS < count < 4 * ROWS for number, count in read.items() if number < 3), read
 
 

@@ -13,7 +13,7 @@ from tests.unit.test_seq2seq import inputs, tiny_policy
 from tests.unit.tiny_models import FAMILIES, tiny_model
 from trlx.batch import Rollout, TokenBatch
 from trlx.data.collate import EncoderDecoderRows, collate
-from trlx.models import packing
+from trlx.models import frozen, memory, packing
 from trlx.models.decoder import blocks
 from trlx.models.frozen import KeptStates, frozen_trunk
 from trlx.models.policy import build_policy
@@ -91,7 +91,32 @@ def test_packed_rows_that_share_a_beginning_skip_their_frozen_blocks_too(monkeyp
 
 def test_what_is_kept_of_a_row_does_not_hold_the_other_rows_in_memory():
     kept = KeptStates(8)
-    assert kept.keep(b"row", torch.zeros(5, 2)[1]) and kept.kept[b"row"].untyped_storage().nbytes() == 8
+    assert kept.has_room(b"row", 8)
+    kept.keep(b"row", torch.zeros(5, 2)[1])
+    assert kept.kept[b"row"].untyped_storage().nbytes() == 8
+
+
+def test_rows_that_do_not_fit_on_a_gpu_are_kept_in_main_memory(monkeypatch):
+    # rows of 4, 3 and 2 tokens with 8 numbers each; the first fits where it is, the second no longer, the third again
+    policy = build_policy(AutoModelForCausalLM.from_config(tiny_gpt2_config(hidden=8)), num_layers_unfrozen=1).eval()
+    batch, pinned = collate([Rollout([5], [8] * length) for length in (3, 2, 1)], 0), []
+    monkeypatch.setattr(frozen, "_pinned_like", lambda like: pinned.append(torch.full_like(like, 7.0)) or pinned[-1])
+    trunk = frozen_trunk(policy, 6 * 8 * 4, 4 * 8 * 4)
+    expected = trunk._states(batch, "cpu")
+    assert [len(each) for each in pinned] == [3] and trunk.left == [0, 8 * 4]
+    monkeypatch.setattr(trunk, "_computed", None)  # nothing is computed again
+    for found, states in zip(trunk._states(batch, "cpu"), expected, strict=True):
+        assert torch.equal(found, states)
+    assert trunk.kept.keys() == trunk.room.keys() and torch.equal(pinned[0], expected[1])
+    trunk.forget()
+    assert trunk.left == [6 * 8 * 4, 4 * 8 * 4] and not trunk.kept
+
+
+def test_auto_keeps_a_quarter_of_what_is_free_on_a_gpu_and_in_main_memory(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device, processes: {"cpu": 800, "cuda": 400}[device.type])
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert memory.room_for_states("auto", gpu, 1) == (100, 200) and memory.room_for_states("auto", cpu, 1) == (200, 0)
+    assert memory.room_for_states(50, gpu, 1) == (50, 0)
 
 
 def backend_of(folder, **train):
@@ -165,8 +190,8 @@ def test_what_has_dropout_or_an_adapter_below_runs_whole(tmp_path):
     config = tiny_config(tmp_path, "SFT", model={"model_path": dropping, "num_layers_unfrozen": 1})
     assert AccelerateSFTTrainer(config).backend.trunk is None
     pytest.importorskip("peft")
-    for layers, frozen in ((None, None), ([1], 1)):
+    for layers, count in ((None, None), ([1], 1)):
         adapter = {"peft_type": "LORA", "r": 2, "layers_to_transform": layers}
         config = tiny_config(tmp_path, "SFT", model={"model_path": tiny_gpt2_config(), "peft_config": adapter})
         trunk = AccelerateSFTTrainer(config).backend.trunk
-        assert (trunk and len(trunk.frozen)) == frozen
+        assert (trunk and len(trunk.frozen)) == count

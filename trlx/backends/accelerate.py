@@ -44,7 +44,7 @@ from trlx.models.compiled import compile_blocks
 from trlx.models.decoder import has_dropout, output_head
 from trlx.models.frozen import FrozenTrunk, frozen_trunk
 from trlx.models.limits import check_positions, check_vocabulary
-from trlx.models.memory import bytes_per_token, free_memory
+from trlx.models.memory import bytes_per_token, free_memory, room_for_states
 from trlx.models.packing import packed, why_unpackable
 from trlx.models.policy import HEADS_FILE, Policy, build_policy, load_heads, load_model, save_hf
 from trlx.models.reference import Reference, digest
@@ -144,8 +144,8 @@ class AccelerateBackend(Backend):
         # sharded weights are gathered as the blocks run
         if setting == "off" or not self.sharding.independent or (dropout and has_dropout(self.policy.model)):
             return None
-        free = free_memory(self.device, self.processes)
-        return frozen_trunk(self.policy, free // 4 if setting == "auto" else setting, self.accelerator.autocast)
+        room = room_for_states(setting, self.device, self.processes)
+        return frozen_trunk(self.policy, *room, self.accelerator.autocast)
 
     def sampler(self, places: int | None = None) -> Sampler:
         return DecodingSampler(self.policy, self.device, self.for_sampling, places=places)

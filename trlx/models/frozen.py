@@ -17,26 +17,36 @@ from trlx.models.policy import Policy
 
 
 class KeptStates:
-    """Hidden states of rows, by what `row_keys` says of them, in at most `budget` bytes."""
+    """Hidden states of rows, by what `row_keys` says of them.
 
-    def __init__(self, budget: float):
-        self.budget = budget
-        self.kept: dict[bytes, Tensor] = {}
-        self.size = 0
+    Args:
+        budget: the most bytes to keep where the states are.
+        on_host: the most bytes to keep in pinned main memory, of rows that do not fit there.
+    """
+
+    def __init__(self, budget: float, on_host: float = 0):
+        self.most = budget, on_host
+        self.forget()
 
     def forget(self) -> None:
         """Drops what is kept, because other rows follow."""
-        self.kept.clear()
-        self.size = 0
+        self.kept: dict[bytes, Tensor] = {}
+        self.left = list(self.most)
+        self.room: dict[bytes, tuple[int, int]] = {}
+        """For each row where it has room, 0 or 1 as in `most`, and how many bytes."""
 
-    def keep(self, key: bytes, states: Tensor) -> bool:
-        """Keeps a copy of the states of a row if they fit, and says whether they do."""
-        size = states.numel() * states.element_size()
-        fits = self.size + size <= self.budget
-        if fits and key not in self.kept:
-            self.size += size
-            self.kept[key] = states.clone()
-        return fits
+    def has_room(self, key: bytes, size: int) -> bool:
+        """Whether there is room for the `size` bytes of a row, which takes it."""
+        place = next((place for place, left in enumerate(self.left) if size <= left), None)
+        if key not in self.room and place is not None:
+            self.left[place] -= size
+            self.room[key] = place, size
+        return key in self.room
+
+    def keep(self, key: bytes, states: Tensor) -> None:
+        """Keeps a copy of the states of a row that has room."""
+        place, _ = self.room[key]
+        self.kept[key] = _pinned_like(states).copy_(states, non_blocking=True) if place else states.clone()
 
 
 class FrozenTrunk(KeptStates):
@@ -47,7 +57,7 @@ class FrozenTrunk(KeptStates):
     Args:
         frozen: the frozen blocks, bottom first.
         is_tuple: whether they return it as the first of several.
-        budget: the most bytes to keep. What does not fit is computed each time.
+        budget, on_host: see `KeptStates`. What does not fit is computed each time.
         around: returns a context in which the model runs, e.g. autocast.
     """
 
@@ -57,9 +67,10 @@ class FrozenTrunk(KeptStates):
         frozen: list[nn.Module],
         is_tuple: bool,
         budget: float = float("inf"),
+        on_host: float = 0,
         around: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        super().__init__(budget)
+        super().__init__(budget, on_host)
         self.policy, self.frozen, self.is_tuple, self.around = policy, frozen, is_tuple, around
 
     @contextmanager
@@ -111,8 +122,9 @@ class FrozenTrunk(KeptStates):
         for rows in [[row] for row in missing] if torch.device(device).type == "cpu" else [missing] * bool(missing):
             for row, states in zip(rows, self._computed(batch.rows(rows), device), strict=True):
                 found[keys[row]] = states
-                self.keep(keys[row], states)
-        return [found[key] for key in keys]
+                if self.has_room(keys[row], states.nbytes):
+                    self.keep(keys[row], states)
+        return [found[key].to(device, non_blocking=True) for key in keys]
 
     def _computed(self, rows: TokenBatch, device: torch.device | str) -> list[Tensor]:
         lengths, there = rows.attention_mask.sum(dim=1).tolist(), rows.to(device)
@@ -125,7 +137,7 @@ class _Reached(Exception):
 
 
 def frozen_trunk(
-    policy: Policy, budget: float, around: Callable[[], AbstractContextManager] = nullcontext
+    policy: Policy, budget: float, on_host: float = 0, around: Callable[[], AbstractContextManager] = nullcontext
 ) -> FrozenTrunk | None:
     """What keeps the outputs of the frozen blocks of `policy`, or None where that is not possible.
 
@@ -148,7 +160,7 @@ def frozen_trunk(
     count = min(_first_that_trains(states, policy), len(stack) - top)
     if count == 0:
         return None
-    found = FrozenTrunk(policy, stack[:count], is_tuple, budget, around)
+    found = FrozenTrunk(policy, stack[:count], is_tuple, budget, on_host, around)
     return found if _agrees(found) else None
 
 
@@ -185,6 +197,10 @@ def row_keys(batch: TokenBatch) -> list[bytes]:
         parts.append((batch.encoder_tokens, batch.encoder_mask))
     rows = [[row[used].numpy().tobytes() for row, used in zip(*part, strict=True)] for part in parts]
     return [b"|".join(each) for each in zip(*rows, strict=True)]
+
+
+def _pinned_like(states: Tensor) -> Tensor:
+    return torch.empty_like(states, device="cpu", pin_memory=True)
 
 
 def _set_forward(module: nn.Module, forward: Callable | None) -> None:

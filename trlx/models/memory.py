@@ -18,6 +18,17 @@ def free_memory(device: torch.device, processes: int) -> int:
     return psutil.virtual_memory().available // processes
 
 
+def room_for_states(setting: str | int, device: torch.device, processes: int) -> tuple[int, int]:
+    """The most bytes of kept hidden states (on a device, in main memory) for one of `processes`.
+
+    `setting` is ``train.cache_hidden_states``: with "auto" a quarter of what is free in each, else bytes on the device.
+    """
+    if setting != "auto":
+        return setting, 0
+    host = torch.device("cpu")
+    return free_memory(device, processes) // 4, 0 if device == host else free_memory(host, processes) // 4
+
+
 def bytes_per_token(policy: Policy) -> float:
     """What a forward pass keeps for the backward pass, for each token. Reads a few tokens to see it."""
     with probing(policy.model) as tokens, torch.enable_grad():

@@ -231,7 +231,7 @@ class MegatronBackend(Backend):
         new = [[missing[i] for i in each] for each in cut]
         self.trunk.compute(self._microbatches(batch, new), [[keys[row] for row in each] for each in new])
         known = [[keys[row] for row in each] for each in rows]
-        return Reading(self.trunk, [own if self.trunk.kept.keys() >= set(own) else None for own in known])
+        return Reading(self.trunk, [own if self.trunk.room.keys() >= set(own) else None for own in known])
 
     def _collected(self, found: list[Tensor], rows: list[list[int]], batch: TokenBatch) -> Tensor:
         """Per-token outputs of all microbatches as one [B, T] tensor on the CPU, on every stage."""

@@ -14,7 +14,7 @@ from trlx.backends.megatron.model import PolicyStage
 from trlx.backends.megatron.parallel import ParallelState, pipeline_group, tensor_group
 from trlx.batch import TokenBatch
 from trlx.models.frozen import KeptStates
-from trlx.models.memory import free_memory
+from trlx.models.memory import room_for_states
 
 Keys = Sequence[bytes]
 """What the rows of a microbatch are known by, see `trlx.models.frozen.row_keys`."""
@@ -30,9 +30,9 @@ class FrozenLayers(KeptStates):
     It keeps some of the numbers of every token instead.
     """
 
-    def __init__(self, model: PolicyStage, parallel: ParallelState, budget: float):
-        super().__init__(budget)
-        self.model, self.sizes = model, parallel.sizes
+    def __init__(self, model: PolicyStage, parallel: ParallelState, budget: float, on_host: float):
+        super().__init__(budget, on_host)
+        self.model, self.sizes, self.device = model, parallel.sizes, parallel.device
         self.link = P2PCommunicator(pipeline_group(), model.config) if parallel.sizes.pipeline > 1 else None
         self.is_below = not model.wants_gradients and not model.post_process
         """Whether a stage above this one keeps the states."""
@@ -42,10 +42,9 @@ class FrozenLayers(KeptStates):
 
     def reserve(self, keys: Keys, lengths: Sequence[int]) -> list[int]:
         """Which of these rows must be computed, because they are not kept and there is room for them."""
-        missing = []
+        missing, size = [], self.width * self.model.config.params_dtype.itemsize
         for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
-            room = torch.empty(length, self.width, dtype=self.model.config.params_dtype, device="meta")
-            if key not in self.kept and self.keep(key, room):
+            if key not in self.room and self.has_room(key, length * size):
                 missing.append(row)
         return missing
 
@@ -64,14 +63,15 @@ class FrozenLayers(KeptStates):
             if self.sizes.sequence:
                 states = all_to_all_sp2hp(states, tensor_group()).view(-1, len(own), self.width)
             for row, key in enumerate(own):
-                self.kept[key] = states[: len(self.kept[key]), row].clone()
+                length = self.room[key][1] // states[0, row].nbytes
+                self.keep(key, states[:length, row])
 
     @torch.no_grad()
     def states(self, keys: Keys, width: int) -> Tensor | None:
         """What is kept of these rows as the layers take it, `width` tokens wide; None on stages that do not keep it."""
         if not self.holds:
             return None
-        states = nn.utils.rnn.pad_sequence([self.kept[key] for key in keys])
+        states = nn.utils.rnn.pad_sequence([self.kept[key].to(self.device, non_blocking=True) for key in keys])
         states = nn.functional.pad(states, (0, 0, 0, 0, 0, width - len(states)))
         if self.sizes.sequence:
             states = all_to_all_hp2sp(states, tensor_group()).view(-1, len(keys), self.model.config.hidden_size)
@@ -92,11 +92,6 @@ def frozen_layers(
     is_divided = not sizes.sequence or config.hidden_size % sizes.tensor == 0
     if setting == "off" or has_dropout or unfrozen in (-1, config.num_layers) or sizes.virtual or not is_divided:
         return None
-    return FrozenLayers(stage[0], parallel, _least_free(parallel.device) // 4 if setting == "auto" else setting)
-
-
-def _least_free(device: torch.device) -> int:
-    """The bytes that each process has free, where there are fewest: all must agree on what is kept."""
-    least = torch.tensor(free_memory(device, dist.get_world_size()), device=device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least)
+    room = torch.tensor(room_for_states(setting, parallel.device, dist.get_world_size()), device=parallel.device)
+    dist.all_reduce(room, op=dist.ReduceOp.MIN)  # all must agree on what is kept
+    return FrozenLayers(stage[0], parallel, *room.tolist())
