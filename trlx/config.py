@@ -177,8 +177,8 @@ class TrainConfig(Section, section="train"):
     packing: Any = "auto"
     """Compute the rows of a pass behind one another, without padding: auto (on CPUs, where the model can), on, off."""
     cache_hidden_states: Any = "auto"
-    """Run frozen blocks once for each row: auto (keeps at most a quarter of the free memory, on a GPU and then in pinned
-    main memory), off, or most bytes on the device."""
+    """Run frozen blocks once for each row: auto (keeps at most a quarter of the free memory, after that of a GPU in
+    pinned main memory), off, or most bytes on the device."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null: off."""
     mixed_precision: str | None = None
