@@ -175,7 +175,8 @@ class TrainConfig(Section, section="train"):
     """The most tokens per forward and backward pass, padding included; a longer row is a pass alone. Null: what fits in
     memory ([how](concepts.md#backends)), on Accelerate, without minibatch_size, dropout, checkpointing and sharding."""
     packing: Any = "auto"
-    """Compute the rows of a pass behind one another, without padding: auto (on CPUs, where the model can), on, off."""
+    """Compute the rows of a pass behind one another, without padding: auto (on CPUs, where the model can), on, off.
+    What on gains on a GPU is [not measured](decisions.md#rows-behind-one-another)."""
     cache_hidden_states: Any = "auto"
     """Run frozen blocks once for each row: auto (keeps at most a quarter of the free memory, after that of a GPU in
     pinned main memory), off, or most bytes on the device."""

@@ -59,6 +59,7 @@ def test_a_beginning_that_rows_share_is_packed_once(monkeypatch):
     assert found.at.tolist() == [0, 1, 2, 3, 4, 9, 39, 16, 17, 24, 25, 26, 27, 30, 31, 32, 33]
     assert found.rows == [(1, 5, 5), (2, 1, 4), (1, 2, 6), (2, 4, 4)]
     assert found.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 2, 6, 0, 1, 2, 5, 7, 8] + [*range(9, 17)]
+    assert found.ends.tolist() == [[0, 5, 6, 7, 9, 13, 17], [0, 5, 9, 13, 19, 23, 27]] and found.longest == (5, 6)
     assert {x.device.type for x in vars(found.to("meta")).values() if isinstance(x, torch.Tensor)} == {"meta"}
     assert found.places.tolist() == [
         [0, 1, 2, 3, 4, 0], [0, 1, 2, 5, 0, 0], [0, 1, 2, 5, 7, 8], [0, 1, 2, 5, 0, 0],

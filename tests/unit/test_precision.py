@@ -17,6 +17,7 @@ from trlx.backends import accelerate
 from trlx.backends import optimizer as optimizers
 from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler
 from trlx.config import OptimizerConfig, SchedulerConfig
+from trlx.models import packing
 from trlx.models.memory import bytes_per_token
 
 BF16 = {"train": {"mixed_precision": "bf16"}, "model": {"model_path": tiny_gpt2_config()}}
@@ -64,6 +65,13 @@ def test_frozen_blocks_whose_output_is_kept_round_as_the_model_does(tmp_path):
     found = backend.evaluate(ROWS)
     backend.trunk = None
     torch.testing.assert_close(found.logprobs, backend.evaluate(ROWS).logprobs, atol=1e-5, rtol=0)
+
+
+def test_packed_rows_are_tried_in_the_precision_of_the_training(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(packing, "kernel_for", lambda device, dtype, width: seen.append(dtype))
+    assert backend_of(tmp_path, mixed_precision="bf16", packing="on").packs
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_a_pass_in_bf16_has_more_tokens_and_less_where_processes_share_the_memory(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from trlx.backends.accelerate import AccelerateBackend
 from trlx.batch import Rollout
 from trlx.data.collate import collate
 from trlx.models import compiled
+from trlx.models import packing as packing_of_rows
 from trlx.models.architecture import Causal
 from trlx.models.heads import QHeads
 from trlx.models.logprobs import chosen_logprobs
@@ -25,10 +26,17 @@ from trlx.trainer.accelerate import AcceleratePPOTrainer
 
 @pytest.mark.parametrize(
     ("method", "packing"),
-    [*((name, "off") for name in "PPO GRPO ILQL SFT DPO KTO Reward".split()), ("PPO", "on"), ("Reward", "on")],
+    [
+        *((name, "off") for name in "PPO GRPO ILQL SFT DPO KTO Reward".split()),
+        ("PPO", "on"),
+        ("Reward", "on"),
+        ("PPO", "kernel"),
+    ],
 )
 def test_a_step_waits_for_a_gpu_twice_however_many_microbatches_it_has(tmp_path, monkeypatch, method, packing):
-    trainer = run(method, tmp_path, train={"total_steps": 1, "minibatch_size": 2, "packing": packing})
+    trainer = run(method, tmp_path, train={"total_steps": 1, "minibatch_size": 2, "packing": packing != "off"})
+    if packing == "kernel":
+        monkeypatch.setattr(packing_of_rows, "kernel_for", lambda *_: lambda queries, *rest, **settings: queries)
     monkeypatch.setattr(AccelerateBackend, "sum_across", lambda self, count: float(count))
     own = [(AccelerateBackend, "microbatches"), (AccelerateBackend, "sum_across"), (accelerate, "packed"), *ON_HOST]
     # transformers itself asks in every pass whether positions are those of one text or of several

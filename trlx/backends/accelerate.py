@@ -125,7 +125,7 @@ class AccelerateBackend(Backend):
         # on GPUs rows of about one length in one pass are few kernels, attention row by row is many
         if setting == "off" or (setting == "auto" and not (self.device.type == "cpu" and self.sharding.independent)):
             return False
-        with self.sharding.unsharded():
+        with self.sharding.unsharded(), self.accelerator.autocast():
             reason = why_unpackable(self.policy.architecture)
         if reason and setting == "on":
             raise ValueError(f"train.packing is on, but {type(self.policy.model).__name__} {reason}: write auto")

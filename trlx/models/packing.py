@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,13 +13,21 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from trlx.models.architecture import Architecture, Causal, Scored
+from trlx.models.architecture import COSTLY, Architecture, Causal, Scored
 from trlx.models.decoder import probing, trunk
+
+varlen_attn = None
+if torch.__version__ >= (2, 13):  # earlier ones do not have all of its arguments
+    from torch.nn.attention.varlen import varlen_attn
+
+    COSTLY.append(torch.ops.torch_attn._varlen_attn.default)
 
 SHARED = 8
 """The fewest tokens of a beginning for which it pays that rows share it."""
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 """Settings of a model whose attention does not reach back to the first token."""
+ONLY_SDPA = ("is_causal", "position_bias", "cache", "softcap")
+"""Arguments of transformers' attention that ``varlen_attn`` does not have."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +42,15 @@ class Packed:
     """[K], the places of all tokens of each row, row after row; not of rows that another row begins with."""
     rows: list[tuple[int, int, int]]
     """These rows, in the order of their tokens: (number of rows, tokens of each that stand there, tokens of each)."""
+    ends: Tensor
+    """int32 [2, 1 + number of these rows], 0 and where each of them ends, among the N and among the K."""
+    longest: tuple[int, int]
+    """The most tokens of one of them, among the N and among the K."""
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on `device`."""
-        at, places, keys = (x.to(device, non_blocking=True) for x in (self.at, self.places, self.keys))
-        return Packed(at, places, keys, self.rows)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
 
 
 def packed(tokens: Tensor, attention_mask: Tensor) -> Packed:
@@ -70,7 +84,10 @@ def packed(tokens: Tensor, attention_mask: Tensor) -> Packed:
     number[at] = torch.arange(len(at))
     keys = number[[place for rows in alike.values() for row in rows for place in found[row]]]
     places = number[torch.tensor([each + [0] * (width - len(each)) for each in found])]
-    return Packed(torch.tensor(at), places, keys, [(len(rows), *counts) for counts, rows in alike.items()])
+    counts = list(zip(*(counts for counts, rows in alike.items() for _ in rows), strict=True))
+    ends = torch.tensor([[0, *accumulate(each)] for each in counts], dtype=torch.int32)
+    groups = [(len(rows), *counts) for counts, rows in alike.items()]
+    return Packed(torch.tensor(at), places, keys, groups, ends, (max(counts[0]), max(counts[1])))
 
 
 def packed_states(model: PreTrainedModel, tokens: Tensor, rows: Packed) -> Tensor:
@@ -87,7 +104,7 @@ def packed_states(model: PreTrainedModel, tokens: Tensor, rows: Packed) -> Tenso
 
 
 def why_unpackable(architecture: Architecture) -> str | None:
-    """What the model does that packed rows do not fit; None if they fit. Reads two short rows in both ways."""
+    """What the model does that packed rows do not fit; None if they fit. Reads three short rows in both ways."""
     model = architecture.model
     config = model.config.get_text_config()
     if type(architecture) not in (Causal, Scored):
@@ -100,15 +117,16 @@ def why_unpackable(architecture: Architecture) -> str | None:
         return "takes no position_ids"
     try:
         with probing(model) as tokens:
-            mask = torch.ones_like(tokens).bool().expand(2, -1).clone()
-            mask[0, -2:] = False
-            rows = torch.cat([tokens, tokens.flip(1)])
+            row = tokens.repeat(1, SHARED)[:, : SHARED + 4]
+            rows = torch.cat([row, row, row.flip(1)])
+            mask = torch.ones_like(rows, dtype=torch.bool)
+            mask[0, -2:] = False  # so that the second row begins as the first does, and has two tokens more
             expected = architecture.states(rows, None, None)[mask]
             where = packed(rows.cpu(), mask.cpu()).to(rows.device)
             found = packed_states(model, rows, where)[0][where.places[mask]]
     except Exception as error:  # models do all sorts of things with arguments that they do not know
         return f"does not take packed rows ({type(error).__name__})"
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max()
+    tolerance = torch.finfo(_precision(expected)).eps ** 0.5 * expected.abs().max()
     return None if (found - expected).abs().max() <= tolerance else "has other hidden states in packed rows"
 
 
@@ -121,10 +139,41 @@ def _attention(
     packed_rows: Packed | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' ``sdpa`` attention; with `packed_rows`, of each row alone, and of rows with equally many tokens in
-    one call. All [B, heads, T, d]."""
+    """transformers' ``sdpa`` attention; with `packed_rows`, of each row alone. All [B, heads, T, d]."""
     if packed_rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    dtype = _precision(query)
+    kernel = kernel_for(query.device, dtype, query.shape[-1])
+    asks_more = settings.get("dropout") or any(settings.get(name) is not None for name in ONLY_SDPA)
+    if kernel is None or asks_more or value.shape[-1] != query.shape[-1]:
+        return _by_length(module, query, key, value, packed_rows, **settings), None
+    queries, keys, values = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    if len(packed_rows.keys) > len(keys):
+        keys, values = (states.index_select(0, packed_rows.keys) for states in (keys, values))
+    causal = {"scale": settings.get("scaling"), "window_size": (-1, 0)}
+    grouped = keys.shape[1] != queries.shape[1]
+    found = kernel(queries, keys, values, *packed_rows.ends, *packed_rows.longest, **causal, enable_gqa=grouped)
+    return found[None], None
+
+
+def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Callable[..., Tensor] | None:
+    """torch's attention of rows behind one another, if it takes heads of `width` numbers of `dtype` on `device`."""
+    fits = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
+    if device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0):
+        return varlen_attn
+    return None
+
+
+def _precision(states: Tensor) -> torch.dtype:
+    """The dtype in which attention of `states` is computed."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
+def _by_length(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, packed_rows: Packed, **settings: Any
+) -> Tensor:
+    """Attention [1, N, heads, d] with one call of ``sdpa`` for all rows that have equally many tokens."""
     found, start = [], 0
     each = packed_rows.keys.split([count * length for count, _, length in packed_rows.rows])
     for (count, own, length), places in zip(packed_rows.rows, each, strict=True):
@@ -136,7 +185,7 @@ def _attention(
             mask = torch.ones(own, length, dtype=torch.bool, device=key.device).tril(length - own)[None, None]
         apart = (_apart(states, count) for states in (query[:, :, part], keys, values))
         found.append(sdpa_attention_forward(module, *apart, mask, **settings)[0].flatten(0, 1)[None])
-    return torch.cat(found, dim=1), None
+    return torch.cat(found, dim=1)
 
 
 def _apart(states: Tensor, count: int) -> Tensor:
