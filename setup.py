@@ -20,6 +20,7 @@ REQUIRES = [
     "psutil>=5.9",  # accelerate brings it
     "rich>=13",
     "tqdm>=4.66",
+    "typer>=0.29,<1",  # transformers brings it
     "httpx2>=2.0,<3",  # transformers brings it
     "tenacity>=9,<10",
 ]

@@ -38,7 +38,7 @@ def shorten(error: BaseException) -> None:
 
     Its causes keep the frames of the user's function and all below. Other errors stay as they are.
     """
-    if not (getattr(error, "_is_short", False) or _is_on_purpose(error)):
+    if not on_purpose(error):
         return
     error._is_short = True  # short_errors of a caller then removes the frames in between
     error.__traceback__ = _without_ours(error.__traceback__)
@@ -58,8 +58,10 @@ def _is_inside(frame: TracebackType) -> bool:
     return file.startswith(_HERE) or (file.startswith(_LIBRARY) and not file.startswith(_PACKAGES))
 
 
-def _is_on_purpose(error: BaseException) -> bool:
-    """Whether the innermost frame is a ``raise`` of this package."""
+def on_purpose(error: BaseException) -> bool:
+    """Whether a ``raise`` of this package made the error, so that its message is for the user."""
+    if getattr(error, "_is_short", False):
+        return True
     *_, (frame, line) = walk_tb(error.__traceback__)
     file = frame.f_code.co_filename
     return file.startswith(_HERE) and linecache.getline(file, line).lstrip().startswith("raise ")

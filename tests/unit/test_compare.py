@@ -135,4 +135,4 @@ def test_the_command_has_its_old_name_too(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reference", "--help"])
     with pytest.raises(SystemExit):
         runpy.run_module("trlx.reference", run_name="__main__")
-    assert "usage: python -m trlx compare" in capsys.readouterr().out
+    assert "Usage: trlx compare" in capsys.readouterr().out

@@ -104,8 +104,10 @@ def test_every_folder_of_the_package_is_a_package():
     assert [shown(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 
-def test_importing_trlx_loads_no_torch():
-    code = "import sys, trlx; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'not lazy'"
+def test_importing_trlx_and_its_help_loads_no_torch():
+    helps = "main([]), main(['plan', '--help'])"
+    code = f"import sys, trlx; from trlx.launch.cli import main; {helps}; "
+    code += "assert not {'torch', 'transformers', 'numpy', 'omegaconf'} & set(sys.modules), 'not lazy'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

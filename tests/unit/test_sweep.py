@@ -227,7 +227,7 @@ def test_the_command_has_its_old_name_too(script):
     config = str(write_space(script.parent, scheduler="hyperband"))
     command = [sys.executable, "-m", "trlx.sweep", "-y", "--local", "--config", config, str(script)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert (
         ended.stderr
         == "trlx sweep: --local knows search_alg random, scheduler fifo and no time_budget_s: leave --local out\n"

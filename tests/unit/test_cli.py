@@ -1,0 +1,70 @@
+"""The command line itself: help, exit codes and what stands on stderr."""
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import trlx
+from trlx.launch import cli
+from trlx.launch.cli import main
+
+COMMANDS = sorted(typer.main.get_command(cli.app).commands)
+
+
+def failure(capsys, *argv: str) -> tuple[int, str]:
+    """The exit code of a command that fails, and what it printed on stderr."""
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_fits_a_screen_and_shows_an_example(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    examples = lines[lines.index("  Examples:") + 1 :]
+    assert examples and all(line.startswith(f"    trlx {command}") for line in examples)
+
+
+def test_the_command_line_says_its_version_and_lists_its_commands(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"trlx {trlx.__version__}\n"
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {command} " in printed for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["paln"], "trlx: No such command 'paln'. Did you mean 'plan'? See trlx --help\n"),
+        (["plan"], "trlx plan: Missing argument 'model'. See trlx plan --help\n"),
+        (["plan", "x", "--tp", "two"], "trlx plan: Invalid value for '--tp': "),
+        (["plan", "x", "--set"], "trlx plan: Option '--set' requires an argument. See trlx plan --help\n"),
+        (["plan", "nowhere.yaml"], "trlx plan: There is no file nowhere.yaml in "),
+        (["report", "nowhere"], "trlx report: no metrics.jsonl in nowhere; "),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(argv, said, capsys):
+    code, printed = failure(capsys, *argv)
+    assert code == 2 and printed.startswith(said) and printed.count("\n") == 1
+
+
+def test_what_nobody_meant_for_the_user_is_exit_code_1_and_says_how_to_see_more(capsys, monkeypatch):
+    def failing(*_):
+        raise ValueError("too many values")
+
+    monkeypatch.setattr("trlx.launch.report.write_report", failing)
+    told = (1, "trlx report: ValueError: too many values. TRLX_TRACEBACKS=full shows where\n")
+    assert failure(capsys, "report", "x") == told
+    monkeypatch.setenv("TRLX_TRACEBACKS", "full")
+    with pytest.raises(ValueError, match="too many values"):
+        main(["report", "x"])
+
+
+def test_a_shell_completes_the_names_of_commands():
+    asked = {"_TRLX_COMPLETE": "complete_bash", "COMP_WORDS": "trlx re", "COMP_CWORD": "1"}
+    found = CliRunner().invoke(cli.app, [], env=asked, prog_name="trlx")
+    assert "report" in found.output.split() and "plan" not in found.output.split()

@@ -1,0 +1,159 @@
+"""Commands around training runs: report, plan, convert, sweep, compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+commands = typer.Typer()
+
+
+class ManyValues(TyperCommand):
+    """A command whose options in `LISTS` take several words: ``--seeds 1 2`` is ``--seeds 1 --seeds 2``."""
+
+    LISTS = ("--set", "--seeds")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        option, words = None, []
+        for word in args:
+            if word.startswith("-"):
+                option = word if word in self.LISTS else None
+            elif option is not None and words[-1] != option:
+                words.append(option)
+            words.append(word)
+        return super().parse_args(ctx, words)
+
+
+def example(*lines: str) -> str:
+    """The end of a help text."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@commands.command("report", epilog=example("trlx report ckpts/randomwalks/ppo"))
+def report(
+    folder: Annotated[Path, typer.Argument(help="train.logging_dir of the run, or its train.checkpoint_dir")],
+    title: Annotated[str | None, typer.Option(help="headline of the page  [default: the folder's name]")] = None,
+) -> int:
+    """Learning curves and samples of a run, as a picture and a page."""
+    from trlx.launch.report import write_report
+
+    print(*write_report(folder, title or folder.resolve().name), sep="\n")
+    return 0
+
+
+PLAN = example(
+    "trlx plan megatron_20b --gpus 64",
+    "trlx plan path/to/llama --method sft --tp 2 --gpus 8 --set train.mixed_precision=bf16",
+)
+
+
+@commands.command("plan", cls=ManyValues, epilog=PLAN)
+def plan(
+    model: Annotated[str, typer.Argument(help="a preset (megatron_20b), a YAML file, or a folder with a model")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE...", help="dotted settings")
+    ] = None,
+    method: Annotated[str, typer.Option(help="preset of the method: ppo, grpo, dpo, reward, ...")] = "ppo",
+    gpus: Annotated[int | None, typer.Option(help="GPUs in all  [default: as many as the preset says]")] = None,
+    tp: Annotated[int | None, typer.Option(help="tensor ranks")] = None,
+    pp: Annotated[int | None, typer.Option(help="pipeline stages")] = None,
+    vp: Annotated[int | None, typer.Option(help="chunks of layers per stage")] = None,
+    sp: Annotated[bool | None, typer.Option(help="sequence parallelism")] = None,
+    vocabulary: Annotated[int, typer.Option(help="tokens of a preset's model")] = 50257,
+    gpu_memory: Annotated[float, typer.Option(metavar="GIB", help="of one GPU")] = 80,
+) -> int:
+    """Memory and traffic of a NeMo trainer's layout, without running it."""
+    from trlx.launch.plan.tables import GIB
+    from trlx.launch.plan.tables import plan as print_plan
+
+    layout = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": vp,
+        "sequence_parallel": sp,
+    }
+    given = [f"train.trainer_kwargs.{key}={value}" for key, value in layout.items() if value is not None]
+    print_plan(model, method, [*given, *(overrides or [])], gpus, vocabulary, gpu_memory * GIB)
+    return 0
+
+
+@commands.command("convert", epilog=example("trlx convert path/to/hf_model model.nemo --tensor 2"))
+def convert(
+    source: Annotated[Path, typer.Argument(help="a Hugging Face folder, a .nemo file, or an unpacked .nemo file")],
+    target: Annotated[Path, typer.Argument(help="what to write: an archive if its name ends in .nemo, else a folder")],
+    tensor: Annotated[int, typer.Option(help="tensor ranks of the archive")] = 1,
+    pipeline: Annotated[int, typer.Option(help="pipeline stages of the archive")] = 1,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="number of tokens, if an archive with padding does not say it")
+    ] = None,
+) -> int:
+    """A model between a Hugging Face folder and a .nemo archive."""
+    from trlx.launch.convert import convert as write
+
+    write(source=source, target=target, tensor=tensor, pipeline=pipeline, vocab_size=vocab_size)
+    print(target)
+    return 0
+
+
+SWEEP = example("trlx sweep examples/ppo_sentiments.py --config configs/sweeps/ppo_sweep.yaml --local")
+
+
+@commands.command("sweep", epilog=SWEEP)
+def sweep(
+    script: Annotated[str, typer.Argument(help="a file or module that defines main(hparams)")],
+    config: Annotated[Path, typer.Option(help="what to vary, as in configs/sweeps/")],
+    accelerate_config: Annotated[
+        Path | None, typer.Option("--accelerate_config", metavar="FILE", help="for accelerate launch")
+    ] = None,
+    num_gpus: Annotated[
+        int | None, typer.Option("--num_gpus", help="GPUs and processes of a trial  [default: 1 if there is one]")
+    ] = None,
+    num_cpus: Annotated[
+        int | None, typer.Option("--num_cpus", help="CPUs of a process  [default: 4, or as many as there are]")
+    ] = None,
+    server_address: Annotated[
+        str | None, typer.Option("--server_address", metavar="HOST:PORT", help="a Ray Client server to run on")
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="no Ray: random and grid search, one trial after the other")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="folder of all trials  [default: below ckpts/sweeps]")] = None,
+    assume_yes: Annotated[bool, typer.Option("-y", "--assume_yes", help="do not ask before starting")] = False,
+) -> int:
+    """Many runs of a script, each with other hyper-parameters."""
+    from trlx.launch.sweep import run
+
+    return run(
+        script=script,
+        config=config,
+        accelerate_config=accelerate_config,
+        num_gpus=num_gpus,
+        num_cpus=num_cpus,
+        server_address=server_address,
+        local=local,
+        out=out,
+        assume_yes=assume_yes,
+    )
+
+
+@commands.command("compare", cls=ManyValues, epilog=example("trlx compare my-branch --against main --seeds 1 2 3"))
+def compare(
+    revision: Annotated[str, typer.Argument(help="a revision as git names it, or REPOSITORY:BRANCH to fetch")],
+    against: Annotated[str, typer.Option(metavar="REF", help="the other revision")] = "HEAD",
+    script: Annotated[
+        list[str] | None, typer.Option(metavar="COMMAND", help="a command to run; may be repeated")
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option(metavar="SEED...", help="take the place of {seed} in a script  [default: 1000]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for metrics and comparison")] = Path("ckpts/compare"),
+) -> int:
+    """The metrics of scripts at two revisions of a git repository."""
+    from trlx.launch.compare import SCRIPTS
+    from trlx.launch.compare import compare as run
+
+    print(run(revision, against, script or SCRIPTS, seeds or [1000], out))
+    return 0
