@@ -11,6 +11,8 @@ from trlx.models.architecture import COSTLY
 from trlx.models.packing import why_unpackable
 from trlx.models.policy import build_policy
 
+has_kernel = pytest.mark.skipif(packing.varlen_attn is None, reason="torch before 2.13 has no such kernel")
+
 
 def plain_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
     """What torch's kernel for rows of different lengths returns, with a check of what it asks for."""
@@ -82,7 +84,20 @@ def test_a_kernel_gets_what_it_can_compute_in_the_precision_of_autocast(monkeypa
     assert packing._attention(nn.Module(), query, key, value[..., :4], None, rows)[0].shape[-1] == 4
 
 
-@pytest.mark.skipif(packing.varlen_attn is None, reason="torch before 2.13 has no such kernel")
+@has_kernel
+def test_torchs_kernel_takes_these_arguments_and_has_gradients(monkeypatch):
+    monkeypatch.setattr(packing, "SHARED", 3)
+    monkeypatch.setattr(packing, "kernel_for", lambda *_: packing.varlen_attn)
+    monkeypatch.setattr(packing, "_precision", lambda states: torch.bfloat16)
+    rows = packing.packed(*sharing_batch()[:2]).to("meta")  # there are shapes and no numbers
+    given = [torch.empty(1, heads, len(rows.at), 8, device="meta", requires_grad=True) for heads in (4, 2, 2)]
+    found, _ = packing._attention(nn.Module(), *given, None, rows, scaling=0.5)
+    assert (found.shape, found.dtype) == ((1, len(rows.at), 4, 8), torch.bfloat16)
+    gradients = torch.autograd.grad(found.sum(), given)
+    assert [gradient.shape for gradient in gradients] == [each.shape for each in given]
+
+
+@has_kernel
 def test_the_kernel_is_for_halves_on_gpus_that_have_it(monkeypatch):
     gpu, halves = torch.device("cuda"), (torch.float16, torch.bfloat16)
     for capability, there in (((7, 5), None), ((8, 0), packing.varlen_attn), ((9, 0), packing.varlen_attn)):
