@@ -17,6 +17,7 @@ _NAMES = {
     "trlx.config": "TRLConfig",
     "trlx.presets": "load_preset",
     "trlx.registry": "register_trainer register_method register_datapipeline register_sampler register_architecture",
+    "trlx.run.callbacks": "Callback EarlyStopping",
     "trlx.rewards.classifier": "SequenceClassifierReward",
     "trlx.rewards.remote": "RemoteReward",
     "trlx.rewards.weighted": "WeightedRewards",

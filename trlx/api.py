@@ -16,6 +16,7 @@ from trlx.data.rows import as_list, common_method
 from trlx.presets import load_preset, over_preset
 from trlx.registry import pipelines, trainers
 from trlx.rewards.weighted import WeightedRewards
+from trlx.run.callbacks import Callback
 from trlx.run.failures import for_users
 from trlx.run.folder import check_folders
 from trlx.strict import called_here, check_keywords, suggestion
@@ -38,6 +39,7 @@ def train(
     config: TRLConfig | Mapping[str, Any] | str | Path | None = None,
     stop_sequences: list[str] | None = None,
     eval_samples: list[Any] | None = None,
+    callbacks: list[Callback] | None = None,
     **others: Any,
 ) -> Trainer:
     """Fine-tunes a language model: online with a reward function, or offline on samples.
@@ -63,6 +65,7 @@ def train(
         stop_sequences: texts that end a response and are cut off it.
         eval_samples: samples like `samples` that are not trained on; evaluations log the loss of them (SFT, DPO, KTO)
             or the accuracy on them (reward models).
+        callbacks: what sees the numbers of the run and may end it, see `trlx.Callback` and `trlx.EarlyStopping`.
 
     Returns:
         The trainer, after training: ``.generate``, ``.save_pretrained``, ``.evaluate``.
@@ -81,6 +84,7 @@ def train(
     check_folders(config.train)
     functions = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences or []}
     trainer = trainer_class(config=config, **functions, **config.train.trainer_kwargs)
+    trainer.callbacks.add(callbacks or [])
     _feed(trainer, prompts, eval_prompts, samples, rewards)
     if eval_samples is not None:
         _hold_out(trainer, eval_samples)

@@ -118,6 +118,13 @@ class Tracker(AbstractContextManager):
         self.close()
 
 
+def logged(folder: str | Path) -> list[dict[str, Any]]:
+    """What runs in `folder` logged: the lines of ``metrics.jsonl``, each with its "step". No file: []."""
+    path = Path(folder) / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # another process may be writing the last one
+
+
 def default_run_name(model_path: Any, num_processes: int) -> str:
     """``script/model/Ngpus:branch``; the branch is left out where there is none.
 

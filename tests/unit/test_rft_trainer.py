@@ -31,8 +31,8 @@ def test_samples_grow_every_n_improve_steps_epochs_and_the_threshold_rises_betwe
     trainer = trlx.train(config=config, reward_fn=counting, prompts=PROMPTS[:4])
     assert trainer.schedule.epoch == 5
     assert [percentile for _, percentile, _ in selections(tmp_path)] == pytest.approx([0.5, 0.7, 0.5, 0.7, 0.5])
-    assert len(trainer.history) == 3 * 4 * 3  # growths at epochs 0, 2 and 4
-    versions = [rollout.version for rollout in trainer.history]
+    assert len(trainer.pool) == 3 * 4 * 3  # growths at epochs 0, 2 and 4
+    versions = [rollout.version for rollout in trainer.pool]
     assert versions == sorted(versions) and len(set(versions)) == 3
     in_order = [prompt for prompt in PROMPTS[:4] for _ in range(3)]
     evaluations = 2 * 4  # at the start and at the end
@@ -67,7 +67,7 @@ def test_each_epoch_trains_on_the_samples_that_reach_their_prompts_threshold_eac
 
     config = tiny_config(tmp_path, "RFT", train={"epochs": 1, "total_steps": 500})
     trainer = trlx.train(config=config, reward_fn=first_letter, prompts=PROMPTS)
-    history = trainer.history
+    history = trainer.pool
     limit = thresholds([tuple(r.prompt) for r in history], [r.score for r in history], 0.5)
     wanted = {(tuple(r.prompt), tuple(r.response)) for r in history if r.score >= limit[tuple(r.prompt)]}
     trainer.schedule.epoch = 0
@@ -79,7 +79,7 @@ def test_each_epoch_trains_on_the_samples_that_reach_their_prompts_threshold_eac
 
 def test_the_loss_is_on_responses_only(tmp_path):
     trainer = run("RFT", tmp_path, train={"epochs": 1, "total_steps": 500})
-    rollouts = trainer.history[:3]
+    rollouts = trainer.pool[:3]
     store = type(trainer._selected())(rollouts, 0)
     lengths = [(len(r.prompt), len(r.prompt) + len(r.response)) for r in rollouts]
     for row, (start, end) in zip(store.rows([0, 1, 2]).response_mask.tolist(), lengths, strict=True):
@@ -96,7 +96,7 @@ def test_reward_fn_gets_tokenizer_and_metadata_and_dense_rewards_are_summed(tmp_
     method = {"n_generations_per_prompt": 2, "gen_kwargs": {"min_new_tokens": 6}}
     config = tiny_config(tmp_path, "RFT", method=method, train={"total_steps": 1})
     trainer = trlx.train(config=config, reward_fn=reward, prompts=prompts)
-    assert [rollout.score for rollout in trainer.history] == [0.75] * 6
+    assert [rollout.score for rollout in trainer.pool] == [0.75] * 6
     line = next(line for line in metrics(tmp_path) if "scores_mean" in line)
     assert (line["scores_mean"], line["scores_dist/max"], line["thresholds"]) == pytest.approx((0.75, 0.75, 0.749))
 
@@ -121,12 +121,12 @@ def test_scores_of_the_first_prompt_and_selected_samples_of_each_prompt_are_logg
 
 def test_history_comes_back_to_the_last_bit(tmp_path):
     trainer = run("RFT", tmp_path, train={"total_steps": 2})
-    trainer.history[0].score = 0.1 + 0.2
-    before = [(one.prompt, one.response, one.score) for one in trainer.history]
+    trainer.pool[0].score = 0.1 + 0.2
+    before = [(one.prompt, one.response, one.score) for one in trainer.pool]
     trainer.save(tmp_path / "saved")
-    trainer.history = []
+    trainer.pool = []
     trainer.load(tmp_path / "saved")
-    assert [(one.prompt, one.response, one.score) for one in trainer.history] == before and len(before) == 32
+    assert [(one.prompt, one.response, one.score) for one in trainer.pool] == before and len(before) == 32
 
 
 def test_a_failing_reward_leaves_the_history_as_it_was(tmp_path):

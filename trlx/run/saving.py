@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,21 @@ class Saver:
         if self._background is None:
             self.finish()
 
+    @property
+    def best(self) -> Path:
+        """The folder of the best checkpoint."""
+        return Path(self.trainer.config.train.checkpoint_dir) / run_folder.BEST
+
+    def keep_best(self, name: str, objective: float | None) -> None:
+        """Writes the best checkpoint if `objective`, a number called `name`, is higher than that of the last one."""
+        trainer = self.trainer
+        highest, trainer.best_metric = trainer.best_reward, name or trainer.best_metric
+        if objective is None or not math.isfinite(objective) or (highest is not None and objective <= highest):
+            return
+        trainer.best_reward, trainer.best_step = objective, trainer.schedule.step
+        if trainer.config.train.save_best:
+            trainer.begin_to_save(self.best)
+
     def finish(self) -> None:
         """Waits until what was begun is on the disk. Called on every process.
 
@@ -74,6 +90,13 @@ class Saver:
         if self._background is not None:
             self._background.wait()
             self.trainer.saved, self._begun = self._begun or self.trainer.saved, None
+
+    def export(self, folder: Path, merge: bool) -> None:
+        """See `Trainer.save_pretrained`."""
+        backend = self.trainer.backend
+        backend.on_main(partial(checkpoint.make_folder, folder))
+        backend.export_hf(folder, merge)
+        backend.barrier()
 
     def _write(self, target: Path) -> None:
         trainer, backend = self.trainer, self.trainer.backend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from abc import ABC, abstractmethod
@@ -29,6 +28,7 @@ from trlx.methods.units import Unit
 from trlx.models.source import tokenizer_for
 from trlx.rewards.scoring import Scorer
 from trlx.run import folder as run_folder
+from trlx.run.callbacks import Callbacks
 from trlx.run.changes import changes, identity, keeps_averages
 from trlx.run.display import Display
 from trlx.run.failures import rescuing
@@ -38,7 +38,7 @@ from trlx.sampling.base import drawn, sampler_for
 from trlx.sampling.settings import GEN_KWARGS, SamplingConfig, sweep_variants
 from trlx.sampling.stopping import Stopper
 from trlx.sampling.texts import Respond
-from trlx.tracking import Tracker
+from trlx.tracking import Tracker, logged
 from trlx.trainer.contract import check_class, check_rollouts_given, checked_loss
 from trlx.trainer.evaluate import Evaluator
 from trlx.trainer.schedule import Schedule, check_blocks
@@ -105,6 +105,7 @@ class Trainer(OldNames, ABC):
         self.display = Display(self.backend.is_main)
         self.run_folder: Path | None = None
         """The folder of the run that this trainer continues; None: it starts a run."""
+        self.callbacks = Callbacks(self)
         self.pending: dict[str, float] = {}  # collect() measured these; the next step logs them
         self.saved: tuple[Path, int] | None = None  # the last checkpoint to resume from, and its step
         self.at_boundary = True  # between two steps, where a checkpoint can be resumed exactly
@@ -176,6 +177,7 @@ class Trainer(OldNames, ABC):
             "skipped_steps": self.skipped.total,
             # after training the tracker is closed, and its last state holds
             "tracker": (self.tracker and self.tracker.state()) or self.tracker_state,
+            "callbacks": self.callbacks.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -183,6 +185,7 @@ class Trainer(OldNames, ABC):
         self.schedule.load_state_dict(state["schedule"])
         self.best_reward, self.best_step, self.best_metric = state["best"]
         self.skipped.total, self.tracker_state = state["skipped_steps"], state["tracker"]
+        self.callbacks.load(state.get("callbacks", []))
 
     # users call these
 
@@ -200,6 +203,15 @@ class Trainer(OldNames, ABC):
             display=self.display,
         )
 
+    def stop(self, why: str) -> None:
+        """Ends training after the present step, an evaluation and a checkpoint. For callbacks, on every process."""
+        self.schedule.stopped = why
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What the run logged so far, one dict per step or evaluation, each with its "step"."""
+        return logged(self.config.train.logging_dir or self.config.train.checkpoint_dir)
+
     def learn(self) -> None:
         """Trains to the end, from the start or from ``train.resume_from_checkpoint``.
 
@@ -210,7 +222,7 @@ class Trainer(OldNames, ABC):
             RuntimeError, ValueError: see `trlx.run.folder.opened`.
         """
         if self.run_folder is not None and self.schedule.finished and not self.schedule.evaluation_due:
-            logger.info(f"Nothing is left to learn: train.total_steps or train.epochs end at step {self.schedule.step}")
+            logger.info(f"Nothing is left to learn after step {self.schedule.step}: {self.schedule.why_finished}")
             return
         with ExitStack() as stack:
             stack.enter_context(watching())
@@ -221,11 +233,13 @@ class Trainer(OldNames, ABC):
             stack.enter_context(rescuing(self))
             stack.enter_context(self.display)
             self.display.begin(self)
+            self.callbacks.tell("on_start")
             if not resumed or self.schedule.evaluation_due:
                 self.evaluate()
             while not self.schedule.finished:
                 self._step(self._next_batch())
             self.saver.finish()
+            self.callbacks.tell("on_end")
             self.display.end(self)
 
     def generate(self, input_ids, attention_mask=None, **gen_kwargs: Any) -> str | list[str] | Tensor:
@@ -256,10 +270,7 @@ class Trainer(OldNames, ABC):
         """
         if not safe_serialization:
             raise ValueError("save_pretrained() writes safetensors only, never a pickle: leave out safe_serialization")
-        folder = Path(directory or Path(self.config.train.checkpoint_dir) / "hf_model").expanduser()
-        self.backend.on_main(lambda: checkpoint.make_folder(folder))
-        self.backend.export_hf(folder, merge)
-        self.backend.barrier()
+        self.saver.export(Path(directory or Path(self.config.train.checkpoint_dir) / "hf_model").expanduser(), merge)
 
     def save(self, directory: str | Path | None = None) -> None:
         """Writes a checkpoint to `directory`, and replaces the checkpoint there.
@@ -331,11 +342,11 @@ class Trainer(OldNames, ABC):
             result = self.evaluator.run(step)
         self.schedule.evaluation_due = False
         if self.tracker is not None:
+            self.callbacks.tell("on_evaluation", result.metrics)
             self.tracker.log(result.metrics, step)
-            samples = [dict(zip(result.columns, row, strict=True)) for row in result.rows]
-            self.tracker.log_samples("eval", step, samples)
+            self.tracker.log_samples("eval", step, [dict(zip(result.columns, row, strict=True)) for row in result.rows])
             self.display.evaluation(step, result.metrics, result.columns, result.rows)
-            self._keep_best(*result.objective(self.best_by))
+            self.saver.keep_best(*result.objective(self.best_by))
         return result.metrics
 
     def _next_batch(self) -> TokenBatch:
@@ -372,28 +383,18 @@ class Trainer(OldNames, ABC):
         metrics |= {**self.pending, "time/step": time.perf_counter() - began}
         metrics["time/tokens_per_second"] = self.display.tokens_per_second(tokens)
         self.pending = {}
+        self.callbacks.tell("on_step", metrics)
         self.tracker.log(metrics, self.schedule.step)
         self.display.step(metrics)
-        train, step, is_last = self.config.train, self.schedule.step, self.schedule.finished
-        if is_last or step % train.eval_interval == 0:
+        train, step = self.config.train, self.schedule.step
+        if self.schedule.finished or step % train.eval_interval == 0:
             self.evaluate()
         is_due = step % (train.checkpoint_interval or train.eval_interval) == 0
-        if is_last or (is_due and not self.skipped.in_a_row):
+        if self.schedule.finished or (is_due and not self.skipped.in_a_row):
             # the best checkpoint may be of this very state
-            self._begin_to_save(like=self._best_folder if train.save_best and self.best_step == step else None)
+            self.begin_to_save(like=self.saver.best if train.save_best and self.best_step == step else None)
 
-    def _keep_best(self, name: str, objective: float | None) -> None:
-        best, self.best_metric = self.best_reward, name or self.best_metric
-        if objective is None or not math.isfinite(objective) or (best is not None and objective <= best):
-            return
-        self.best_reward, self.best_step = objective, self.schedule.step
-        if self.config.train.save_best:
-            self._begin_to_save(self._best_folder)
-
-    def _begin_to_save(self, *directory: Path, like: Path | None = None) -> None:
-        plain = getattr(self.save, "__func__", None) is Trainer.save  # a subclass may do more
+    def begin_to_save(self, *directory: Path, like: Path | None = None) -> None:
+        """Starts to write a checkpoint, see `Saver.begin`, or calls the `save` of a subclass, which may do more."""
+        plain = getattr(self.save, "__func__", None) is Trainer.save
         self.saver.begin(*directory, like=like) if plain else self.save(*directory)
-
-    @property
-    def _best_folder(self) -> Path:
-        return Path(self.config.train.checkpoint_dir) / run_folder.BEST

@@ -31,7 +31,7 @@ class RFTTrainer(OnlineTrainer):
     method_class = RFTConfig
 
     def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None):
-        self.history: list[Rollout] = []
+        self.pool: list[Rollout] = []
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
 
     logprob_temperature = 1.0  # its loss is that of imitation
@@ -64,7 +64,7 @@ class RFTTrainer(OnlineTrainer):
             for rollout in grown:
                 rollout.score = total(rollout.score)
             self.report(grown)
-            self.history = self.history + grown
+            self.pool = self.pool + grown
             self.pending["time/rollout_time"] = time.perf_counter() - began
         chosen = self._selected()
         self.pending |= self._stats(chosen)
@@ -78,10 +78,10 @@ class RFTTrainer(OnlineTrainer):
         return sft_loss(outputs, batch)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"history": [[r.prompt, r.response, r.score] for r in self.history]}
+        return super().state_dict() | {"history": [[r.prompt, r.response, r.score] for r in self.pool]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = [Rollout(prompt, response, score) for prompt, response, score in state["history"]]
+        self.pool = [Rollout(prompt, response, score) for prompt, response, score in state["history"]]
         super().load_state_dict(state)
         # the history gives the selection of the epoch, so the epoch goes on where it was
         self.schedule.load_state_dict(state["schedule"])
@@ -89,12 +89,12 @@ class RFTTrainer(OnlineTrainer):
 
     def _selected(self) -> RolloutStore:
         """Selects the samples of the present epoch. Every process has the same history, so it selects the same."""
-        outputs, scores = [tuple(r.response) for r in self.history], [r.score for r in self.history]
+        outputs, scores = [tuple(r.response) for r in self.pool], [r.score for r in self.pool]
         chosen = select(self._prompts(), outputs, scores, self._percentile)
-        return self.store_of([self.history[i] for i in chosen])
+        return self.store_of([self.pool[i] for i in chosen])
 
     def _stats(self, chosen: RolloutStore) -> dict[str, float]:
-        prompts, scores = self._prompts(), torch.tensor([r.score for r in self.history], dtype=torch.float64)
+        prompts, scores = self._prompts(), torch.tensor([r.score for r in self.pool], dtype=torch.float64)
         limits = thresholds(prompts, scores.tolist(), self._percentile)
         of_first = torch.tensor([prompt == prompts[0] for prompt in prompts])
         selected = Counter(tuple(rollout.prompt) for rollout in chosen.rollouts)
@@ -112,7 +112,7 @@ class RFTTrainer(OnlineTrainer):
         }
 
     def _prompts(self) -> list[tuple[int, ...]]:
-        return [tuple(rollout.prompt) for rollout in self.history]
+        return [tuple(rollout.prompt) for rollout in self.pool]
 
     @property
     def _percentile(self) -> float:

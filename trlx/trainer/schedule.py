@@ -36,6 +36,8 @@ class Schedule:
     rows_done: int = field(default=0, init=False)
     """Rows of the present pass that are done, over all processes."""
 
+    stopped: str | None = field(default=None, init=False)
+    """Why `Trainer.stop` ended training before that."""
     evaluation_due: bool = field(default=False, init=False)
     """Whether to evaluate before the next batch, because the run stopped during an evaluation."""
 
@@ -46,9 +48,17 @@ class Schedule:
 
     @property
     def finished(self) -> bool:
-        """Whether ``train.total_steps`` or ``train.epochs`` are done."""
-        steps = self.train.total_steps
-        return self.epoch >= self.train.epochs or (steps is not None and self.step >= steps)
+        """Whether training is at its end."""
+        return self.why_finished is not None
+
+    @property
+    def why_finished(self) -> str | None:
+        """The reason why training is at its end; None: it is not."""
+        if self.stopped is None and self.epoch >= self.train.epochs:
+            return "train.epochs are done"
+        if self.stopped is None and self.train.total_steps is not None and self.step >= self.train.total_steps:
+            return "train.total_steps are done"
+        return self.stopped
 
     @property
     def begins_epoch(self) -> bool:
@@ -94,7 +104,7 @@ class Schedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         for name in _POSITION:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
 
 
 _POSITION = [f.name for f in fields(Schedule) if not f.init]
