@@ -16,7 +16,7 @@ from trlx.data.rows import as_list, common_method
 from trlx.presets import load_preset, over_preset
 from trlx.registry import pipelines, trainers
 from trlx.rewards.weighted import WeightedRewards
-from trlx.run.callbacks import Callback
+from trlx.run.callbacks import Callback, check_callbacks
 from trlx.run.failures import for_users
 from trlx.run.folder import check_folders
 from trlx.strict import called_here, check_keywords, suggestion
@@ -59,13 +59,11 @@ def train(
         prompts: texts, chats, or dicts with "prompt" and further keys, which reach reward_fn as keyword lists.
         eval_prompts: the same for evaluations; by default the first of `prompts`.
         metric_fn: called like reward_fn, at evaluations; returns a dict of numbers or of lists, one number per sample.
-        config: a TRLConfig, a preset's name, or a dict or YAML file of settings that are merged over the preset of PPO
-            (with reward_fn), ILQL (with rewards), DPO (with pairs), KTO (with labels) or SFT (otherwise), see
-            `over_preset`. None: that preset.
+        config: a TRLConfig, a preset's name, or a dict or YAML file merged (see `over_preset`) over the preset of PPO
+            (with reward_fn), ILQL (with rewards), DPO (with pairs), KTO (with labels) or SFT. None: that preset.
         stop_sequences: texts that end a response and are cut off it.
-        eval_samples: samples like `samples` that are not trained on; evaluations log the loss of them (SFT, DPO, KTO)
-            or the accuracy on them (reward models).
-        callbacks: what sees the numbers of the run and may end it, see `trlx.Callback` and `trlx.EarlyStopping`.
+        eval_samples: like `samples`, but not trained on; evaluations log their loss (SFT, DPO, KTO) or accuracy.
+        callbacks: see the numbers of the run and may end it: `trlx.Callback`, `trlx.EarlyStopping`.
 
     Returns:
         The trainer, after training: ``.generate``, ``.save_pretrained``, ``.evaluate``.
@@ -81,13 +79,12 @@ def train(
     config = _config(config, model_path, reward_fn, rewards, samples)
     trainer_class = _trainer_class(config.train, reward_fn, prompts, samples, rewards)
     _check_evaluations(trainer_class, eval_prompts, eval_samples)
+    check_callbacks(callbacks or [])
     check_folders(config.train)
     functions = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences or []}
     trainer = trainer_class(config=config, **functions, **config.train.trainer_kwargs)
-    trainer.callbacks.add(callbacks or [])
-    _feed(trainer, prompts, eval_prompts, samples, rewards)
-    if eval_samples is not None:
-        _hold_out(trainer, eval_samples)
+    trainer.callbacks.extend(callbacks or [])
+    _feed(trainer, prompts, eval_prompts, samples, rewards, eval_samples)
     trainer.learn()
     return trainer
 
@@ -163,7 +160,7 @@ def _check_evaluations(trainer_class: type[Trainer], eval_prompts, eval_samples)
         raise ValueError(f"{name} is not evaluated on samples: leave out eval_samples")
 
 
-def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards) -> None:
+def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards, eval_samples) -> None:
     """Gives a trainer what it learns from and what it is evaluated on."""
     global_batch = trainer.config.train.batch_size * trainer.backend.data_size
     if trainer.online:
@@ -177,6 +174,8 @@ def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards) -> None:
         prompts = [trainer.tokenizer.bos_token or trainer.tokenizer.eos_token] * global_batch
     if trainer.generates:
         trainer.add_eval_pipeline(_pipeline(prompts[:global_batch] if eval_prompts is None else eval_prompts, trainer))
+    if eval_samples is not None:
+        _hold_out(trainer, eval_samples)
 
 
 def _hold_out(trainer: Trainer, eval_samples) -> None:

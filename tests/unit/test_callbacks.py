@@ -86,7 +86,7 @@ def test_a_stop_on_another_process_is_a_stop_here():
     callbacks = Callbacks(trainer)
     callbacks.tell("on_step", {})
     assert trainer.schedule.stopped is None  # without callbacks nothing is asked
-    callbacks.add([trlx.Callback()])
+    callbacks.append(trlx.Callback())
     callbacks.tell("on_step", {})
     assert trainer.schedule.stopped == "a callback on another process ended the run"
 
@@ -120,8 +120,7 @@ def test_what_cannot_work_is_refused(tmp_path):
             trlx.EarlyStopping(**wrong)
     with pytest.raises(ValueError, match="watches 'reward/meen'.* Did you mean 'reward/mean'"):
         trlx.EarlyStopping("reward/meen").on_evaluation(None, {"reward/mean": 1.0})
-    callbacks = Callbacks(None)
     with pytest.raises(TypeError, match=r"callbacks takes a list of trlx.Callback, and .* is none; write it with \(\)"):
-        callbacks.add([trlx.EarlyStopping])
+        sft(tmp_path, [trlx.EarlyStopping])
     with pytest.raises(TypeError, match="and 3 is none$"):
-        callbacks.add([3])
+        sft(tmp_path, [3])

@@ -6,6 +6,7 @@ import math
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,17 @@ def test_a_loss_over_pairs_is_divided_by_pairs(printed):
     assert first["loss"] == pytest.approx(math.log(1 + math.e**0.5), abs=1e-5)
     assert last["accuracy"] == 1 and last["loss"] < second["loss"]
     assert trainer.schedule.step == 20 and (printed / "simpo-model" / "model.safetensors").is_file()
+
+
+def test_a_callback_adds_a_number_and_may_end_the_run(printed):
+    page = runpy.run_path(str(printed / "callbacks.py"))
+    lengths = [line for line in page["trainer"].history if "rollouts/response_length" in line]
+    assert page["trainer"].schedule.step == 4 and len(lengths) == 1  # four passes over one collection
+    assert lengths[0]["length_left"] == 100 - lengths[0]["rollouts/response_length"]
+    said = []
+    strict, metrics = page["LengthLimit"](3), {"rollouts/response_length": 3.5}
+    strict.on_step(SimpleNamespace(stop=said.append), metrics)
+    assert said == ["responses have more than 3 tokens"] and metrics["length_left"] == -0.5
 
 
 def test_a_pair_is_never_split(printed):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from trlx import logging
@@ -80,30 +79,30 @@ class EarlyStopping(Callback):
         self.best, self.waited = state["best"], state["waited"]
 
 
-class Callbacks:
-    """The callbacks of a trainer."""
+def check_callbacks(callbacks: list[Callback]) -> None:
+    """Checks that all are callbacks.
+
+    Raises:
+        TypeError: one of them is not.
+    """
+    for each in callbacks:
+        if not isinstance(each, Callback):
+            hint = "; write it with () to make one" if isinstance(each, type) else ""
+            raise TypeError(f"callbacks takes a list of trlx.Callback, and {each!r} is none{hint}")
+
+
+class Callbacks(list[Callback]):
+    """The callbacks of a trainer, the same on every process. They are added before `Trainer.learn`."""
 
     def __init__(self, trainer: Trainer):
+        super().__init__()
         self.trainer = trainer
-        self.callbacks: list[Callback] = []
-
-    def add(self, callbacks: Iterable[Callback]) -> None:
-        """Adds callbacks. Call it before `Trainer.learn`, on every process.
-
-        Raises:
-            TypeError: one of them is no `Callback`.
-        """
-        for each in callbacks:
-            if not isinstance(each, Callback):
-                hint = "; write it with () to make one" if isinstance(each, type) else ""
-                raise TypeError(f"callbacks takes a list of trlx.Callback, and {each!r} is none{hint}")
-            self.callbacks.append(each)
 
     def tell(self, event: str, *arguments: Any) -> None:
         """Calls the method `event` of each callback. A stop on one process is a stop on all."""
-        if not self.callbacks:
+        if not self:
             return
-        for each in self.callbacks:
+        for each in self:
             getattr(each, event)(self.trainer, *arguments)
         schedule = self.trainer.schedule
         if self.trainer.backend.any_process(schedule.stopped is not None):
@@ -111,14 +110,14 @@ class Callbacks:
 
     def state(self) -> list[list[Any]]:
         """What a resume needs of each: its class's name and its state."""
-        return [[type(each).__name__, each.state_dict()] for each in self.callbacks]
+        return [[type(each).__name__, each.state_dict()] for each in self]
 
     def load(self, state: list[list[Any]]) -> None:
         """Restores what `state` returned. A run that a callback ended goes on if it is resumed without callbacks."""
-        if not self.callbacks:
+        if not self:
             self.trainer.schedule.stopped = None
-        elif [name for name, _ in state] == [type(each).__name__ for each in self.callbacks]:
-            for each, (_, own) in zip(self.callbacks, state, strict=True):
+        elif [name for name, _ in state] == [type(each).__name__ for each in self]:
+            for each, (_, own) in zip(self, state, strict=True):
                 each.load_state_dict(own)
         else:
             logger.warning("The callbacks are not those that the checkpoint was written with: they start anew")
