@@ -82,13 +82,17 @@ def test_a_stopped_run_evaluates_saves_and_goes_on_only_without_callbacks(tmp_pa
 
 def test_a_stop_on_another_process_is_a_stop_here():
     trainer = SimpleNamespace(schedule=SimpleNamespace(stopped=None))
-    trainer.backend = SimpleNamespace(any_process=lambda flag: not flag)
+    asked = []
+    trainer.backend = SimpleNamespace(any_process=lambda flag: asked.append(flag) or True)
     callbacks = Callbacks(trainer)
     callbacks.tell("on_step", {})
     assert trainer.schedule.stopped is None  # without callbacks nothing is asked
     callbacks.append(trlx.Callback())
     callbacks.tell("on_step", {})
     assert trainer.schedule.stopped == "a callback on another process ended the run"
+    trainer.schedule.stopped = "enough"
+    callbacks.tell("on_step", {})
+    assert asked == [False, True] and trainer.schedule.stopped == "enough"
 
 
 def evaluated(stopping, values):
