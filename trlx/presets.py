@@ -7,14 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trlx import logging
 from trlx.compat.settings import PRESETS
 from trlx.config import SECTIONS, TRLConfig, merged, nested
+from trlx.model_presets import FOLDER, is_layer, layer_names, layers, layout
 from trlx.strict import ConfigError, suggestion
 from trlx.tracebacks import short_errors
 from trlx.yaml_files import register_resolvers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+logger = logging.get_logger(__name__)
 
 METHODS = ("ppo", "grpo", "ilql", "sft", "rft", "dpo", "kto", "reward")
 """Presets with the default configuration of a method."""
@@ -24,17 +28,26 @@ MEGATRON = "megatron_"
 
 @short_errors
 def load_preset(name: str | Path, *more: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> TRLConfig:
-    """The preset `name`, with further presets or YAML files merged over it, then dotted overrides.
+    """The preset `name`, with further presets, layers or YAML files merged over it, then dotted overrides.
 
-    Example: ``load_preset("ppo", overrides=["method.gamma=0.99"])``.
+    Example: ``load_preset("ppo", overrides=["method.gamma=0.99"])``, ``load_preset("grpo", "qwen3-4b", "8gpu")``.
+    Layers (`trlx.model_presets`) may stand in any order; all of them go where the first one stands.
 
     Raises:
         ValueError: the preset is unknown (the message lists all), or is only a part of a configuration.
     """
-    paths = [preset_path(part) for part in (name, *more)]
-    if len(paths) == 1 and str(name).startswith(MEGATRON):
-        raise ConfigError(f'{name} has no method: write load_preset("ppo", "{name}"), or another method\'s preset')
-    return TRLConfig.load_yaml(*paths, overrides=overrides)
+    parts = [name, *more]
+    chosen = [str(part) for part in parts if is_layer(part)]
+    files: list[Any] = [preset_path(part) for part in parts if not is_layer(part)]
+    if is_layer(name) or (len(parts) == 1 and str(name).startswith(MEGATRON)):
+        written = ", ".join(f'"{part}"' for part in parts)
+        raise ConfigError(f'{name} has no method: write load_preset("ppo", {written}), or another method\'s preset')
+    if chosen:
+        before = parts.index(chosen[0])
+        base = TRLConfig.load_yaml(*files[:before]).to_dict()
+        files[before:before] = layers(chosen, base)
+        _say_how_to_start(chosen)
+    return TRLConfig.load_yaml(*files, overrides=overrides)
 
 
 def over_preset(settings: Mapping[str, Any], method: str) -> TRLConfig:
@@ -89,7 +102,8 @@ def preset_path(name: str | Path) -> Path:
     if name in PRESETS:
         raise ValueError(f"Unknown preset {name!r}: write {PRESETS[name]}")
     if name not in presets:
-        raise ValueError(f"Unknown preset {name!r}.{suggestion(name, presets)} Known: {', '.join(sorted(presets))}")
+        known = [*sorted(presets), *layer_names()]
+        raise ValueError(f"Unknown preset {name!r}.{suggestion(name, known)} Known: {', '.join(known)}")
     return presets[name]
 
 
@@ -99,10 +113,11 @@ default_ppo_config, default_ilql_config, default_sft_config, default_rft_config 
 )
 
 
+def _say_how_to_start(layers: list[str]) -> None:
+    found = layout(layers)
+    if found is not None:
+        logger.info(f"{' '.join(layers)} is made for {found.gpus} GPUs of 80 GB: {found.launch} YOUR_SCRIPT")
+
+
 def _presets() -> dict[str, Path]:
-    return {path.stem: path for path in _folder().glob("*.yaml")}
-
-
-def _folder() -> Path:
-    inside, beside = (parent / "configs" for parent in Path(__file__).parents[:2])
-    return inside if inside.is_dir() else beside  # a wheel has the presets inside the package, a checkout beside it
+    return {path.stem: path for path in FOLDER.glob("*.yaml")}

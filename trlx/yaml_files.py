@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from trlx.registry import methods
 from trlx.strict import ConfigError
 
 
-def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """YAML files merged left to right, then dotted overrides, with interpolations resolved.
+def read_yaml(*files: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """YAML files and mappings merged left to right, then dotted overrides, with interpolations resolved.
 
     Raises:
         ConfigError: a file is not YAML or has no sections, an override has no value, or an interpolation has no target.
@@ -29,7 +29,7 @@ def read_yaml(*files: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     parts = []
     for file in files:
         try:
-            parts.append(OmegaConf.load(file))
+            parts.append(OmegaConf.create(file) if isinstance(file, Mapping) else OmegaConf.load(file))
         except MarkedYAMLError as error:
             raise ConfigError(f"{file}, line {error.problem_mark.line + 1}, is not YAML: {error.problem}") from None
         if not OmegaConf.is_dict(parts[-1]):

@@ -23,7 +23,8 @@ from trlx.method_configs import (
     RFTConfig,
     get_method,
 )
-from trlx.presets import _folder, load_preset
+from trlx.model_presets import FOLDER
+from trlx.presets import load_preset
 from trlx.strict import ConfigError
 
 SECTIONS = (ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig)
@@ -55,7 +56,7 @@ def test_every_method_has_a_default_preset(method):
 
 
 def test_a_preset_holds_only_what_differs_from_the_defaults():
-    for path in _folder().glob("*.yaml"):
+    for path in FOLDER.glob("*.yaml"):
         if path.stem.startswith("megatron_") or path.stem == "trlx-2024":  # NeMo's settings; a record of the original's
             continue
         for section, settings in yaml.safe_load(path.read_text()).items():

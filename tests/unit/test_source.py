@@ -13,9 +13,9 @@ from tests.builders import CHARACTERS, char_tokenizer, tiny_gpt2, tiny_gpt2_conf
 from tests.runs import PROMPTS, TEXTS, share_of_a, tiny_config
 from trlx.config import TokenizerConfig
 from trlx.data.hub import no_bars
+from trlx.model_presets import FOLDER
 from trlx.models.policy import load_model
 from trlx.models.source import exported, tokenizer_for
-from trlx.presets import _folder
 from trlx.strict import ConfigError
 from trlx.trainer.accelerate import AccelerateSFTTrainer
 from trlx.trainer.nemo import megatron_backend
@@ -37,7 +37,7 @@ def first(tokenizer) -> str:
 
 
 def test_no_preset_names_a_tokenizer():
-    for file in _folder().glob("*.yaml"):
+    for file in FOLDER.glob("*.yaml"):
         assert "tokenizer_path" not in file.read_text(), file.name
     assert trlx.load_preset("ppo", "megatron_20b").tokenizer.tokenizer_path is None
 
