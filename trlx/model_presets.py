@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trlx.strict import ConfigError
+from trlx.strict import ConfigError, suggestion
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,8 +28,8 @@ ADAPTER_RATE = 10
 LENGTH = 2048
 MICROBATCH = 2
 """Rows of a forward pass: the fewest that hold a pair."""
-SMALL = 1.05e9
-"""Models with fewer parameters keep their activations; those of others are computed again, on Accelerate."""
+SMALL = 1e9
+"""Larger models compute their activations again, on Accelerate."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def model_of(names: list[str]) -> str:
         return found[0]
     known = ", ".join(tables()["models"])
     if found:
-        raise ConfigError(f"{' and '.join(found)} are two models: write one of them")
+        raise ConfigError(f"{' and '.join(found)} are several models: write one of them")
     raise ConfigError(f'{names[0]} needs a model, e.g. load_preset("grpo", "qwen3-4b", "{names[0]}"). Known: {known}')
 
 
@@ -150,12 +150,16 @@ def shape_of(model: str) -> PretrainedConfig:
     """The configuration of a model in the table, by its name there or on the hub: its sizes, and no other facts.
 
     As ``model.model_path`` it makes a model with random weights, without a network.
+
+    Raises:
+        ConfigError: the table has no such model.
     """
     from transformers import AutoConfig
 
-    table = tables()["models"]
-    found = next(entry for name, entry in table.items() if model in (name, entry["hub"]))
-    return AutoConfig.for_model(**found["shape"])
+    table = tables()["models"] | {entry["hub"]: entry for entry in tables()["models"].values()}
+    if model not in table:
+        raise ConfigError(f"Unknown model {model!r}.{suggestion(model, table)} Known: {', '.join(tables()['models'])}")
+    return AutoConfig.for_model(**table[model]["shape"])
 
 
 def _settings(model: Mapping[str, Any], base: Mapping[str, Any], adapted: bool) -> dict[str, Any]:

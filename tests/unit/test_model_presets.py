@@ -104,7 +104,7 @@ def test_layers_stand_in_any_order_and_later_files_and_overrides_win(tmp_path):
         (["ppo", "qwen3-8b", "lra"], "Unknown preset 'lra'. Did you mean 'lora'?"),
         (["qwen3-8b", "8gpu"], 'qwen3-8b has no method: write load_preset("ppo", "qwen3-8b", "8gpu")'),
         (["ppo", "8gpu"], '8gpu needs a model, e.g. load_preset("grpo", "qwen3-4b", "8gpu"). Known: gpt2, '),
-        (["ppo", "gpt2", "qwen3-4b"], "gpt2 and qwen3-4b are two models: write one of them"),
+        (["ppo", "gpt2", "qwen3-4b"], "gpt2 and qwen3-4b are several models: write one of them"),
         (["ppo", "gpt2", "1gpu", "8gpu"], "1gpu, 8gpu are several numbers of GPUs: write one of them"),
         (["ppo", "qwen3-32b", "8gpu"], "for 8 GPUs of 80 GB. There are: qwen3-32b megatron 16gpu, 64gpu"),
         (
@@ -118,6 +118,12 @@ def test_layers_stand_in_any_order_and_later_files_and_overrides_win(tmp_path):
 def test_what_does_not_go_together_is_refused_with_what_does(names, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         load_preset(*names)
+
+
+def test_the_sizes_of_a_model_are_found_by_both_its_names():
+    assert shape_of("Qwen/Qwen3-8B").to_dict() == shape_of("qwen3-8b").to_dict()
+    with pytest.raises(ConfigError, match="Unknown model 'Qwen/Qwen3-9B'. Did you mean 'Qwen/Qwen3-8B'?"):
+        shape_of("Qwen/Qwen3-9B")
 
 
 def test_a_preset_says_how_to_start_it(caplog):
