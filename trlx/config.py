@@ -182,7 +182,7 @@ class TrainConfig(Section, section="train"):
     pinned main memory), off, or most bytes on the device."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null: off."""
-    mixed_precision: str | None = None
+    mixed_precision: str | bool | None = None
     """no, bf16 or fp16; null: as ``accelerate launch`` says."""
     gradient_checkpointing: Any = False
     """Recompute activations in the backward pass: true, or selective (all but matrix products and attention)."""
@@ -206,9 +206,10 @@ class TrainConfig(Section, section="train"):
         self.require(divides, "minibatch_size", f"divide train.batch_size ({self.batch_size})")
         for name in ("checkpoint_dir", "logging_dir", "rollout_logging_dir", "resume_from_checkpoint"):
             setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
-        # YAML reads off as false and on as true
+        # YAML reads off and no as false, and on as true
         self.cache_hidden_states = "off" if self.cache_hidden_states is False else self.cache_hidden_states
         self.packing = ("off", "on")[self.packing] if isinstance(self.packing, bool) else self.packing
+        self.mixed_precision = "no" if self.mixed_precision is False else self.mixed_precision
         self.require_choice("packing", ["auto", "on", "off"])
         # the lengths of packed rows are Python numbers, so each batch would be compiled anew
         self.require(not (self.compile and self.packing == "on"), "packing", "be auto or off with train.compile")
@@ -220,8 +221,8 @@ class TrainConfig(Section, section="train"):
         self.require_choice("reward_on", ["main", "each_rank"])
         self.require_choice("mixed_precision", ["no", "bf16", "fp16", None])
         self.tags = self.tags or []
-        is_named = isinstance(self.sampler, str) or (isinstance(self.sampler, Mapping) and "engine" in self.sampler)
-        self.require(is_named, "sampler", "be auto, a sampler's name, or a dict with engine, its name")
+        engine = self.sampler.get("engine", "auto") if isinstance(self.sampler, Mapping) else self.sampler
+        self.require(isinstance(engine, str), "sampler", "be auto, a sampler's name, or a dict with engine, its name")
 
 
 @dataclass

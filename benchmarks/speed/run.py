@@ -140,7 +140,9 @@ def main() -> None:
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workload", choices=WORKLOADS)
-    parser.add_argument("--pairs", type=int, default=3, help="runs of each contender")
+    parser.add_argument(
+        "--pairs", type=int, choices=range(1, 100), default=3, metavar="N", help="runs of each contender"
+    )
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     parser.add_argument("--tiny", action="store_true", help="sizes of a second, to try the benchmark itself")
     parser.add_argument("--no-warm-up", action="store_true", help="half the time, but the first collection is measured")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tests import runs
 from tests.runs import TEXTS, metrics, run, tiny_config, weights
 from trlx import checkpoint
 from trlx.data.store import RolloutStore
-from trlx.run.changes import ADAPTED, EXACT, REFUSED, changes, keeps_averages
+from trlx.run.changes import ADAPTED, EXACT, REFUSED, changes, identity, keeps_averages
 from trlx.trainer import schedule
 
 AUTO = {"resume_from_checkpoint": "auto"}
@@ -49,6 +50,20 @@ def test_every_other_change_is_mentioned_with_what_is_done_about_it():
     assert changes(before, identity_of(method={"gamma": 0.5})) == [line]
     line = "config.train.seq_length: 16 then, 20 now: numbers will not be the interrupted run's"
     assert changes(before, identity_of(train={"seq_length": 20})) == [line]
+
+
+def test_a_sampler_is_the_same_however_it_is_written():
+    backend = SimpleNamespace(fingerprint="", lr_schedule="", data_size=1)
+
+    def sampler(written):
+        return identity(tiny_config("somewhere", "SFT", train={"sampler": written}), backend, "")
+
+    for written in ({"engine": "auto"}, {}):
+        assert changes(sampler("auto"), sampler(written)) == []
+    what = ADAPTED["config.train.sampler"]
+    assert changes(sampler("auto"), sampler({"places": 2})) == [
+        f"config.train.sampler.places: None then, 2 now: {what}"
+    ]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -131,6 +131,15 @@ def test_yaml_files_and_overrides_merge_left_to_right(tmp_path):
     assert config.train.tags == ["x", "y"] and config.train.total_steps == 2000
 
 
+def test_words_that_yaml_reads_as_truth_values_are_settings_too():
+    words = ["mixed_precision=no", "packing=off", "cache_hidden_states=off", "sampler.places=4"]
+    train = load_preset("ppo", overrides=[f"train.{word}" for word in words]).train
+    assert (train.mixed_precision, train.packing, train.cache_hidden_states) == ("no", "off", "off")
+    assert train.sampler == {"places": 4}
+    with pytest.raises(ConfigError, match="train.mixed_precision: unknown value True. Known: no, bf16"):
+        load_preset("ppo", overrides=["train.mixed_precision=yes"])
+
+
 def test_a_number_written_as_text_is_a_number():
     kwargs = {"lr": "1e-4", "betas": [0.9, 0.95], "decay": "cosine"}
     config = minimal(optimizer={"kwargs": kwargs}, scheduler={"kwargs": {"eta_min": "1e-6", "T_max": 5}})

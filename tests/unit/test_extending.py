@@ -70,7 +70,7 @@ def test_a_pair_is_never_split(printed):
     from trlx.registry import trainers
 
     config = TRLConfig.load_yaml(printed / "simpo.yaml", overrides=["train.minibatch_size=1"])
-    with pytest.raises(ValueError, match="train.minibatch_size is 1, but this trainer keeps rows together by 2"):
+    with pytest.raises(ValueError, match="train.minibatch_size is 1, but this trainer keeps 2 rows together"):
         trainers.get("AccelerateSimPOTrainer")(config)
     trainer = trainers.get("AccelerateSimPOTrainer")(TRLConfig.load_yaml(printed / "simpo.yaml"))
     trainer.make_experience([{"prompt": p, "chosen": p * 2, "rejected": p * 3} for p in "abcdefg"], 64)
@@ -164,7 +164,8 @@ def test_a_sampler_that_nobody_knows_or_an_argument_that_it_does_not_take_is_ref
     for sampler, words in (
         ("recoded", "Unknown sampler 'recoded'"),
         ({"engine": "auto", "url": "x"}, "train.sampler.url"),
-        ({"url": "x"}, "train.sampler must be auto, a sampler's name, or a dict with engine"),
+        ({"url": "x"}, "Unknown key 'train.sampler.url'. Known: places"),
+        ({"engine": 3}, "train.sampler must be auto, a sampler's name, or a dict with engine"),
     ):
         with pytest.raises(ValueError, match=words):
             config = tiny_config(tmp_path, "SFT", train={"sampler": sampler})

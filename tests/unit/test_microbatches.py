@@ -10,8 +10,10 @@ from tests.builders import tiny_gpt2_config
 from tests.runs import tiny_config
 from trlx.backends import accelerate
 from trlx.backends.microbatches import FEWEST, PASS_COST, at_least, filled, microbatches, row_lengths
-from trlx.batch import TokenBatch
+from trlx.batch import Rollout, TokenBatch
+from trlx.data.collate import collate
 from trlx.models import memory
+from trlx.models.decoder import blocks
 from trlx.models.memory import bytes_per_token
 from trlx.trainer.accelerate import AccelerateSFTTrainer
 
@@ -127,3 +129,13 @@ def watched(loss, seen):
         return loss(self, outputs, batch)
 
     return watching
+
+
+@pytest.mark.parametrize(("dropout", "tokens"), [(0.0, 3), (0.1, 9)])
+def test_equal_rows_are_computed_apart_where_dropout_differs(tmp_path, dropout, tokens):
+    model = {"model_path": tiny_gpt2_config(resid_pdrop=dropout)}
+    backend = AccelerateSFTTrainer(tiny_config(tmp_path, "SFT", model=model, train={"packing": "on"})).backend
+    read = []
+    blocks(backend.policy.model)[0].register_forward_hook(lambda block, args, output: read.append(args[0].shape[1]))
+    backend.train_step(collate([Rollout([5], [6, 7])] * 3, 0), lambda outputs, batch: (outputs.logprobs.sum(), {}))
+    assert read == [tokens]

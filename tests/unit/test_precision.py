@@ -7,7 +7,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch.nn import Parameter
 
 from tests.builders import tiny_gpt2_config
@@ -21,14 +20,6 @@ from trlx.models import packing
 from trlx.models.memory import bytes_per_token
 
 BF16 = {"train": {"mixed_precision": "bf16"}, "model": {"model_path": tiny_gpt2_config()}}
-
-
-@pytest.fixture(autouse=True)
-def no_precision_chosen_yet():
-    """Accelerate chooses it once in a process."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture
@@ -60,6 +51,17 @@ def test_ppo_in_bf16_starts_at_the_reference_with_a_ratio_of_one(tmp_path, multi
     assert all(line["skipped_steps"] == 0 for line in metrics(tmp_path) if "skipped_steps" in line)
 
 
+def test_every_run_of_a_process_has_its_own_precision(tmp_path, monkeypatch):
+    halves = {"bf16": torch.bfloat16, "no": torch.float32, None: torch.float32, False: torch.float32}
+    backends = {asked: backend_of(tmp_path, mixed_precision=asked) for asked in halves}
+    assert {asked: backend.precision for asked, backend in backends.items()} == halves
+    first = backends["bf16"].evaluate(ROWS).logprobs
+    assert torch.equal(backend_of(tmp_path, mixed_precision="bf16").evaluate(ROWS).logprobs, first)
+    assert not torch.equal(backends["no"].evaluate(ROWS).logprobs, first)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert backend_of(tmp_path).precision is torch.bfloat16 and backends[None].precision is torch.float32
+
+
 def test_frozen_blocks_whose_output_is_kept_round_as_the_model_does(tmp_path):
     backend = backend_of(tmp_path, mixed_precision="bf16")
     found = backend.evaluate(ROWS)
@@ -84,7 +86,6 @@ def test_a_pass_in_bf16_has_more_tokens_and_less_where_processes_share_the_memor
     free = 3 * trained + 2 * 40 * half
     monkeypatch.setattr(accelerate, "free_memory", lambda _, processes: 2 * free // processes)
     monkeypatch.setattr(accelerate.Accelerator, "num_processes", 2)
-    AcceleratorState._reset_state(True)
     assert backend_of(tmp_path, mixed_precision="bf16").microbatch_tokens == 40
 
 
@@ -92,7 +93,6 @@ def test_sft_in_bf16_learns_as_in_float32(tmp_path):
     longer = {"total_steps": 20}
     losses = {}
     for precision in ("bf16", "no"):
-        AcceleratorState._reset_state(True)
         run("SFT", tmp_path / precision, train={**longer, "mixed_precision": precision}, model=BF16["model"])
         losses[precision] = [line["loss"] for line in metrics(tmp_path / precision) if "loss" in line]
     assert losses["bf16"] != losses["no"]

@@ -258,7 +258,7 @@ def test_pairs_choose_the_method(tmp_path):
         ({"method": {"loss_type": "ipo", "label_smoothing": 0.1}}, {}, "must be 0 unless method.loss_type is sigmoid"),
         ({"method": {"label_smoothing": 0.5}}, {}, "must be at least 0 and less than 0.5, got 0.5"),
         ({"method": {"beta": 0.0}}, {}, "method.beta must be positive"),
-        ({"train": {"batch_size": 3}}, {}, "keeps rows together by 2"),
+        ({"train": {"batch_size": 3}}, {}, "keeps 2 rows together"),
         ({}, {"rewards": [1.0] * 7}, "AccelerateDPOTrainer does not use rewards"),
         ({}, {"samples": ["abc"]}, "Sample 0 must have chosen and rejected, got 'abc'"),
     ],

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
@@ -27,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trlx import logging
-from trlx.backends.base import HALVES, PATIENCE, UPDATES_FILE, Backend, LossFn, ModelNeeds
+from trlx.backends.base import HALVES, PATIENCE, UPDATES_FILE, Backend, LossFn, ModelNeeds, other_weights
 from trlx.backends.deepspeed import ASKED, wants_deepspeed, zero_for
 from trlx.backends.microbatches import FEWEST, pass_cost
 from trlx.backends.optimizer import check_settings, make_optimizer, make_scheduler, move_state
@@ -92,6 +93,7 @@ class AccelerateBackend(Backend):
         torch.manual_seed(train.seed)  # all processes must draw the same random weights
         self.policy = _load_policy(dataclasses.replace(model, model_path=self.source(model, train)), needs, tokenizer)
         check_vocabulary(self.policy.model.get_input_embeddings().weight.shape[0], tokenizer)
+        self.drops = needs.dropout and has_dropout(self.policy.model)
         self.precision = HALVES.get(self.accelerator.mixed_precision, self.policy.model.dtype)
         self.positions = check_positions(self.policy.model, train.seq_length) or self.positions
         self.vocab_size = output_head(self.policy.model).weight.shape[0]
@@ -106,8 +108,8 @@ class AccelerateBackend(Backend):
         with self.sharding.unsharded():
             self.starts_at_reference = self.reference is None or self.reference.is_first_policy()
         self.packs = self._packs("off" if train.compile else train.packing)
-        self.microbatch_tokens = train.tokens_per_microbatch or self._tokens_that_fit(train, needs.dropout)
-        self.trunk = self._frozen_trunk(train.cache_hidden_states, needs.dropout)
+        self.microbatch_tokens = train.tokens_per_microbatch or self._tokens_that_fit(train)
+        self.trunk = self._frozen_trunk(train.cache_hidden_states)
         self.move_state = self._state_mover(prepared) if train.offload_optimizer else lambda device: None
         self.scheduler_at = partial(make_scheduler, scheduler, prepared)
         self.scheduler = self.scheduler_at(0)
@@ -131,18 +133,17 @@ class AccelerateBackend(Backend):
             raise ValueError(f"train.packing is on, but {type(self.policy.model).__name__} {reason}: write auto")
         return reason is None
 
-    def _tokens_that_fit(self, train: TrainConfig, dropout: bool) -> int | None:
+    def _tokens_that_fit(self, train: TrainConfig) -> int | None:
         # another cut draws other dropout masks, and no number may depend on the machine in more than rounding
-        drops = dropout and has_dropout(self.policy.model)
-        if train.minibatch_size or train.gradient_checkpointing or drops or not self.sharding.independent:
+        if train.minibatch_size or train.gradient_checkpointing or self.drops or not self.sharding.independent:
             return None
         each = bytes_per_token(self.policy)  # which Accelerate has prepared, so it rounds as in a step
         coming = 3 * sum(weight.nbytes for weight in trainable(self.policy))  # gradients and Adam's two averages
         return max(int((free_memory(self.device, self.processes) - coming) / 2 / each), 1)
 
-    def _frozen_trunk(self, setting: str | int, dropout: bool) -> FrozenTrunk | None:
+    def _frozen_trunk(self, setting: str | int) -> FrozenTrunk | None:
         # sharded weights are gathered as the blocks run
-        if setting == "off" or not self.sharding.independent or (dropout and has_dropout(self.policy.model)):
+        if setting == "off" or not self.sharding.independent or self.drops:
             return None
         room = room_for_states(setting, self.device, self.processes)
         return frozen_trunk(self.policy, *room, self.accelerator.autocast)
@@ -225,7 +226,9 @@ class AccelerateBackend(Backend):
     @contextmanager
     def _reading(self, on_host: TokenBatch, batch: TokenBatch) -> Iterator[tuple[Any, ...]]:
         """Yields the policy's arguments for `batch`. Inside the block it does not compute its frozen blocks again."""
-        rows = packed(on_host.tokens, on_host.attention_mask).to(self.device) if self.packs else None
+        tokens, mask = on_host.tokens, on_host.attention_mask
+        # rows that share a beginning would share its dropout mask
+        rows = packed(tokens, mask, shares=not self.drops).to(self.device) if self.packs else None
         masks, encoder = (batch.attention_mask, batch.response_mask), (batch.encoder_tokens, batch.encoder_mask)
         with nullcontext() if self.trunk is None else self.trunk.skipped(on_host, rows, self.device):
             yield batch.tokens, *masks, *encoder, batch.at, rows
@@ -275,8 +278,7 @@ class AccelerateBackend(Backend):
         saved = load_file(folder / "policy.safetensors")
         trained = self._trained()
         if saved.keys() != trained.keys():
-            odd = sorted(saved.keys() ^ trained.keys())[:3]
-            raise ValueError(f"{folder} holds other trained weights than this config asks for, e.g. {', '.join(odd)}")
+            raise ValueError(other_weights(folder, saved.keys() ^ trained.keys()))
         for name, weight in trained.items():
             with torch.no_grad(), self.sharding.writing([weight]):
                 weight.copy_(self.sharding.shard(saved[name], weight))
@@ -326,6 +328,8 @@ class GenerateSampler(TransformersSampler):
 
 
 def _accelerator(mixed_precision: str | None) -> Accelerator:
+    # an earlier run of this process keeps its precision, which this one would get, too, or not be allowed to change
+    AcceleratorState._shared_state = type(AcceleratorState._shared_state)()
     # Accelerate's own DeepSpeed support makes an optimizer step for every microbatch, rounds all weights and heads
     # to bfloat16, and does not run on CPUs: let it prepare plain data-parallel processes
     with patch_environment(**{ASKED: "false"}):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +41,16 @@ T = TypeVar("T")
 
 LossFn = Callable[[TokenOutputs, TokenBatch], tuple[Tensor, Metrics]]
 """Takes one microbatch; returns the loss **summed** over its units, and its metrics."""
+
+
+def other_weights(folder: Path, odd: Iterable[str]) -> str:
+    """The message of an error: the checkpoint in `folder` is not of the weights that train; `odd` are those that only
+    one of the two has."""
+    return (
+        f"{folder} holds other trained weights than this config trains, e.g. {', '.join(sorted(odd)[:3])}: set "
+        "model.num_layers_unfrozen and model.peft_config as they were then, or start a new run with the path of its "
+        "hf_model as model.model_path"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,12 +53,12 @@ class Packed:
         return replace(self, **{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
 
 
-def packed(tokens: Tensor, attention_mask: Tensor) -> Packed:
+def packed(tokens: Tensor, attention_mask: Tensor, shares: bool = True) -> Packed:
     """Where the tokens of [B, T], right-padded where `attention_mask` is False, stand when they are packed.
 
     The samples of a prompt, the answers of a pair, and all rows with one system prompt share a beginning. One of fewer
     than `SHARED` tokens stands there for each row, but a row that begins another one, or equals it, adds nothing. Both
-    tensors are on the host: this looks at each token.
+    tensors are on the host: this looks at each token. Without `shares` all tokens of each row stand there.
     """
     width, lengths = tokens.shape[1], attention_mask.sum(dim=1).tolist()
     # a tree of all beginnings: by the next token, where it stands in [B, T], and what may follow it
@@ -72,7 +72,7 @@ def packed(tokens: Tensor, attention_mask: Tensor) -> Packed:
                 break
             place, node = node[token]
             known.append(place)
-        shared = len(known) if len(known) >= min(SHARED, length) else 0
+        shared = len(known) if shares and len(known) >= min(SHARED, length) else 0
         found.append([*known[:shared], *own[shared:]])
         for token, place in zip(ids[len(known) : length], own[len(known) :], strict=True):
             node[token] = place, {}

@@ -35,7 +35,9 @@ ADAPTED = {
     "config.optimizer": "in use from here on",
     "config.scheduler": "the learning rate goes on at the run's step of the new schedule",
     "config.train.batch_size": "the present pass goes on at its next row, in batches of the new size",
+    "config.model.num_layers_unfrozen": "the checkpoint fits only where the same weights train",
     "config.train.cache_hidden_states": "numbers are the same up to rounding",
+    "config.train.sampler": "responses are drawn in the new way from here on",
     "config.train.max_grad_norm": "in use from here on",
     "config.train.minibatch_size": "numbers are the same up to rounding; dropout masks differ",
     "config.train.tokens_per_microbatch": "numbers are the same up to rounding; dropout masks differ",
@@ -61,9 +63,13 @@ AVERAGES = {
 
 def identity(config: TRLConfig, backend: Backend, data: str) -> dict[str, Any]:
     """What must stay the same so that a resumed run gives the same numbers; `data` is a hash of the data."""
+    plain, sampler = config.to_json(), config.train.sampler
+    plain["train"]["sampler"] = {"engine": "auto"} | (
+        {"engine": sampler} if isinstance(sampler, str) else dict(sampler)
+    )
     return {
         "backend": type(backend).__name__,
-        "config": config.to_json(),
+        "config": plain,
         "model": backend.fingerprint,
         "schedule": backend.lr_schedule,
         "data": data,

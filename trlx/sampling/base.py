@@ -96,7 +96,7 @@ def sampler_for(settings: Any, backend: Any, tokenizer: PreTrainedTokenizerBase)
         ValueError: the name is unknown, or the sampler does not take an argument.
     """
     arguments = dict(settings) if isinstance(settings, Mapping) else {"engine": settings}
-    engine = arguments.pop("engine")
+    engine = arguments.pop("engine", "auto")
     if engine == "auto":
         check_keywords(backend.sampler, arguments, "train.sampler")
         return backend.sampler(**arguments)

@@ -119,5 +119,5 @@ def check_blocks(batch_size: int, minibatch_size: int, together: int) -> None:
     for name, rows in (("batch_size", batch_size), ("minibatch_size", minibatch_size)):
         if rows % together:
             raise ValueError(
-                f"train.{name} is {rows}, but this trainer keeps rows together by {together}: write a multiple of it"
+                f"train.{name} is {rows}, but this trainer keeps {together} rows together: write a multiple of that"
             )

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trlx.backends.base import other_weights
 from trlx.backends.megatron.mapping import SCORE, Entry, Replicated, Vocabulary
 from trlx.backends.megatron.model import PolicyStage
 from trlx.backends.megatron.parallel import ParallelState
@@ -109,8 +110,7 @@ class StageWeights:
         found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, odd[:3])
         if any(found):
-            examples = ", ".join(sorted({name for each in found for name in each})[:3])
-            raise ValueError(f"{folder} holds other trained weights than this config trains, e.g. {examples}")
+            raise ValueError(other_weights(folder, {name for each in found for name in each}))
         with torch.no_grad():
             for weight in trained:
                 updates.set_main_weight(weight.value, self._shard(weight, read).to(weight.value.device))
