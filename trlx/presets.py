@@ -36,6 +36,17 @@ def load_preset(name: str | Path, *more: str | Path, overrides: tuple[str, ...] 
     Raises:
         ValueError: the preset is unknown (the message lists all), or is only a part of a configuration.
     """
+    config = TRLConfig.load_yaml(*preset_parts(name, *more), overrides=overrides)
+    _say_how_to_start([name, *more])
+    return config
+
+
+def preset_parts(name: str | Path, *more: str | Path) -> list[Path | dict[str, Any]]:
+    """What `load_preset` merges, in this order: files, and the settings of layers.
+
+    Raises:
+        ValueError: as in `load_preset`.
+    """
     parts = [name, *more]
     chosen = [str(part) for part in parts if is_layer(part)]
     files: list[Any] = [preset_path(part) for part in parts if not is_layer(part)]
@@ -44,10 +55,8 @@ def load_preset(name: str | Path, *more: str | Path, overrides: tuple[str, ...] 
         raise ConfigError(f'{name} has no method: write load_preset("ppo", {written}), or another method\'s preset')
     if chosen:
         before = parts.index(chosen[0])
-        base = TRLConfig.load_yaml(*files[:before]).to_dict()
-        files[before:before] = layers(chosen, base)
-        _say_how_to_start(chosen)
-    return TRLConfig.load_yaml(*files, overrides=overrides)
+        files[before:before] = layers(chosen, TRLConfig.load_yaml(*files[:before]).to_dict())
+    return files
 
 
 def over_preset(settings: Mapping[str, Any], method: str) -> TRLConfig:
@@ -113,10 +122,11 @@ default_ppo_config, default_ilql_config, default_sft_config, default_rft_config 
 )
 
 
-def _say_how_to_start(layers: list[str]) -> None:
-    found = layout(layers)
+def _say_how_to_start(parts: list[Any]) -> None:
+    chosen = [part for part in parts if is_layer(part)]
+    found = layout(chosen) if chosen else None
     if found is not None:
-        logger.info(f"{' '.join(layers)} is made for {found.gpus} GPUs of 80 GB: {found.launch} YOUR_SCRIPT")
+        logger.info(f"{' '.join(chosen)} is made for {found.gpus} GPUs of 80 GB: {found.launch} YOUR_SCRIPT")
 
 
 def _presets() -> dict[str, Path]:

@@ -15,7 +15,7 @@ from trlx.backends.megatron.size_checks import check_sizes
 from trlx.launch.plan.parameters import total_parameters
 from trlx.launch.plan.run import TRAINERS, read_run
 from trlx.model_presets import layout, layouts, shape_of, tables
-from trlx.presets import METHODS, load_preset
+from trlx.presets import METHODS, load_preset, preset_parts
 from trlx.strict import ConfigError
 
 MODELS = list(tables()["models"])
@@ -94,6 +94,9 @@ def test_layers_stand_in_any_order_and_later_files_and_overrides_win(tmp_path):
     before, after = load_preset("grpo", mine, "gpt2", "1gpu"), load_preset("grpo", "gpt2", "1gpu", mine)
     assert [(each.train.batch_size, each.train.seed) for each in (before, after)] == [(64, 3), (4, 3)]
     assert {each.method.gen_kwargs["top_k"] for each in (before, after)} == {5}
+    merged = preset_parts("grpo", "gpt2", "lora", mine)
+    assert [each.name for each in merged if not isinstance(each, dict)] == ["grpo.yaml", "lora.yaml", "mine.yaml"]
+    assert merged[2]["model"]["model_path"] == "gpt2"
     assert load_preset("grpo", "gpt2", "8gpu", overrides=["train.batch_size=2"]).train.batch_size == 2
 
 
