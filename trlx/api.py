@@ -13,6 +13,7 @@ from trlx import logging
 from trlx.config import TrainConfig, TRLConfig
 from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list, common_method
+from trlx.launch.reporter import Reporter
 from trlx.presets import load_preset, over_preset
 from trlx.registry import pipelines, trainers
 from trlx.rewards.weighted import WeightedRewards
@@ -83,7 +84,7 @@ def train(
     check_folders(config.train)
     functions = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences or []}
     trainer = trainer_class(config=config, **functions, **config.train.trainer_kwargs)
-    trainer.callbacks.extend(callbacks or [])
+    _watch(trainer, callbacks)
     _feed(trainer, prompts, eval_prompts, samples, rewards, eval_samples)
     trainer.learn()
     return trainer
@@ -158,6 +159,12 @@ def _check_evaluations(trainer_class: type[Trainer], eval_prompts, eval_samples)
         raise ValueError(f"{name} generates nothing, so it has no use for eval_prompts: pass eval_samples")
     if eval_samples is not None and not hasattr(trainer_class, "add_eval_samples"):
         raise ValueError(f"{name} is not evaluated on samples: leave out eval_samples")
+
+
+def _watch(trainer: Trainer, callbacks: list[Callback] | None) -> None:
+    """Gives a trainer what looks at its run: the callbacks, and what writes the report."""
+    trainer.callbacks.extend(callbacks or [])
+    trainer.watchers.append(Reporter)
 
 
 def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards, eval_samples) -> None:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ METRICS = "metrics.jsonl"
 ABANDONED = "metrics.abandoned.jsonl"
 SAMPLES = "samples"
 CONFIG = "config.json"
-RUN_FILES = (METRICS, ABANDONED, SAMPLES, CONFIG, "tensorboard")
+ALARMS = "alarms.jsonl"
+ENVIRONMENT = "environment.jsonl"
+REPORT, PICTURE = "report.html", "report.png"
+RUN_FILES = (METRICS, ABANDONED, SAMPLES, CONFIG, ALARMS, ENVIRONMENT, REPORT, PICTURE, "tensorboard")
 """What every run writes under the same name."""
 EARLIER = "earlier"
 """Files of an older run move to a folder of this name and a number."""
@@ -39,6 +42,7 @@ class Tracker(AbstractContextManager):
     Args:
         kind: "wandb", "tensorboard", or "none" or None for files only.
         config: the run's settings, plain nested values; never changed.
+        watchers: classes that are called with `folder` and get all that is logged.
         state: what `state` returned when the checkpoint was written that the run resumes. Metrics written after that
             move to ``metrics.abandoned.jsonl``, so ``metrics.jsonl`` reads like a run that never stopped. Without a
             state the run is new, and what an older run left in `folder` is set aside.
@@ -56,16 +60,18 @@ class Tracker(AbstractContextManager):
         config: Mapping[str, Any] | None = None,
         is_main: bool = True,
         state: Mapping[str, Any] | None = None,
+        watchers: Iterable[type[Sink]] = (),
         **run: Any,
     ):
         kind = kind or "none"
         if kind not in _REMOTES:
             raise ValueError(f"Unknown tracker {kind!r}. Known: {', '.join(_REMOTES)}")
-        self._sinks: list[_Sink] = []
+        self._sinks: list[Sink] = []
         self.last_state: dict[str, Any] = {}
         """`state` as it was when the tracker was closed."""
         if is_main:
             self._open(kind, Path(folder), _plain(config or {}), state or {}, run)
+            self._sinks += [watcher(Path(folder)) for watcher in watchers]
 
     def _open(self, kind: str, folder: Path, config: dict[str, Any], state: Mapping[str, Any], run: dict[str, Any]):
         self._sinks.append(_Files(folder, config, state))
@@ -77,7 +83,7 @@ class Tracker(AbstractContextManager):
             logger.warning('%s is not installed (pip install "trlx[%s]"): metrics go to %s only', kind, kind, folder)
 
     @classmethod
-    def of(cls, config: TRLConfig, processes: int, is_main: bool, state: Mapping[str, Any] | None) -> Tracker:
+    def of(cls, config: TRLConfig, processes: int, is_main: bool, state: Any, watchers=()) -> Tracker:
         """The tracker that the section ``train`` of a config asks for."""
         train, plain = config.train, config.to_json()
         return cls(
@@ -86,6 +92,7 @@ class Tracker(AbstractContextManager):
             config=plain,
             is_main=is_main,
             state=state,
+            watchers=watchers,
             project=train.project_name,
             name=train.run_name or default_run_name(plain["model"]["model_path"], processes),
             group=train.group_name,
@@ -120,9 +127,15 @@ class Tracker(AbstractContextManager):
 
 def logged(folder: str | Path) -> list[dict[str, Any]]:
     """What runs in `folder` logged: the lines of ``metrics.jsonl``, each with its "step". No file: []."""
-    path = Path(folder) / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # another process may be writing the last one
+    return list(read_lines(Path(folder) / METRICS))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of a run. No file: nothing."""
+    if path.exists():
+        with open(path, encoding="utf-8", newline="\n") as file:
+            # another process may be writing the last one
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def default_run_name(model_path: Any, num_processes: int) -> str:
@@ -133,7 +146,7 @@ def default_run_name(model_path: Any, num_processes: int) -> str:
     if isinstance(model_path, Mapping):
         model_path = model_path.get("_name_or_path") or model_path.get("model_type") or "model"
     gpus = f"{num_processes}gpu{'s' if num_processes > 1 else ''}"
-    branch = _git("branch", "--show-current")
+    branch = git("branch", "--show-current")
     return f"{Path(sys.argv[0]).stem or 'python'}/{Path(model_path).name}/{gpus}" + (f":{branch}" if branch else "")
 
 
@@ -150,7 +163,9 @@ def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
     return aside
 
 
-class _Sink:
+class Sink:
+    """Takes what a run logs, see `Tracker`."""
+
     def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 
     def log_samples(self, kind: str, step: int, rows: list[Mapping[str, Any]]) -> None: ...
@@ -161,7 +176,7 @@ class _Sink:
     def close(self) -> None: ...
 
 
-class _Files(_Sink):
+class _Files(Sink):
     def __init__(self, folder: Path, config: dict[str, Any], state: Mapping[str, Any]):
         self.metrics, self.samples, self.step = folder / METRICS, folder / SAMPLES, state.get("step", -1)
         self.samples.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +212,7 @@ def _cut_back(folder: Path, size: int) -> bool:
     return True
 
 
-class _Wandb(_Sink):
+class _Wandb(Sink):
     def __init__(self, folder: Path, config: dict[str, Any], state: Mapping[str, Any], run: dict[str, Any]):
         import wandb
 
@@ -205,9 +220,9 @@ class _Wandb(_Sink):
         if os.environ.get("WANDB_MODE") in (None, "", "online") and not wandb.login(prompt=False, verify=False):
             mode = "offline"  # wandb would ask on the terminal
             logger.info("Not logged in to Weights & Biases: run `wandb sync` to upload the offline run in %s", folder)
-        tags, commit = list(run.pop("tags", [])), _git("rev-parse", "--short", "HEAD")
+        tags, commit = list(run.pop("tags", [])), git("rev-parse", "--short", "HEAD")
         if commit:
-            tags.append(f"{_git('branch', '--show-current')}/{commit}"[-64:])  # W&B refuses longer tags
+            tags.append(f"{git('branch', '--show-current')}/{commit}"[-64:])  # W&B refuses longer tags
         run |= {"tags": tags, "dir": str(folder), "config": config, "mode": mode}
         run_id = state.get("wandb_id")
         self.table, self.run = wandb.Table, wandb.init(**run, id=run_id, resume="allow" if run_id else None)
@@ -227,7 +242,7 @@ class _Wandb(_Sink):
         self.run.finish()
 
 
-class _TensorBoard(_Sink):
+class _TensorBoard(Sink):
     def __init__(self, folder: Path, config: dict[str, Any], state: Mapping[str, Any], run: dict[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -264,7 +279,7 @@ def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(_plain(values), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
     """What git prints about the current folder; "" where git fails or is not installed."""
     try:
         answer = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5)

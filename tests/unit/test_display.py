@@ -136,7 +136,7 @@ def test_tokens_per_second_count_all_the_time_since_the_step_before(monkeypatch)
     clock = iter([100.0, 104.0, 106.0])
     monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=clock.__next__))
     shown = Display(is_main=True)
-    assert [shown.tokens_per_second(tokens) for tokens in (40, 80)] == [10.0, 40.0]
+    assert [shown.speed(tokens)["time/tokens_per_second"] for tokens in (40, 80)] == [10.0, 40.0]
     shown._take({"losses/loss": 0.5, "loss/else": 1.0, "policy/kl": 0.25})
     assert shown._beside() == "KL 0.25, loss 0.5, 20 tokens/s"  # 120 tokens in 6 seconds
 
@@ -147,13 +147,13 @@ def test_the_seconds_before_a_run_begins_are_none_of_its_own(monkeypatch):
     monkeypatch.setattr(display, "_introduction", lambda trainer: "")
     shown = Display(is_main=False)
     shown.begin(None)
-    assert shown.tokens_per_second(40) == 10.0 and shown._beside() == "10 tokens/s"
+    assert shown.speed(40) == {"time/tokens_per_second": 10.0, "time/elapsed": 4.0} and shown._beside() == "10 tokens/s"
 
 
 @pytest.mark.parametrize("model_path", [tiny_gpt2_config(), T5], ids=["causal", "seq2seq"])
 def test_a_steps_tokens_are_those_of_its_own_rows(monkeypatch, tmp_path, model_path):
     counted = []
-    monkeypatch.setattr(Display, "tokens_per_second", lambda self, tokens: counted.append(tokens) or 1.0)
+    monkeypatch.setattr(Display, "speed", lambda self, tokens: counted.append(tokens) or {})
     dialogues = [["a", "b" * length] for length in (1, 2, 4, 8)]
     config = tiny_config(tmp_path, "SFT", model={"model_path": model_path}, train={"batch_size": 1, "total_steps": 4})
     trlx.train(config=config, samples=dialogues, eval_prompts=["a"])

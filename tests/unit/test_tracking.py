@@ -135,7 +135,7 @@ def test_an_unknown_tracker_is_refused_with_the_known_ones(tmp_path):
 
 
 def test_wandb_gets_the_run_its_metrics_and_tables(tmp_path, wandb, monkeypatch):
-    monkeypatch.setattr(tracking, "_git", lambda *arguments: "main" if arguments[0] == "branch" else "abc123")
+    monkeypatch.setattr(tracking, "git", lambda *arguments: "main" if arguments[0] == "branch" else "abc123")
     tags, config = ["mine"], {"train": {"seed": 1}}
     with Tracker("wandb", tmp_path, project="p", name="r", group="g", entity="e", tags=tags, config=config) as run:
         run.log({"loss": 0.5}, step=3)
@@ -218,9 +218,9 @@ def test_a_resumed_run_hides_what_tensorboard_got_after_the_checkpoint(tmp_path)
 
 def test_a_run_is_named_by_script_model_processes_and_branch(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["examples/ppo_sentiments.py"])
-    monkeypatch.setattr(tracking, "_git", lambda *_: "main")
+    monkeypatch.setattr(tracking, "git", lambda *_: "main")
     assert default_run_name("lvwerra/gpt2-imdb", 8) == "ppo_sentiments/gpt2-imdb/8gpus:main"
-    monkeypatch.setattr(tracking, "_git", lambda *_: "")
+    monkeypatch.setattr(tracking, "git", lambda *_: "")
     assert default_run_name({"_name_or_path": "", "model_type": "gpt2"}, 1) == "ppo_sentiments/gpt2/1gpu"
     named = {"_name_or_path": "EleutherAI/pythia-1b", "model_type": "gpt_neox"}
     assert default_run_name(named, 1) == "ppo_sentiments/pythia-1b/1gpu"
@@ -229,6 +229,6 @@ def test_a_run_is_named_by_script_model_processes_and_branch(monkeypatch):
 def test_no_git_and_no_repository_are_no_failure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert tracking._git("branch", "--show-current") == ""
+    assert tracking.git("branch", "--show-current") == ""
     monkeypatch.setenv("PATH", "")
-    assert tracking._git("branch", "--show-current") == ""
+    assert tracking.git("branch", "--show-current") == ""

@@ -10,7 +10,7 @@ from trlx.optional import require
 Series = list[tuple[int, float]]
 """(optimizer step, value) in the order of the run."""
 
-SMALL_PANELS = {
+PANELS = {
     "Score of rollouts": ("rollout_scores/mean", "scores_mean"),
     "KL to the first policy, nats per sequence": ("policy/kl",),
     "Loss": ("losses/total_loss", "losses/loss", "loss"),
@@ -21,6 +21,9 @@ SMALL_PANELS = {
     "CQL loss": ("losses/loss_cql",),
     "AWAC loss": ("losses/loss_awac",),
     "Response length, tokens": ("rollouts/response_length",),
+    "Share of responses that ended": ("rollouts/ended",),
+    "Accuracy": ("accuracy",),
+    "Margin": ("margin",),
     "Gradient norm before clipping": ("grad_norm",),
 }
 """Title of a panel -> the names that the metric has in different methods. A run's first six panels are drawn."""
@@ -63,7 +66,7 @@ def distinct(metrics: dict[str, Series]) -> dict[str, Series]:
 def _small_panels(metrics: dict[str, Series], most: int = 6) -> dict[str, Series]:
     found = {
         title: next(metrics[name] for name in names if name in metrics)
-        for title, names in SMALL_PANELS.items()
+        for title, names in PANELS.items()
         if any(name in metrics for name in names)
     }
     return dict(list(found.items())[:most])

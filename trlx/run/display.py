@@ -50,11 +50,12 @@ class Display(AbstractContextManager):
             kind = _Bar if sys.stderr.isatty() or "ipykernel" in sys.modules else _Lines
             self._progress = kind(trainer.schedule.step, trainer.total_steps)
 
-    def tokens_per_second(self, tokens: int) -> float:
-        """The `tokens` of one step, divided by the seconds since the last call."""
+    def speed(self, tokens: int) -> dict[str, float]:
+        """The `tokens` of one step, divided by the seconds since the last call; and the seconds since `begin`."""
         before, self._last = self._last, time.monotonic()
         self._tokens += tokens
-        return tokens / max(self._last - before, 1e-9)
+        rate = tokens / max(self._last - before, 1e-9)
+        return {"time/tokens_per_second": rate, "time/elapsed": self._last - self._began}
 
     def step(self, metrics: dict[str, float]) -> None:
         """Moves the bar by one step."""

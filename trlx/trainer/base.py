@@ -38,7 +38,7 @@ from trlx.sampling.base import drawn, sampler_for
 from trlx.sampling.settings import GEN_KWARGS, SamplingConfig, sweep_variants
 from trlx.sampling.stopping import Stopper
 from trlx.sampling.texts import Respond
-from trlx.tracking import Tracker, logged
+from trlx.tracking import Sink, Tracker, logged
 from trlx.trainer.contract import check_class, check_rollouts_given, checked_loss
 from trlx.trainer.evaluate import Evaluator
 from trlx.trainer.schedule import Schedule, check_blocks
@@ -102,6 +102,7 @@ class Trainer(OldNames, ABC):
         self.scorer = None if reward_fn is None else Scorer(reward_fn, *judged)
         self.evaluator: Evaluator | None = None
         self.tracker: Tracker | None = None
+        self.watchers: list[type[Sink]] = []  # see `Tracker`
         self.display = Display(self.backend.is_main)
         self.run_folder: Path | None = None
         """The folder of the run that this trainer continues; None: it starts a run."""
@@ -229,7 +230,7 @@ class Trainer(OldNames, ABC):
             resumed = stack.enter_context(run_folder.opened(self))
             stack.enter_context(Interrupts())
             where, state = (self.backend.data_size, self.backend.is_main), self.tracker_state if resumed else None
-            self.tracker = stack.enter_context(Tracker.of(self.config, *where, state))
+            self.tracker = stack.enter_context(Tracker.of(self.config, *where, state, self.watchers))
             stack.enter_context(rescuing(self))
             stack.enter_context(self.display)
             self.display.begin(self)
@@ -380,8 +381,7 @@ class Trainer(OldNames, ABC):
         self.after_step(metrics)
         self.at_boundary = True
         self.skipped.count(metrics, self.schedule.step)
-        metrics |= {**self.pending, "time/step": time.perf_counter() - began}
-        metrics["time/tokens_per_second"] = self.display.tokens_per_second(tokens)
+        metrics |= {**self.pending, "time/step": time.perf_counter() - began, **self.display.speed(tokens)}
         self.pending = {}
         self.callbacks.tell("on_step", metrics)
         self.tracker.log(metrics, self.schedule.step)

@@ -1,0 +1,142 @@
+"""What a run left in its folder, read for the report: metrics, samples, alarms, settings, environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trlx.launch.curves import Series
+from trlx.tracking import ALARMS, CONFIG, ENVIRONMENT, METRICS, SAMPLES, read_lines
+
+MOST_POINTS = 4000
+"""Points of a series that a page gets. Of longer ones it gets the lowest and the highest of each stretch."""
+MOST_STEPS, MOST_ROWS, MOST_CHARACTERS = 20, 40, 2000
+"""Evaluations, and collections of rollouts, that a page shows; samples of each; characters of a text."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its files tell it. What it did not write is empty."""
+
+    name: str
+    metrics: dict[str, Series]
+    samples: list[dict[str, Any]]
+    """Of some evaluations and collections: kind ("eval", "rollout"), step, columns, rows."""
+    alarms: list[dict[str, Any]]
+    """Warnings and errors: step, message, and time where it is known."""
+    starts: list[dict[str, Any]]
+    """See `trlx.tracking.environment`, one for each time that the run was started."""
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> Record:
+        """Reads a run's folder.
+
+        Raises:
+            FileNotFoundError: there are no metrics in `folder`.
+        """
+        metrics, broken = _split(folder)
+        settings = folder / CONFIG
+        return cls(
+            name=name,
+            metrics=metrics,
+            samples=[*_samples(folder / SAMPLES, "eval"), *_samples(folder / SAMPLES, "rollout")],
+            alarms=[*_not_finite(broken), *read_lines(folder / ALARMS)],
+            starts=list(read_lines(folder / ENVIRONMENT)),
+            settings=json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {},
+        )
+
+    @property
+    def clock(self) -> Series:
+        """(step, seconds that the run had taken by its end), without the time between two starts."""
+        clock, before, last = [], 0.0, 0.0
+        for step, seconds in self.metrics.get("time/elapsed", []):
+            if seconds < last:  # started again
+                before += last
+            last = seconds
+            clock.append((step, before + last))
+        return clock
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The mean over the whole time of the run."""
+        ends = dict(self.clock)
+        tokens, before = 0.0, 0.0
+        for step, rate in self.metrics.get("time/tokens_per_second", []):
+            end = ends.get(step, before)
+            tokens, before = tokens + rate * (end - before), end
+        return tokens / before if before else None
+
+
+def read_metrics(folder: Path) -> dict[str, Series]:
+    """Metric -> ``[(step, value), ...]`` in the order of the file. Values that were not finite are left out.
+
+    Raises:
+        FileNotFoundError: there are no metrics in `folder`.
+    """
+    return _split(Path(folder))[0]
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"train": {"seed": 1}}`` as ``{"train.seed": 1}``."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def thinned(series: Series, most: int = MOST_POINTS) -> Series:
+    """At most `most` points: the lowest and the highest of each stretch, and the last point."""
+    if len(series) <= most:
+        return series
+    size = -(-len(series) // (most // 2))
+    kept = []
+    for first in range(0, len(series) - 1, size):
+        stretch = sorted(series[first : min(first + size, len(series) - 1)], key=lambda point: point[1])
+        kept += sorted({stretch[0], stretch[-1]})
+    return [*kept, series[-1]]
+
+
+def _split(folder: Path) -> tuple[dict[str, Series], dict[str, list[int]]]:
+    """The finite values of each metric, and the steps at which it was not finite."""
+    path = folder / METRICS
+    if not path.exists():
+        raise FileNotFoundError(f"no {METRICS} in {folder}; name the run's train.logging_dir or train.checkpoint_dir")
+    metrics: dict[str, Series] = {}
+    broken: dict[str, list[int]] = {}
+    for entry in read_lines(path):
+        step = entry.pop("step", None)
+        for name, value in entry.items():
+            if value is None:
+                broken.setdefault(name, []).append(step)
+            else:
+                metrics.setdefault(name, []).append((step, value))
+    return metrics, broken
+
+
+def _not_finite(broken: dict[str, list[int]]) -> Iterator[dict[str, Any]]:
+    for name, steps in broken.items():
+        often = "" if len(steps) == 1 else f" {len(steps)} times, last at step {steps[-1]}"
+        yield {"step": steps[0], "message": f"{name} was not a finite number{often}"}
+
+
+def _samples(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """Samples of `kind`, of the first and the last step and of others between, as evenly as there are."""
+    files = sorted(folder.glob(f"{kind}_*.jsonl"))
+    shown = min(len(files), MOST_STEPS)
+    for place in sorted({round(number * (len(files) - 1) / max(shown - 1, 1)) for number in range(shown)}):
+        rows = [row for _, row in zip(range(MOST_ROWS), read_lines(files[place]), strict=False)]
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        if rows:
+            step = int(files[place].stem.removeprefix(f"{kind}_"))
+            cells = [[_cut(row.get(column)) for column in columns] for row in rows]
+            yield {"kind": kind, "step": step, "columns": columns, "rows": cells}
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, (dict, list)):
+        value = json.dumps(value, ensure_ascii=False)
+    return f"{value[:MOST_CHARACTERS]}…" if isinstance(value, str) and len(value) > MOST_CHARACTERS else value
