@@ -42,19 +42,20 @@ def sft(folder, rewards, **train):
     return learn(samples=TEXTS, eval_prompts=PROMPTS[:2], metric_fn=rewards_of(rewards), config=config)
 
 
-WRITTEN = [".lock", "best_checkpoint", "checkpoint_1", "checkpoint_2", "checkpoint_3", "config.json", "metrics.jsonl"]
+FILES = ["config.json", "environment.jsonl", "metrics.jsonl", "report.html", "samples"]
+WRITTEN = [".lock", "best_checkpoint", "checkpoint_1", "checkpoint_2", "checkpoint_3", *FILES]
 
 
 def test_a_run_in_the_folder_of_another_one_sets_everything_aside_and_says_how_to_go_on_from_it(tmp_path, caplog):
     sft(tmp_path, [0.0, 3.0, 1.0, 2.0])
-    assert names(tmp_path) == [*WRITTEN, "samples"]
+    assert names(tmp_path) == WRITTEN
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "checkpoint_7").mkdir()  # what is named like a checkpoint would be written over as well
     old = (tmp_path / "metrics.jsonl").read_text()
     sft(tmp_path, [0.0, 1.0], total_steps=1)
     aside = tmp_path / "earlier.1"
-    assert names(tmp_path) == [*WRITTEN[:3], "config.json", "earlier.1", "metrics.jsonl", "notes.txt", "samples"]
-    assert names(aside) == sorted([*WRITTEN[1:], "checkpoint_7", "samples"])
+    assert names(tmp_path) == sorted([*WRITTEN[:3], *FILES, "earlier.1", "notes.txt"])
+    assert names(aside) == sorted([*WRITTEN[1:], "checkpoint_7"])
     assert checkpoint.read_state(aside / "best_checkpoint")[0]["best"][0] == 3.0
     assert (aside / "metrics.jsonl").read_text() == old and len(metrics(tmp_path)) == 3
     assert checkpoint.read_state(tmp_path / "best_checkpoint")[0]["best"][0] == 1.0
@@ -62,8 +63,8 @@ def test_a_run_in_the_folder_of_another_one_sets_everything_aside_and_says_how_t
     assert said + f"train.resume_from_checkpoint: {aside / 'checkpoint_3'}" in caplog.text
     # and so it goes: the second run is set aside in its turn
     sft(tmp_path, [5.0], total_steps=4, resume_from_checkpoint=str(aside))
-    assert names(tmp_path / "earlier.2") == sorted([*WRITTEN[1:3], "config.json", "metrics.jsonl", "samples"])
-    assert steps(tmp_path) == [4] and names(aside) == sorted([*WRITTEN[1:], "checkpoint_7", "samples"])
+    assert names(tmp_path / "earlier.2") == [*WRITTEN[1:3], *FILES]
+    assert steps(tmp_path) == [4] and names(aside) == sorted([*WRITTEN[1:], "checkpoint_7"])
 
 
 def test_a_run_that_goes_back_sets_aside_what_came_later(tmp_path, caplog):
@@ -72,7 +73,7 @@ def test_a_run_that_goes_back_sets_aside_what_came_later(tmp_path, caplog):
     aside = tmp_path / "earlier.1"
     assert names(aside) == ["best_checkpoint", "checkpoint_2", "checkpoint_3"]
     assert f"Checkpoints of later steps than 1 in {tmp_path}: now in {aside}" in caplog.text
-    assert names(tmp_path) == [*WRITTEN[:-1], "earlier.1", "metrics.abandoned.jsonl", "metrics.jsonl", "samples"]
+    assert names(tmp_path) == sorted([*WRITTEN, "earlier.1", "metrics.abandoned.jsonl"])
     assert steps(tmp_path) == [1, 2, 3]
     assert checkpoint.read_state(tmp_path / "best_checkpoint")[0]["best"][0] == 1.6
 
@@ -177,7 +178,7 @@ def test_learning_goes_on_from_a_checkpoint_of_another_folder_if_anything_is_lef
     trainer = sft(mine, [0.0, 1.0, 2.0, 3.0, 0.5])
     trainer.load(other / "checkpoint_3")
     trainer.learn()
-    assert "Nothing is left to learn" in caplog.messages[-1] and names(mine) == [*WRITTEN, "samples"]
+    assert "Nothing is left to learn" in caplog.messages[-1] and names(mine) == WRITTEN
     trainer.load(other / "checkpoint_2")
     trainer.learn()
     said = caplog.messages[-1].splitlines()
