@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -172,10 +173,11 @@ def skips(parallel) -> None:
     batch = shard(rows(), list(range(ROWS)), backend.data_rank, backend.data_size)
     batch = batch.replace(old_logprobs=backend.evaluate(batch).logprobs)
     before = {weight.name: weight.value.detach().clone() for weight in backend.weights.weights}
-    broken = batch.replace(advantages=batch.advantages * float("nan")) if backend.data_rank == 0 else batch
-    metrics = backend.train_step(broken, LOSSES["PPO"])
-    assert metrics["skipped_steps"] == 1.0
-    assert all(torch.equal(weight.value, before[weight.name]) for weight in backend.weights.weights)
+    for factor, norm in ((float("nan"), math.isnan), (1e30, math.isinf)):
+        broken = batch.replace(advantages=batch.advantages * factor) if backend.data_rank == 0 else batch
+        metrics = backend.train_step(broken, LOSSES["PPO"])
+        assert metrics["skipped_steps"] == 1.0 and norm(metrics["grad_norm"])
+        assert all(torch.equal(weight.value, before[weight.name]) for weight in backend.weights.weights)
     after = backend.train_step(batch, LOSSES["PPO"])
     assert after["skipped_steps"] == 0.0 and after["learning_rate_group_0"] == metrics["learning_rate_group_0"]
     assert not all(torch.equal(weight.value, before[weight.name]) for weight in backend.weights.weights)

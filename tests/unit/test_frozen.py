@@ -103,7 +103,8 @@ def test_rows_that_do_not_fit_on_a_gpu_are_kept_in_main_memory(monkeypatch):
     monkeypatch.setattr(frozen, "_pinned_like", lambda like: pinned.append(torch.full_like(like, 7.0)) or pinned[-1])
     trunk = frozen_trunk(policy, 6 * 8 * 4, 4 * 8 * 4)
     expected = trunk._states(batch, "cpu")
-    assert [len(each) for each in pinned] == [3] and trunk.left == [0, 8 * 4]
+    # which takes 128 bytes for its 96
+    assert [len(each) for each in pinned] == [3] and trunk.left == [0, 0]
     monkeypatch.setattr(trunk, "_computed", None)  # nothing is computed again
     for found, states in zip(trunk._states(batch, "cpu"), expected, strict=True):
         assert torch.equal(found, states)
@@ -113,10 +114,10 @@ def test_rows_that_do_not_fit_on_a_gpu_are_kept_in_main_memory(monkeypatch):
 
 
 def test_auto_keeps_a_quarter_of_what_is_free_on_a_gpu_and_in_main_memory(monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device, processes: {"cpu": 800, "cuda": 400}[device.type])
+    monkeypatch.setattr(memory, "free_memory", lambda device, n: {"cpu": 1600, "cuda": 800}[device.type] // n)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert memory.room_for_states("auto", gpu, 1) == (100, 200) and memory.room_for_states("auto", cpu, 1) == (200, 0)
-    assert memory.room_for_states(50, gpu, 1) == (50, 0)
+    assert memory.room_for_states("auto", gpu, 2) == (100, 200) and memory.room_for_states("auto", cpu, 2) == (200, 0)
+    assert memory.room_for_states(50, gpu, 2) == (50, 0)
 
 
 def backend_of(folder, **train):

@@ -94,6 +94,8 @@ def test_a_window_that_is_longer_than_the_rows_of_the_check_is_seen_in_the_setti
     for window, reason in ((8, "has attention in a window"), (None, None)):
         policy = build_policy(tiny_model("mistral", sliding_window=window))
         assert why_unpackable(policy.architecture) == reason
+    policy.model.config.attention_chunk_size = 8192  # Llama 4
+    assert why_unpackable(policy.architecture) == "has attention in a window"
 
 
 @every_family

@@ -81,7 +81,21 @@ def test_a_kernel_gets_what_it_can_compute_in_the_precision_of_autocast(monkeypa
             found, _ = packing._attention(nn.Module(), query, key, value, None, rows, scaling=1.0, **settings)
         assert found.shape == (1, len(rows.at), 2, 8)
     assert asked == [(torch.device("cpu"), torch.bfloat16, 8)] * 5 and calls == [(torch.bfloat16,) * 3] * 2
+    by_length = []
+    monkeypatch.setattr(packing, "_by_length", lambda *states, **settings: by_length.append(settings) or states[1])
+    for name in ("position_bias", "softcap"):
+        packing._attention(nn.Module(), query, key, value, None, rows, **{name: 0.5})
+    assert by_length == [{"position_bias": 0.5}, {"softcap": 0.5}] and len(calls) == 2
+    monkeypatch.undo()
     assert packing._attention(nn.Module(), query, key, value[..., :4], None, rows)[0].shape[-1] == 4
+
+
+def test_packed_attention_drops_out_what_it_is_told():
+    rows = packing.packed(*sharing_batch()[:2])
+    given = torch.randn(3, 1, 2, len(rows.at), 8)
+    whole, _ = packing._attention(nn.Module(), *given, None, rows, dropout=0.0)
+    less, _ = packing._attention(nn.Module(), *given, None, rows, dropout=0.5)
+    assert not torch.equal(less, whole)
 
 
 @has_kernel

@@ -39,7 +39,8 @@ class KeptStates:
         """Whether there is room for the `size` bytes of a row, which takes it."""
         place = next((place for place, left in enumerate(self.left) if size <= left), None)
         if key not in self.room and place is not None:
-            self.left[place] -= size
+            # pinned memory comes in powers of two
+            self.left[place] -= 1 << (size - 1).bit_length() if place else size
             self.room[key] = place, size
         return key in self.room
 
@@ -116,7 +117,7 @@ class FrozenTrunk(KeptStates):
     def _states(self, batch: TokenBatch, device: torch.device | str) -> list[Tensor]:
         """For each row [its number of tokens, d]."""
         keys = row_keys(batch)
-        missing = [row for row, key in enumerate(keys) if key not in self.kept]
+        missing = [row for row, key in enumerate(keys) if key not in self.kept and key not in keys[:row]]
         found = {key: self.kept[key] for key in keys if key in self.kept}
         # a resumed run computes other rows together; alone each has the same bits, which is slow on a GPU
         for rows in [[row] for row in missing] if torch.device(device).type == "cpu" else [missing] * bool(missing):
