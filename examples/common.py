@@ -21,17 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GPT2Config, PretrainedConfig, PreTrainedTokenizerFast, T5Config
 
 from trlx import TRLConfig
+from trlx.launch.made import QUICK, with_tiny_model
+from trlx.launch.made import byte_tokenizer as byte_tokenizer
+from trlx.launch.made import share_of_vowels as share_of_vowels
+from trlx.launch.made import tiny_gpt2 as tiny_gpt2
 from trlx.optional import require
 
 Rows = list[dict[str, Any]]
 RewardFn = Callable[..., Sequence[Any]]
-
-QUICK = {"train.total_steps": 4, "train.eval_interval": 4, "train.tracker": None}
-"""Settings with which the tiny model is trained offline, in seconds, where the command line does not say others."""
 
 
 def arguments(doc: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -64,18 +63,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 def configure(base: TRLConfig, hparams: Mapping[str, Any] | None) -> TRLConfig:
     """`base` with `hparams` over it; the model "tiny" becomes one that fits the rest of the config."""
-    config = TRLConfig.update(base, hparams or {})
-    if config.model.model_path != "tiny":
-        return config
-    seq2seq = config.model.model_arch_type == "seq2seq"
-    tokenizer = byte_tokenizer(ends_texts=seq2seq)
-    return config.evolve(
-        model={
-            "model_path": tiny_t5(tokenizer) if seq2seq else tiny_gpt2(tokenizer),
-            "num_layers_unfrozen": min(config.model.num_layers_unfrozen, 1),
-        },
-        tokenizer={"tokenizer_path": tokenizer},
-    )
+    return with_tiny_model(TRLConfig.update(base, hparams or {}))
 
 
 def rows(source: str, hub: Callable[[], Iterable[Mapping[str, Any]]], made: Callable[[], Rows]) -> Rows:
@@ -105,46 +93,11 @@ def reward(source: str, default: Callable[[], RewardFn], made: RewardFn) -> Rewa
     return getattr(importlib.import_module(module), function)
 
 
-def share_of_vowels(samples: Sequence[str], **kwargs: Any) -> list[float]:
-    """A made reward in [0, 1]."""
-    return [sum(sample.count(vowel) for vowel in "aeiou") / max(len(sample), 1) for sample in samples]
-
-
 def overlap(output: str, reference: str) -> float:
     """A made measure of likeness in [0, 1]: F1 of the words of both."""
     ours, theirs = output.split(), reference.split()
     common = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
     return 2 * common / max(len(ours) + len(theirs), 1)
-
-
-def byte_tokenizer(ends_texts: bool = False) -> PreTrainedTokenizerFast:
-    """One token a byte; <pad> 0, <s> 1, </s> 2. With `ends_texts` it adds </s>, as T5's does."""
-    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    # byte-pair encoding without a single merge leaves bytes
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if ends_texts:
-        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def tiny_gpt2(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """A decoder of 66,528 parameters."""
-    shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 1024}
-    return GPT2Config(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=0, **shape)
-
-
-def tiny_t5(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """A small encoder-decoder."""
-    shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
-    return T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, eos_token_id=2, pad_token_id=0, **shape)
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:

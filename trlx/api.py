@@ -78,10 +78,8 @@ def train(
         warnings.warn("train(dataset=...) is now train(samples=..., rewards=...)", DeprecationWarning, stacklevel=3)
         samples, rewards = dataset
     config = _config(config, model_path, reward_fn, rewards, samples)
-    trainer_class = _trainer_class(config.train, reward_fn, prompts, samples, rewards)
-    _check_evaluations(trainer_class, eval_prompts, eval_samples)
+    trainer_class = checked(config, reward_fn, prompts, samples, rewards, eval_prompts, eval_samples)
     check_callbacks(callbacks or [])
-    check_folders(config.train)
     functions = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences or []}
     trainer = trainer_class(config=config, **functions, **config.train.trainer_kwargs)
     _watch(trainer, callbacks)
@@ -109,6 +107,16 @@ def _config(config: Any, model_path, reward_fn, rewards, samples=None) -> TRLCon
     elif not isinstance(config, TRLConfig):
         raise TypeError(f"config must be a TRLConfig, a dict, or the name of a preset or file, got {config!r}")
     return config if model_path is None else config.evolve(model={"model_path": model_path})
+
+
+def checked(
+    config: TRLConfig, reward_fn=None, prompts=None, samples=None, rewards=None, eval_prompts=None, eval_samples=None
+) -> type[Trainer]:
+    """The class of the trainer that `config` names. Raises what `train` raises before it builds one."""
+    found = _trainer_class(config.train, reward_fn, prompts, samples, rewards)
+    _check_evaluations(found, eval_prompts, eval_samples)
+    check_folders(config.train)
+    return found
 
 
 def _trainer_class(config: TrainConfig, reward_fn, prompts, samples, rewards) -> type[Trainer]:

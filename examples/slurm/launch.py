@@ -8,14 +8,8 @@ torchrun itself exits with 1, whatever code they exit with.
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
 
-
-def exit_code(error: ChildFailedError) -> int:
-    """The exit code of the process that failed first; 128 + n, as in a shell, if signal n ended it."""
-    _, failure = error.get_first_failure()
-    return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-
+from trlx.backends.torchrun import exit_code, main
 
 if __name__ == "__main__":
     try:

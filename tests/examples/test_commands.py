@@ -106,6 +106,11 @@ def clone(tmp_path, monkeypatch) -> Path:
     (tmp_path / "mine.jsonl").write_text('{"text": "a film that I saw, and liked", "label": 1}\n')
     (tmp_path / "my_module.py").write_text("def my_reward(samples, **kwargs):\n    return [len(s) for s in samples]\n")
     (tmp_path / "script.py").write_text("import trlx\n")
+    (tmp_path / "prompts.jsonl").write_text('{"question": "2 + 2 =", "answer": "4"}\n')
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\n2 + 2 =,4,5\n")
+    (tmp_path / "scored.csv").write_text("text,score\na film that I saw,0.5\n")
+    (tmp_path / "mine.yaml").write_text("train: {seed: 3}\n")
+    (tmp_path / "judges.py").write_text("def brief(outputs):\n    return [-len(output) for output in outputs]\n")
     (tmp_path / "ckpts").mkdir()
     (tmp_path / "ckpts" / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n{"step": 1, "loss": 2.0}\n')
     monkeypatch.chdir(tmp_path)
@@ -144,7 +149,11 @@ def try_out(program: list[str]) -> None:
 
 
 def run_trlx(program: list[str]) -> None:
-    assert trlx_command(program[3:]) == 0
+    assert trlx_command(program[1 if program[0] == "trlx" else 3 :]) == 0
+
+
+def check_train(program: list[str]) -> None:
+    run_trlx([*program, "--dry-run"])
 
 
 def run_example(program: list[str]) -> None:
@@ -281,10 +290,14 @@ def check_linter(program: list[str]) -> None:
     assert shutil.which(program[0])
 
 
-RUN = {r"python -m trlx (plan|convert|report)": run_trlx, r"python -m examples\.\S+ --model tiny": run_example}
+RUN = {
+    r"(python -m )?trlx (plan|convert|report|config show|ppo --model tiny|.* --dry-run)|python -m trlx$": run_trlx,
+    r"python -m examples\.\S+ --model tiny": run_example,
+}
 """Regular expressions for commands, and what runs them."""
 CHECKED = {
     r"python -m examples\.": (check_example, "model and data of the hub, or minutes; .ci/run runs the demo"),
+    r"trlx (train|ppo|grpo|rft|sft|ilql|dpo|kto|reward) ": (check_train, "minutes; see tests/unit/test_cli_train.py"),
     r"python -m trlx sweep": (check_sweep, "trains many times; see tests/unit/test_sweep.py"),
     r"python -m trlx compare": (check_compare, "trains two revisions; see tests/unit/test_compare.py"),
     r"python -m trlx\.": (check_old_name, "see the two above"),

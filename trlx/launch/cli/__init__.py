@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 import trlx
-from trlx.launch.cli import tools
+from trlx.launch.cli import tools, train
 from trlx.tracebacks import on_purpose
 
 BAD_INPUT, FAILED = 2, 1
@@ -23,6 +24,7 @@ BAD_INPUT, FAILED = 2, 1
 LOOKS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 app = typer.Typer(rich_markup_mode=None, context_settings=LOOKS)
+app.add_typer(train.commands)
 app.add_typer(tools.commands)
 
 
@@ -74,6 +76,9 @@ def exit_code(error: Exception) -> int:
 def sentence(error: Exception) -> str:
     """The message of an error, with its type and the way to its traceback where nobody meant it for the user."""
     told = [str(error), *getattr(error, "__notes__", [])]
+    if error.__cause__ is not None and error.__cause__.__traceback__ is not None:  # of a function of the user's
+        *_, frame = traceback.extract_tb(error.__cause__.__traceback__)
+        told[0] += f" ({frame.filename}, line {frame.lineno})"
     if not on_purpose(error):
         told = [f"{type(error).__name__}: {told[0]}", *told[1:], "TRLX_TRACEBACKS=full shows where"]
     return ". ".join(part.rstrip(".") for part in told)

@@ -1,0 +1,112 @@
+"""``trlx train``, its short forms, and ``trlx config``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from trlx.launch.cli.tools import example
+from trlx.presets import METHODS
+
+commands = typer.Typer()
+config = typer.Typer(help="The settings of a run.", epilog=example("trlx config show ppo"))
+commands.add_typer(config, name="config")
+
+SOURCE = "FILE|DATASET"
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="PRESET|FILE|key=value", help="presets, YAML files, dotted settings"),
+]
+Model = Annotated[str | None, typer.Option(metavar="NAME", help='hub name or folder; "tiny": a small random one')]
+Tokenizer = Annotated[str | None, typer.Option(metavar="NAME", help="hub name or folder  [default: the model's]")]
+Out = Annotated[str | None, typer.Option(metavar="FOLDER", help="checkpoints, metrics and samples")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in --out")]
+
+ABOUT = {
+    "train": "Trains a model with the method of a preset or file, or the one that the options ask for.",
+    "ppo": "Trains a model with a reward, by PPO.",
+    "grpo": "Trains a model with a reward, by GRPO: samples of one prompt are compared.",
+    "ilql": "Trains a model on samples with a reward each, by ILQL.",
+    "sft": "Trains a model to imitate samples.",
+    "rft": "Trains a model with a reward, by imitation of its best samples.",
+    "dpo": "Trains a model on pairs of a chosen and a rejected answer, by DPO.",
+    "kto": "Trains a model on answers with a label, good or bad, by KTO.",
+    "reward": "Trains a reward model on pairs of a chosen and a rejected answer.",
+}
+ONLINE = ("ppo", "grpo", "rft", "train")
+DATA = """
+Files are jsonl, json, csv, parquet or txt (a line, a row); a data set of the hub is NAME[:SUBSET][@SPLIT]; "made" is
+made in code. --column prompt=question reads the column question as prompt.
+"""
+
+
+def train(
+    ctx: typer.Context,
+    settings: Words = None,
+    model: Model = None,
+    tokenizer: Tokenizer = None,
+    prompts: Annotated[str | None, typer.Option(metavar=SOURCE, help="what to answer")] = None,
+    samples: Annotated[str | None, typer.Option(metavar=SOURCE, help="what to learn from")] = None,
+    reward: Annotated[
+        str | None, typer.Option(metavar="FUNCTION", help="what scores samples: module:function, a reward model, a URL")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(metavar="FUNCTION", help="what evaluations measure: module:function")
+    ] = None,
+    eval_prompts: Annotated[str | None, typer.Option(metavar=SOURCE, help="prompts of evaluations")] = None,
+    eval_samples: Annotated[str | None, typer.Option(metavar=SOURCE, help="samples of evaluations")] = None,
+    column: Annotated[list[str] | None, typer.Option(metavar="KEY=NAME", help="a column's other name; repeat")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="ends a response; repeat")] = None,
+    out: Out = None,
+    resume: Resume = False,
+    processes: Annotated[int | None, typer.Option(metavar="N", help="processes on this machine, by torchrun")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, and print what would run")] = False,
+) -> int:
+    from trlx.launch.job import Job, run
+
+    job = Job(
+        command=ctx.info_name,
+        settings=settings or [],
+        model=model,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        samples=samples,
+        reward=reward,
+        metric=metric,
+        eval_prompts=eval_prompts,
+        eval_samples=eval_samples,
+        column=column or [],
+        stop=stop or [],
+        out=out,
+        resume=resume,
+    )
+    return run(job, processes, dry_run)
+
+
+def _register(name: str) -> None:
+    data = "--prompts prompts.jsonl --reward judges:brief" if name in ONLINE else "--samples samples.jsonl"
+    first = "trlx train rloo" if name == "train" else f"trlx {name}"
+    lines = (f"{first} --model tiny", f"{first} --model gpt2 {data} train.seed=7")
+    commands.command(name, help=f"{ABOUT[name]}\n\n{DATA}", epilog=example(*lines))(train)
+
+
+for _name in ("train", *METHODS):
+    _register(_name)
+
+
+@config.command("show", epilog=example("trlx config show ppo train.seed=7", "trlx config show ppo > mine.yaml"))
+def show(
+    settings: Words = None,
+    model: Model = None,
+    tokenizer: Tokenizer = None,
+    out: Out = None,
+    resume: Resume = False,
+) -> int:
+    """The merged settings as YAML, each with where it came from: a preset, a file, the command line, or the default."""
+    from trlx.launch.job import Job
+    from trlx.launch.settings import lines_of, settings_of
+
+    job = Job("train", model=model, tokenizer=tokenizer, out=out, resume=resume)
+    print(*lines_of(settings_of(settings or [], job.typed())), sep="\n")
+    return 0
