@@ -1,5 +1,7 @@
 """The command line itself: help, exit codes and what stands on stderr."""
 
+from pathlib import Path
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -44,7 +46,7 @@ def test_the_command_line_says_its_version_and_lists_its_commands(capsys):
         (["plan", "x", "--tp", "two"], "trlx plan: Invalid value for '--tp': "),
         (["plan", "x", "--set"], "trlx plan: Option '--set' requires an argument. See trlx plan --help\n"),
         (["plan", "nowhere.yaml"], "trlx plan: There is no file nowhere.yaml in "),
-        (["report", "nowhere"], "trlx report: no metrics.jsonl in nowhere; "),
+        (["report", "nowhere"], f"trlx report: no metrics.jsonl in {Path.cwd() / 'nowhere'}; "),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(argv, said, capsys):
