@@ -299,6 +299,12 @@ def test_the_command_prints_every_stage_and_how_to_start(capsys, monkeypatch):
     assert "sbatch --nodes=8 --gpus-per-node=8 examples/slurm/megatron_multi_node.sbatch" in printed
 
 
+@pytest.mark.parametrize(("name", "billions"), [("megatron_1.3b", "0.81"), ("megatron_2b", "1.41")])
+def test_the_plan_says_how_large_presets_with_larger_names_are(capsys, name, billions):
+    assert main(["plan", name]) == 0
+    assert f"{name}: {billions} billion parameters" in capsys.readouterr().out
+
+
 def test_a_layout_that_does_not_fit_comes_with_one_that_does(capsys):
     wide = ["--tp", "1", "--pp", "1", "--set", "model.num_layers_unfrozen=-1", "train.minibatch_size=1"]
     main(["plan", "megatron_20b", "--gpus", "32", *wide])

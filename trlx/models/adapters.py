@@ -124,7 +124,9 @@ def build_adapted_policy(
     """
     require("peft", extra="peft", purpose="model.peft_config")
     before = _own_logits(architecture(model))
-    adapter = _loaded(model, peft_config) if isinstance(peft_config, str) else _new(model, peft_config, architecture)
+    adapter = (
+        _loaded(model, peft_config) if isinstance(peft_config, str) else make_adapter(model, peft_config, architecture)
+    )
     kind = adapter.active_peft_config
     if kind.is_prompt_learning and value_layers:
         raise ValueError(
@@ -165,7 +167,8 @@ def _own_logits(architecture: Architecture) -> torch.Tensor:
         return architecture.whole_logits(tokens)
 
 
-def _new(model: PreTrainedModel, given: PeftConfig | Mapping[str, Any], architecture: type) -> PeftModel:
+def make_adapter(model: PreTrainedModel, given: PeftConfig | Mapping[str, Any], architecture: type) -> PeftModel:
+    """A new adapter around `model`. Raises ValueError, see `build_adapted_policy`."""
     import peft
 
     config, task = copy.deepcopy(given), _entry(TASKS, architecture)
@@ -187,7 +190,7 @@ def _new(model: PreTrainedModel, given: PeftConfig | Mapping[str, Any], architec
         return peft.get_peft_model(model, config)
 
 
-def _loaded(model: PreTrainedModel, folder: str) -> PeftModel:
+def _loaded(model: PreTrainedModel, folder: str, architecture: type) -> PeftModel:
     import peft
 
     # PEFT saves virtual tokens without the layers that computed them, and refuses to train such an adapter; the saved

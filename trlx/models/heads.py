@@ -149,5 +149,5 @@ def _q_and_logprob(head: nn.Module, hidden: Tensor, actions: Tensor) -> Tensor:
 
 
 def _mlp(hidden: int, out: int) -> nn.Sequential:
-    layers = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, out))
-    return layers.float()
+    linear = partial(nn.Linear, dtype=torch.float32)
+    return nn.Sequential(linear(hidden, 2 * hidden), nn.ReLU(), linear(2 * hidden, out))

@@ -21,7 +21,7 @@ from trlx.data.hub import first_line, no_bars
 from trlx.models.architecture import Architecture, Causal, Scored
 from trlx.models.decoder import disable_dropout, freeze, hidden_size, output_head
 from trlx.models.heads import QHeads, ValueBranch, ValueHead
-from trlx.models.logprobs import chosen_logprobs, logits_of, spread
+from trlx.models.logprobs import Logits, chosen_logprobs, logits_of, spread
 from trlx.models.operations import with_fast_operations
 from trlx.models.packing import Packed, packed_states
 from trlx.models.quantization import quantized
@@ -46,13 +46,14 @@ class Policy(nn.Module):
         q_heads: QHeads | None = None,
         temperature: float = 1.0,
         architecture: Architecture | None = None,
+        logits: Logits | None = None,
     ):
         super().__init__()
         self.model, self.temperature = model, temperature
         self.architecture = architecture or Causal(model)
         heads = {name: head for name, head in (("value", value_head), ("q", q_heads)) if head is not None}
         self.heads = nn.ModuleDict(heads) if heads else None
-        self.logits = logits_of(model, self.architecture)
+        self.logits = logits or logits_of(model, self.architecture)
 
     def forward(
         self,

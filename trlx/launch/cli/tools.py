@@ -64,8 +64,11 @@ def plan(
     sp: Annotated[bool | None, typer.Option(help="sequence parallelism")] = None,
     vocabulary: Annotated[int, typer.Option(help="tokens of a preset's model")] = 50257,
     gpu_memory: Annotated[float, typer.Option(metavar="GIB", help="of one GPU")] = 80,
+    accelerate: Annotated[
+        str | None, typer.Option(help="for an Accelerate trainer: ddp, fsdp2, or a file as in configs/accelerate")
+    ] = None,
 ) -> int:
-    """Memory and traffic of a NeMo trainer's layout, without running it."""
+    """Memory of a run (and traffic of a NeMo trainer's layout), without running it."""
     from trlx.launch.plan.tables import GIB
     from trlx.launch.plan.tables import plan as print_plan
 
@@ -76,7 +79,7 @@ def plan(
         "sequence_parallel": sp,
     }
     given = [f"train.trainer_kwargs.{key}={value}" for key, value in layout.items() if value is not None]
-    print_plan(model, method, [*given, *(overrides or [])], gpus, vocabulary, gpu_memory * GIB)
+    print_plan(model, method, [*given, *(overrides or [])], gpus, vocabulary, gpu_memory * GIB, accelerate)
     return 0
 
 

@@ -109,11 +109,15 @@ class Run:
         return self.unfrozen == -1 or layer >= self.shape.num_layers - self.unfrozen
 
 
-def read_config(name: str, method: str, overrides: list[str]) -> TRLConfig:
-    """The preset `method`, and over it `name`: a preset, a YAML file, or a folder with a Hugging Face model."""
+def read_config(name: str, method: str, overrides: list[str], nemo: bool = True) -> TRLConfig:
+    """The preset `method`, and over it `name`: a preset, a YAML file, or a folder with a Hugging Face model.
+
+    `nemo` says that a folder is for the NeMo trainer of the method.
+    """
     if not Path(name).is_dir():
         return load_preset(method, name, overrides=overrides)
-    trainer = load_preset(method).train.trainer.replace("Accelerate", "NeMo")
+    trainer = load_preset(method).train.trainer
+    trainer = trainer.replace("Accelerate", "NeMo") if nemo else trainer
     return load_preset(method, overrides=[f"train.trainer={trainer}", f"model.model_path={name}", *overrides])
 
 

@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trlx.config import TRLConfig
+from trlx.launch.plan.accelerate import AccelerateRun, Launch
 from trlx.launch.plan.layouts import FULL, fit, fullest, launch_line
 from trlx.launch.plan.memory import cache, memory
 from trlx.launch.plan.parameters import parameters, total_parameters
+from trlx.launch.plan.phases import PARTS, Phase
 from trlx.launch.plan.run import TRAINERS, Run, read_config, read_run
 from trlx.launch.plan.traffic import bubble, traffic
 
@@ -27,28 +29,77 @@ COLUMNS = {
 }
 
 
-def plan(name: str, method: str, overrides: list[str], gpus: int | None, vocabulary: int, limit: float) -> None:
+def plan(
+    name: str,
+    method: str,
+    overrides: list[str],
+    gpus: int | None,
+    vocabulary: int,
+    limit: float,
+    accelerate: str | None = None,
+) -> None:
     """Prints the plan of a preset, a YAML file, or a folder with a Hugging Face model.
 
+    The trainer in the configuration says for which backend. A folder is planned for a NeMo trainer, unless `accelerate`
+    or ``train.trainer`` in `overrides` says something else.
+
+    Args:
+        accelerate: a file of configs/accelerate/, by its name or path: how processes of an Accelerate trainer start.
+
     Raises:
-        ConfigError: see `read_run`.
+        ConfigError: see `read_run` and `AccelerateRun`.
         ValueError: there is no such preset, file or folder.
     """
-    config = read_config(name, method, overrides)
-    run = read_run(config, gpus, vocabulary)
+    config = read_config(name, method, overrides, nemo=accelerate is None)
+    if config.train.trainer.startswith("NeMo"):
+        run = read_run(config, gpus, vocabulary)
+        head, remarks = _headline(name, run), _remarks(config, run, limit)
+        tables = {
+            "GiB on a GPU at most, by stage": _memory_table(run),
+            "GB that a GPU sends in a step, by stage": _traffic_table(run),
+        }
+    else:
+        run = AccelerateRun(config, Launch.read(accelerate, gpus), limit)
+        phases = run.phases()
+        head, remarks = _accelerate_headline(name, run), _accelerate_remarks(run, phases, limit)
+        tables = {"GiB on a process at most, by phase": _phases_table(phases)}
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file has room for every column; rich would cut them at 80 characters
-    for line in _headline(name, run):
+    for line in head:
         console.print(line, highlight=False, soft_wrap=True)
-    for title, table in (
-        ("GiB on a GPU at most, by stage", _memory_table(run)),
-        ("GB that a GPU sends in a step, by stage", _traffic_table(run)),
-    ):
+    for title, table in tables.items():
         console.print(f"\n[italic]{title}[/italic]")
         console.print(table)
-    for line in _remarks(config, run, limit):
+    for line in remarks:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _accelerate_headline(name: str, run: AccelerateRun) -> Iterator[str]:
+    weights, launch, train = run.weights, run.launch, run.config.train
+    trained = f"{weights.trained / 1e9:.2f} billion train"
+    yield f"[bold]{name}[/bold]: {weights.model / 1e9:.2f} billion parameters, {trained}"
+    many = "process" if launch.processes == 1 else "processes"
+    shared = ", which share weights, gradients and moments (FSDP2)" if launch.shards else ""
+    yield f"{launch.processes} {many} on Accelerate{shared}"
+    rows = train.batch_size * launch.processes
+    yield f"{rows} rows of at most {run.length} tokens per step; microbatches of {run.rows}"
+
+
+def _phases_table(phases: list[Phase]) -> Table:
+    columns = [name for name in PARTS if any(phase.parts.get(name) for phase in phases)]
+    table = _table(["phase", *columns, "total"])
+    for phase in phases:
+        sizes = [phase.parts.get(name, 0) for name in columns]
+        table.add_row(phase.name, *[f"{size / GIB:.2f}" for size in (*sizes, phase.total)])
+    return table
+
+
+def _accelerate_remarks(run: AccelerateRun, phases: list[Phase], limit: float) -> Iterator[str]:
+    most = max(phases, key=lambda phase: phase.total)
+    fits = "It fits" if most.total <= limit else "It does not fit"
+    yield f"{fits} into {limit / GIB:.0f} GiB: the phase {most.name} takes {most.total / GIB:.2f}."
+    yield f"A checkpoint takes {run.saved / GIB:.2f} GiB of main memory and of the disk."
 
 
 def _headline(name: str, run: Run) -> Iterator[str]:
