@@ -235,9 +235,11 @@ def test_a_page_that_cannot_be_written_is_a_warning_and_no_error(tmp_path, caplo
     assert record.getMessage().startswith("The run goes on without its report page: FileNotFoundError")
 
 
-def test_the_command_writes_the_report_and_prints_where(run, capsys):
+def test_the_command_writes_the_report_and_prints_where(run, other, tmp_path, capsys):
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.split() == [str(run / "report.png"), str(run / "report.html")]
+    assert main(["report", str(run), str(other), "--title", "Two", "--out", str(tmp_path / "two.html")]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "two.html")]
 
 
 def test_the_command_says_which_folder_it_wants_where_there_are_no_metrics(tmp_path):

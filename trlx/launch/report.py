@@ -69,7 +69,7 @@ def write_reports(folders: Sequence[Path], title: str | None = None, out: Path |
 def write_page(folders: Sequence[Path], title: str | None = None, out: Path | None = None) -> Path:
     """Writes the page of `write_reports` without a picture. A reader sees the old page or the new one, never a part."""
     paths = [Path(folder).resolve() for folder in folders]
-    records = [Record.of(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    records = [Record.of(Path(folder), name) for folder, name in zip(folders, _names(paths), strict=True)]
     inside = paths[0] / REPORT if len(paths) == 1 else Path(os.path.commonpath(paths)) / SEVERAL
     out = Path(out or inside)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -32,15 +32,16 @@ def example(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-@commands.command("report", epilog=example("trlx report ckpts/randomwalks/ppo"))
+@commands.command("report", epilog=example("trlx report ckpts/randomwalks/ppo", "trlx report ckpts/ppo ckpts/ilql"))
 def report(
-    folder: Annotated[Path, typer.Argument(help="train.logging_dir of the run, or its train.checkpoint_dir")],
-    title: Annotated[str | None, typer.Option(help="headline of the page  [default: the folder's name]")] = None,
+    folders: Annotated[list[Path], typer.Argument(help="train.logging_dir of each run, or its train.checkpoint_dir")],
+    title: Annotated[str | None, typer.Option(help="headline of the page  [default: the folders' names]")] = None,
+    out: Annotated[Path | None, typer.Option(help="the page  [default: report.html or reports.html beside]")] = None,
 ) -> int:
-    """Learning curves and samples of a run, as a picture and a page."""
-    from trlx.launch.report import write_report
+    """One page about runs: charts, samples, alarms, settings; of a single run a picture of its curves too."""
+    from trlx.launch.report import write_reports
 
-    print(*write_report(folder, title or folder.resolve().name), sep="\n")
+    print(*write_reports(folders, title, out), sep="\n")
     return 0
 
 
