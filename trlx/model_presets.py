@@ -168,15 +168,16 @@ def _settings(model: Mapping[str, Any], base: Mapping[str, Any], adapted: bool) 
     settings: dict[str, Any] = {
         "model": {"model_path": model["hub"], "num_layers_unfrozen": -1},
         "train": {"seq_length": length, "mixed_precision": "bf16"},
+        "method": {"name": method["name"]},  # for interpolations of the layers' files
     }
     if "gen_kwargs" in method:
-        settings["method"] = {"gen_kwargs": {**method["gen_kwargs"], "max_new_tokens": length // 2}}
+        settings["method"] |= {"gen_kwargs": {**method["gen_kwargs"], "max_new_tokens": length // 2}}
     if rate is not None:
         rate = float(f"{rate * ADAPTER_RATE:g}") if adapted else rate  # 1e-05, not 9.999999999999999e-06
         settings["optimizer"] = {"kwargs": {"lr": rate, "weight_decay": 0.0}}
     if adapted and "exclude_modules" in model:
         settings["model"]["peft_config"] = {"exclude_modules": model["exclude_modules"]}
-    if "eta_min" in base["scheduler"]["kwargs"]:
+    if rate is not None and "eta_min" in base["scheduler"]["kwargs"]:
         settings["scheduler"] = {"kwargs": {"eta_min": "${optimizer.kwargs.lr}"}}  # was that of another model
     return settings
 

@@ -38,7 +38,9 @@ def read_yaml(*files: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     try:
         return OmegaConf.to_container(whole, resolve=True)
     except InterpolationResolutionError as error:
-        raise ConfigError(f"{', '.join(map(str, files))}: {error}") from error
+        raise ConfigError(
+            f"{', '.join(str(file) for file in files if not isinstance(file, Mapping))}: {error}"
+        ) from error
 
 
 def register_resolvers() -> None:

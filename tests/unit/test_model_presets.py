@@ -14,6 +14,7 @@ from tests.unit.megatron_configs import settings_of
 from trlx.backends.megatron.size_checks import check_sizes
 from trlx.launch.plan.parameters import total_parameters
 from trlx.launch.plan.run import TRAINERS, read_run
+from trlx.launch.settings import settings_of as typed
 from trlx.model_presets import layout, layouts, shape_of, tables
 from trlx.presets import METHODS, load_preset, preset_parts
 from trlx.strict import ConfigError
@@ -144,6 +145,13 @@ def test_a_megatron_preset_refuses_another_number_of_processes():
     config = load_preset("grpo", "qwen3-8b", "megatron", "16gpu").evolve(model={"model_path": shape_of("qwen3-8b")})
     with pytest.raises(ConfigError, match="trainer.devices 8 x trainer.num_nodes 2 = 16 processes, but 8 were started"):
         check_sizes(settings_of(config), read_run(config).shape, 8, config.train.batch_size)
+
+
+def test_the_command_line_says_which_values_come_from_the_layers_of_a_preset():
+    origins = typed(["ppo", "qwen3-8b", "megatron", "8gpu", "train.seed=3"], {}).origins
+    wanted = {"train.trainer": "preset qwen3-8b megatron 8gpu", "train.seed": "command line"}
+    wanted |= {"scheduler.kwargs.eta_min": wanted["train.trainer"], "train.epochs": "preset ppo"}
+    assert {key: origins[key] for key in wanted} == wanted
 
 
 def test_an_adapter_of_gemma_leaves_the_vision_tower_out_and_a_preset_trains(tmp_path):
