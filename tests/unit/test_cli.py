@@ -1,7 +1,5 @@
 """The command line itself: help, exit codes and what stands on stderr."""
 
-from pathlib import Path
-
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -46,7 +44,7 @@ def test_the_command_line_says_its_version_and_lists_its_commands(capsys):
         (["plan", "x", "--tp", "two"], "trlx plan: Invalid value for '--tp': "),
         (["plan", "x", "--set"], "trlx plan: Option '--set' requires an argument. See trlx plan --help\n"),
         (["plan", "nowhere.yaml"], "trlx plan: There is no file nowhere.yaml in "),
-        (["report", "nowhere"], f"trlx report: no metrics.jsonl in {Path.cwd() / 'nowhere'}; "),
+        (["report", "nowhere"], "trlx report: no metrics.jsonl in nowhere; "),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(argv, said, capsys):
@@ -58,7 +56,7 @@ def test_what_nobody_meant_for_the_user_is_exit_code_1_and_says_how_to_see_more(
     def failing(*_):
         raise ValueError("too many values")
 
-    monkeypatch.setattr("trlx.launch.report.write_report", failing)
+    monkeypatch.setattr("trlx.launch.report.write_reports", failing)
     told = (1, "trlx report: ValueError: too many values. TRLX_TRACEBACKS=full shows where\n")
     assert failure(capsys, "report", "x") == told
     monkeypatch.setenv("TRLX_TRACEBACKS", "full")
