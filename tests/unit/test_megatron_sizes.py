@@ -90,7 +90,7 @@ def test_devices_left_to_the_launcher_are_not_compared():
 def test_interleaved_stages_get_microbatches_of_whole_pairs_that_count_nothing():
     # six rows in microbatches of four, over three stages: one microbatch is missing
     parallel = SimpleNamespace(sizes=ParallelSizes(1, 3, 2, False))
-    backend = SimpleNamespace(microbatch_size=4, divisor=1, device="cpu", parallel=parallel)
+    backend = SimpleNamespace(microbatch_size=4, divisor=1, multiple=3, device="cpu", parallel=parallel)
     batch = collate([Rollout([1], [2, 3]) for _ in range(6)], 0)
     found = megatron_backend()._microbatches(backend, batch, [[0, 1, 2, 3], [4, 5]])
     assert [len(rows) for rows in found] == [4, 2, 2]

@@ -190,7 +190,7 @@ def make_adapter(model: PreTrainedModel, given: PeftConfig | Mapping[str, Any], 
         return peft.get_peft_model(model, config)
 
 
-def _loaded(model: PreTrainedModel, folder: str, architecture: type) -> PeftModel:
+def _loaded(model: PreTrainedModel, folder: str) -> PeftModel:
     import peft
 
     # PEFT saves virtual tokens without the layers that computed them, and refuses to train such an adapter; the saved
