@@ -68,8 +68,10 @@ def plan(
     accelerate: Annotated[
         str | None, typer.Option(help="for an Accelerate trainer: ddp, fsdp2, or a file as in configs/accelerate")
     ] = None,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, l40s or rtx4090, for the time of a step")] = "h100",
+    efficiency: Annotated[float, typer.Option(help="the share of the GPU's speed to count on")] = 0.4,
 ) -> int:
-    """Memory of a run (and traffic of a NeMo trainer's layout), without running it."""
+    """Memory, operations and time of a run (and a NeMo layout's traffic), without running it."""
     from trlx.launch.plan.tables import GIB
     from trlx.launch.plan.tables import plan as print_plan
 
@@ -80,7 +82,9 @@ def plan(
         "sequence_parallel": sp,
     }
     given = [f"train.trainer_kwargs.{key}={value}" for key, value in layout.items() if value is not None]
-    print_plan(model, method, [*given, *(overrides or [])], gpus, vocabulary, gpu_memory * GIB, accelerate)
+    print_plan(
+        model, method, [*given, *(overrides or [])], gpus, vocabulary, gpu_memory * GIB, accelerate, gpu, efficiency
+    )
     return 0
 
 

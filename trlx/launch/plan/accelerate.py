@@ -10,6 +10,7 @@ from trlx.backends.base import ModelNeeds
 from trlx.config import TRLConfig
 from trlx.launch.plan.phases import Phase
 from trlx.launch.plan.rehearsal import Pass, Rehearsal, Weights
+from trlx.launch.plan.work import Work, rows_of_a_step
 from trlx.models.adapters import adapted_model
 from trlx.presets import preset_path
 from trlx.registry import trainers
@@ -59,12 +60,13 @@ class AccelerateRun:
 
     Args:
         limit: bytes of a GPU; they decide how many rows fit into one pass, and how many hidden states are kept.
+        rehearsals: those that were made before for runs that differ from this one, which adds its own.
 
     Raises:
         ConfigError, OSError: see `Rehearsal`.
     """
 
-    def __init__(self, config: TRLConfig, launch: Launch, limit: float):
+    def __init__(self, config: TRLConfig, launch: Launch, limit: float, rehearsals: dict[str, Rehearsal] | None = None):
         self.config, self.launch, self.limit = config, launch, limit
         self.kind = trainers.get(config.train.trainer)
         self.needs: ModelNeeds = self.kind.needs(config.method)
@@ -73,8 +75,11 @@ class AccelerateRun:
         model = config.model
         if adapted_model(model.model_path) is not None:
             raise ConfigError(f"{model.model_path} is an adapter: write its model there, and model.peft_config")
-        checkpointing = config.train.gradient_checkpointing
-        self.rehearsal = Rehearsal(model, self.needs, self.half, checkpointing, launch.shards)
+        rehearsals = {} if rehearsals is None else rehearsals
+        key = f"{model} {self.needs} {self.half} {launch.shards}"
+        if key not in rehearsals:
+            rehearsals[key] = Rehearsal(model, self.needs, self.half, launch.shards)
+        self.rehearsal = rehearsals[key]
 
     @property
     def weights(self) -> Weights:
@@ -150,6 +155,33 @@ class AccelerateRun:
         return [*found, Phase("save", lasting | {"temporary": self._largest})]
 
     @property
+    def work(self) -> Work:
+        """What a step computes."""
+        weights, train, launch = self.weights, self.config.train, self.launch
+        frozen, kept = weights.blocks - weights.trained_blocks, self.kept_states > 0
+        step = rows_of_a_step(self.config, train.batch_size * launch.processes, self.needs.reference, not self.half)
+        passes = 4 if self.config.model.peft_config is not None else 0 if kept else 2
+        cache = self._sampling["keys, values"] if self.samples else 0
+        return Work(
+            **step,
+            # frozen blocks run once, however often a row is read
+            kept=max(step["scored"] - step["sampled"], 0) if kept else 0,
+            length=self.length,
+            response=self.response,
+            new=self.new_tokens,
+            trained=weights.trained_blocks,
+            frozen=frozen,
+            output=weights.output,
+            heads=weights.heads,
+            passes_frozen=passes,
+            again=2 if train.gradient_checkpointing is True else 0,
+            half=self.half,
+            gpus=launch.processes,
+            draws=step["sampled"] * self.new_tokens / (self.rows_sampled * launch.processes),
+            read=weights.model * (2 if self.half else 4) + cache / 2,
+        )
+
+    @property
     def samples(self) -> bool:
         """Whether it samples, in training or in evaluations."""
         return not self.needs.score_head
@@ -207,7 +239,8 @@ class AccelerateRun:
     @property
     def _update(self) -> dict[str, float]:
         """With one microbatch the first gradients come when all activations are there, the last ones when none are."""
-        found: Pass = self.rehearsal.update(self.rows, self.length, self.response)
+        again = self.config.train.gradient_checkpointing
+        found: Pass = self.rehearsal.update(self.rows, self.length, self.response, again)
         lasting, several = self._lasting["gradients"], self.microbatches > 1
         # without exchange between microbatches each process adds up whole gradients
         gradients = self.weights.trained_size * (1 if several else self._share)

@@ -54,7 +54,7 @@ def memory(run: Run, stage: int) -> Memory:
         moments=FLOAT * run.moments * trained / share,
         reference=run.element * count.trained if run.needs.reference else 0,
         activations=activations(run, stage) + held * (_sent(run, stage) + _received(run, stage)),
-        temporary=max(score_activations(run, stage) + _logits_at_once(run, stage), computed_again(run, stage)),
+        temporary=max(score_activations(run, stage) + logits_at_once(run, stage), computed_again(run, stage)),
     )
 
 
@@ -214,7 +214,7 @@ def _feed_forward_copies(run: Run) -> int:
     return 1 if is_relu else 2
 
 
-def _logits_at_once(run: Run, stage: int) -> float:
+def logits_at_once(run: Run, stage: int) -> float:
     """Bytes that computing the scores takes for a moment: logits, exponentials and a gradient, in float32."""
     is_needed = run.is_last(stage) and run.output_layer
     return 3 * FLOAT * min(run.scored * run.vocab_part, CHUNK_ELEMENTS) if is_needed else 0

@@ -23,6 +23,7 @@ from trlx.backends.base import ModelNeeds
 from trlx.batch import TokenOutputs
 from trlx.config import ModelConfig
 from trlx.data.hub import no_bars
+from trlx.launch.plan.phases import DRAWING
 from trlx.models.adapters import AdaptedPolicy, make_adapter
 from trlx.models.architecture import FROM_HUB, architecture_for
 from trlx.models.cached import Reader
@@ -33,8 +34,6 @@ from trlx.models.operations import with_fast_operations
 from trlx.models.policy import Policy, make_heads
 from trlx.strict import ConfigError
 
-DRAWING = 4 + 8 + 8
-"""Bytes for each logit when a token is drawn: float32, then probabilities and their sums in float64."""
 PACKED = {"load_in_4bit": 0.5, "load_in_8bit": 1.0}
 """Bytes of a quantized weight, by the setting of ``model.model_extra_configs``."""
 
@@ -95,6 +94,8 @@ class Weights:
     trained_blocks: int
     output: int
     """Of the output head, also where it is the embedding."""
+    heads: int
+    """Of value and Q heads, targets included."""
     size: float
     """Bytes of all, heads included."""
     trained_size: float
@@ -124,7 +125,6 @@ class Rehearsal:
 
     Args:
         half: activations are bf16 or fp16.
-        checkpointing: ``train.gradient_checkpointing``.
         sharded: blocks have weights in half precision, as FSDP gathers them.
 
     Raises:
@@ -132,10 +132,9 @@ class Rehearsal:
         OSError: there is no model of that name.
     """
 
-    def __init__(self, model: ModelConfig, needs: ModelNeeds, half: bool, checkpointing: bool | str, sharded: bool):
+    def __init__(self, model: ModelConfig, needs: ModelNeeds, half: bool, sharded: bool):
         self.needs, self.half = needs, half
         self._mode = FakeTensorMode()
-        self.trains = needs.dropout or bool(checkpointing)
         self._found: dict[tuple, Pass] = {}
         with torch.device("meta"), _in_words(model):
             policy, built = _policies(model, needs)
@@ -150,12 +149,10 @@ class Rehearsal:
             self.policy = built()
         with self._fake():
             _make_fake(self.policy, set(stack.parameters()) if sharded and half else set())
-        if checkpointing:
-            self.policy.architecture.recompute(selective=checkpointing == "selective")
 
-    def update(self, rows: int, length: int, response: int) -> Pass:
-        """A forward and a backward pass of a microbatch."""
-        return self._by_blocks(_update, rows, length, response)
+    def update(self, rows: int, length: int, response: int, checkpointing: bool | str = False) -> Pass:
+        """A forward and a backward pass of a microbatch, with ``train.gradient_checkpointing``."""
+        return self._by_blocks(_update, rows, length, response, checkpointing)
 
     def scoring(self, rows: int, length: int, response: int) -> Pass:
         """A forward pass without gradients."""
@@ -179,7 +176,7 @@ class Rehearsal:
         hook.remove()
         return found[0][0] if isinstance(found[0], tuple) else found[0]
 
-    def _by_blocks(self, run: Callable[..., _Moments], *sizes: int) -> Pass:
+    def _by_blocks(self, run: Callable[..., _Moments], *sizes: Any) -> Pass:
         if (run, *sizes) not in self._found:
             stack = blocks(self.policy.model)
             with self._fake():
@@ -230,8 +227,10 @@ def _extended(few: _Moments, many: _Moments, base: int, layers: int, trained_lay
     return Pass(kept=trained + every[-1], temporary=worst - every[-1])
 
 
-def _update(rehearsal: Rehearsal, rows: int, length: int, response: int) -> _Moments:
-    policy = rehearsal.policy.train(rehearsal.trains)
+def _update(rehearsal: Rehearsal, rows: int, length: int, response: int, checkpointing: bool | str) -> _Moments:
+    policy = rehearsal.policy.train(rehearsal.needs.dropout or bool(checkpointing))
+    if checkpointing:
+        policy.architecture.recompute(selective=checkpointing == "selective")
     live, columns = Live(policy), _columns(rows, length, response)
     with live:
         with rehearsal.running():
@@ -243,6 +242,9 @@ def _update(rehearsal: Rehearsal, rows: int, length: int, response: int) -> _Mom
             loss.backward()
     for weight in policy.parameters():
         weight.grad = None
+    for module in policy.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
     return _Moments(kept, temporary=(live.peak - kept,))
 
 
@@ -349,6 +351,7 @@ def _weights(policy: Policy, model: ModelConfig) -> Weights:
         blocks=count(inside),
         trained_blocks=count(w for w in inside if w.requires_grad),
         output=output_head(policy.model).weight.numel(),
+        heads=0 if policy.heads is None else count(policy.heads.parameters()),
         size=size(everything),
         trained_size=size(trained),
         reference=size(w for w in policy.model.parameters() if w.requires_grad),

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from trlx.config import TRLConfig
+from trlx.launch.plan import nemo
 from trlx.launch.plan.accelerate import AccelerateRun, Launch
+from trlx.launch.plan.changes import SHARED, Verdict, cheapest, ladders_of
 from trlx.launch.plan.layouts import FULL, fit, fullest, launch_line
-from trlx.launch.plan.memory import cache, memory
+from trlx.launch.plan.memory import FLOAT, cache, memory
 from trlx.launch.plan.parameters import parameters, total_parameters
-from trlx.launch.plan.phases import PARTS, Phase
+from trlx.launch.plan.phases import PARTS, Phase, peak
+from trlx.launch.plan.rehearsal import Rehearsal
 from trlx.launch.plan.run import TRAINERS, Run, read_config, read_run
 from trlx.launch.plan.traffic import bubble, traffic
+from trlx.launch.plan.work import EFFICIENCY, Gpu, Work, gpu_named
+from trlx.strict import ConfigError
 
 GIB = 2**30
 COLUMNS = {
@@ -37,6 +46,8 @@ def plan(
     vocabulary: int,
     limit: float,
     accelerate: str | None = None,
+    gpu: str = "h100",
+    efficiency: float = EFFICIENCY,
 ) -> None:
     """Prints the plan of a preset, a YAML file, or a folder with a Hugging Face model.
 
@@ -44,25 +55,28 @@ def plan(
     or ``train.trainer`` in `overrides` says something else.
 
     Args:
+        limit: bytes of one GPU.
         accelerate: a file of configs/accelerate/, by its name or path: how processes of an Accelerate trainer start.
+        gpu: one of `GPUS`, whose speed gives the time of a step.
+        efficiency: the share of that speed to count on.
 
     Raises:
-        ConfigError: see `read_run` and `AccelerateRun`.
+        ConfigError: see `read_run`, `AccelerateRun` and `gpu_named`.
         ValueError: there is no such preset, file or folder.
     """
+    speed = gpu_named(gpu)
+    if not 0 < efficiency <= 1:
+        raise ConfigError(f"The efficiency must be above 0 and at most 1, got {efficiency:g}: write e.g. {EFFICIENCY}")
     config = read_config(name, method, overrides, nemo=accelerate is None)
-    if config.train.trainer.startswith("NeMo"):
-        run = read_run(config, gpus, vocabulary)
-        head, remarks = _headline(name, run), _remarks(config, run, limit)
-        tables = {
-            "GiB on a GPU at most, by stage": _memory_table(run),
-            "GB that a GPU sends in a step, by stage": _traffic_table(run),
-        }
-    else:
-        run = AccelerateRun(config, Launch.read(accelerate, gpus), limit)
-        phases = run.phases()
-        head, remarks = _accelerate_headline(name, run), _accelerate_remarks(run, phases, limit)
-        tables = {"GiB on a process at most, by phase": _phases_table(phases)}
+    planner = Planner(gpus, vocabulary, limit, accelerate)
+    run, phases, work = planner(config)
+    is_nemo = isinstance(run, Run)
+    head = _headline(name, run) if is_nemo else _accelerate_headline(name, run)
+    tables = {"GiB on a process at most, by phase": _phases_table(phases)}
+    if is_nemo:
+        tables["GiB on a GPU at most in an update, by stage"] = _memory_table(run)
+        tables["GB that a GPU sends in a step, by stage"] = _traffic_table(run)
+    tables["What a step computes, on all processes"] = _work_table(work, speed, efficiency)
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file has room for every column; rich would cut them at 80 characters
@@ -71,8 +85,87 @@ def plan(
     for title, table in tables.items():
         console.print(f"\n[italic]{title}[/italic]")
         console.print(table)
-    for line in remarks:
+    for line in (
+        _time_remark(work, speed, efficiency),
+        *(_remarks(config, run, limit) if is_nemo else _accelerate_remarks(run)),
+        *_fit_remarks(config, planner, speed, efficiency),
+    ):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Planner:
+    """Plans one run and runs that differ from it, for either backend."""
+
+    gpus: int | None
+    vocabulary: int
+    limit: float
+    accelerate: str | None
+
+    def __post_init__(self):
+        self.rehearsals: dict[str, Rehearsal] = {}
+
+    def __call__(self, config: TRLConfig, accelerate: str | None = None) -> tuple[Any, list[Phase], Work]:
+        """(the run on paper, its phases, what it computes)."""
+        if config.train.trainer.startswith("NeMo"):
+            run = read_run(config, self.gpus, self.vocabulary)
+            return run, nemo.phases(run, config), nemo.work(run, config)
+        launch = Launch.read(accelerate or self.accelerate, self.gpus)
+        run = AccelerateRun(config, launch, self.limit, self.rehearsals)
+        return run, run.phases(), run.work
+
+
+def _fit_remarks(config: TRLConfig, planner: Planner, speed: Gpu, efficiency: float) -> Iterator[str]:
+    limit = planner.limit
+
+    def assess(settings: dict[str, Any]) -> Verdict:
+        sections = {key: value for key, value in settings.items() if key != SHARED}
+        _, phases, work = planner(TRLConfig.update(config, sections), settings.get(SHARED))
+        excess = sum(max(phase.total - limit, 0) for phase in phases)
+        return Verdict(peak(phases).total, excess, sum(work.seconds(speed, efficiency).values()))
+
+    run, phases, _ = planner(config)
+    most = peak(phases)
+    needs = f"{limit / GIB:.0f} GiB: the phase {most.name} takes {most.total / GIB:.2f}."
+    if most.total <= limit:
+        yield f"All phases fit into {needs}"
+        return
+    yield f"Not all phases fit into {needs}"
+    with _quiet():
+        found, before = cheapest(_ladders(config, run, limit), assess), assess({}).seconds
+    for change in found:
+        slower = change.verdict.seconds / before - 1
+        other = ", other numbers" if change.cost[0] else ""
+        yield f"  {change}: {change.verdict.peak / GIB:.2f} GiB, {slower:+.0%} time{other}"
+    if not found:
+        yield "No one and no two of the changes that trlx knows are enough: take more or larger GPUs, or fewer tokens."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings: those of a run were shown before, and runs that differ from it have the same."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _ladders(config: TRLConfig, run: Run | AccelerateRun, limit: float) -> list[list[dict[str, Any]]]:
+    if isinstance(run, AccelerateRun):
+        shareable = run.launch.processes > 1 and not run.launch.shards
+        return ladders_of(config, run.rows, run.rehearsal.layers, run.half, shareable)
+    found = ladders_of(config, run.rows, run.shape.num_layers, run.element < FLOAT, False)
+    smaller = fit(run, run.gpus, limit)
+    return found if smaller is None else [_as_settings(smaller), *found]
+
+
+def _as_settings(run: Run) -> list[dict[str, Any]]:
+    """A layout, with as many rows in a step as before."""
+    sizes = {"tensor_model_parallel_size": run.parallel.tensor, "pipeline_model_parallel_size": run.parallel.pipeline}
+    kwargs = {f"train.trainer_kwargs.{key}": value for key, value in sizes.items()}
+    again = {"train.gradient_checkpointing": True} if run.recompute == FULL else {}
+    return [{**kwargs, "train.batch_size": run.rows * run.microbatches, **again}]
 
 
 def _accelerate_headline(name: str, run: AccelerateRun) -> Iterator[str]:
@@ -95,11 +188,25 @@ def _phases_table(phases: list[Phase]) -> Table:
     return table
 
 
-def _accelerate_remarks(run: AccelerateRun, phases: list[Phase], limit: float) -> Iterator[str]:
-    most = max(phases, key=lambda phase: phase.total)
-    fits = "It fits" if most.total <= limit else "It does not fit"
-    yield f"{fits} into {limit / GIB:.0f} GiB: the phase {most.name} takes {most.total / GIB:.2f}."
+def _accelerate_remarks(run: AccelerateRun) -> Iterator[str]:
     yield f"A checkpoint takes {run.saved / GIB:.2f} GiB of main memory and of the disk."
+
+
+def _work_table(work: Work, speed: Gpu, efficiency: float) -> Table:
+    table, seconds = _table(["phase", "million\ntokens", "PFLOP", "seconds"]), work.seconds(speed, efficiency)
+    for name, flops in work.flops.items():
+        if flops:
+            table.add_row(name, f"{work.tokens[name] / 1e6:.3f}", f"{flops / 1e15:.2f}", f"{seconds[name]:.2f}")
+    table.add_row("step", "", f"{sum(work.flops.values()) / 1e15:.2f}", f"{sum(seconds.values()):.2f}")
+    return table
+
+
+def _time_remark(work: Work, speed: Gpu, efficiency: float) -> str:
+    teraflops = speed.half if work.half else speed.single
+    return (
+        f"Seconds are for {work.gpus} x {speed.name} at {efficiency:.0%} of {teraflops:g} TFLOPS and {speed.speed:g} "
+        "GB/s, without messages between processes and without reward_fn."
+    )
 
 
 def _headline(name: str, run: Run) -> Iterator[str]:
