@@ -59,7 +59,7 @@ class Change:
 
 
 def cheapest(ladders: list[list[Settings]], assess: Assess, count: int = 3) -> list[Change]:
-    """The `count` cheapest changes with which all phases fit; pairs of changes where no single one is enough.
+    """The `count` cheapest changes with which all phases fit; pairs of changes where too few are enough alone.
 
     Args:
         ladders: changes of one kind each, the mildest first; of each kind only the mildest one that fits counts.
@@ -72,8 +72,10 @@ def cheapest(ladders: list[list[Settings]], assess: Assess, count: int = 3) -> l
         if change is not None and change.verdict.excess < before
     ]
     found = _fitting(helpful, assess)
-    if not found:
-        for first, second in combinations(helpful, 2):
+    if len(found) < count:
+        alone = [change.settings for change in found]
+        rest = [ladder for ladder in helpful if not any(settings in ladder for settings in alone)]
+        for first, second in combinations(rest, 2):
             for change in _fitting([[first[-1] | mild for mild in second]], assess):
                 milder = {name: value for name, value in change.settings.items() if name not in first[-1]}
                 found += _fitting([[mild | milder for mild in first]], assess)
