@@ -17,6 +17,7 @@ from tests.processes import together
 from tests.runs import PROMPTS, metrics, run, share_of_a, tiny_config, weights
 from tests.unit.test_seq2seq import run_of
 from trlx.checkpoint import newest, read_optimizer
+from trlx.launch.plan.accelerate import AccelerateRun, Launch
 
 pytestmark = pytest.mark.distributed
 
@@ -51,9 +52,27 @@ def both(folder, fn, *args, method=None, train=None, launch="fsdp2", **changes):
     close(weights(folder / "one"), weights(folder / "two"))
 
 
+def run_as_planned(*args, **changes):
+    """A run after which each process holds what ``trlx plan`` says, shards' padding apart."""
+    trainer = run(*args, **changes)
+    backend, local = trainer.backend, lambda weight: getattr(weight, "to_local", lambda: weight)().nbytes
+    launch = Launch(backend.data_size, shards=backend.data_size > 1)
+    paper = AccelerateRun(trainer.config, launch, 2**33).phases()[-1].parts
+    state = [value for each in backend.sharding.optimizer.state.values() for value in each.values()]
+    held = {
+        "weights": backend.policy.parameters(),
+        "reference": backend.reference._kept,
+        "optimizer": [value for value in state if value.dim()],
+    }
+    assert {name: sum(map(local, found)) for name, found in held.items()} == pytest.approx(
+        {name: paper[name] for name in held}, rel=0.01
+    )
+    return trainer
+
+
 @pytest.mark.parametrize("train", [{}, {"minibatch_size": 1}, {"gradient_checkpointing": True}])
 def test_ppo_equals_one_process(tmp_path, train):
-    both(tmp_path, run, "PPO", method=GREEDY, train=train)
+    both(tmp_path, run if train else run_as_planned, "PPO", method=GREEDY, train=train)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) >= 8
     for mine, theirs in zip(one, two, strict=True):

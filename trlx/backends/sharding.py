@@ -137,7 +137,7 @@ class Sharded(Replicated):
         if self.accelerator.mixed_precision == "bf16":
             precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
             for block in self.blocks:
-                block.register_forward_pre_hook(_in_bfloat16)
+                block.register_forward_pre_hook(in_bfloat16)
         for block in self.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshards, mp_policy=precision)
         self.wrapped = fully_shard(policy, mesh=mesh)
@@ -271,6 +271,7 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _in_bfloat16(block: nn.Module, args: tuple) -> tuple:
+def in_bfloat16(block: nn.Module, args: tuple) -> tuple:
+    """A hook before a block whose weights are gathered in bfloat16."""
     # only the hidden states: in bfloat16 a mask's smallest float32 would become minus infinity
     return args[0].bfloat16(), *args[1:]

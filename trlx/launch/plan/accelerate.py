@@ -15,7 +15,6 @@ from trlx.models.adapters import adapted_model
 from trlx.presets import preset_path
 from trlx.registry import trainers
 from trlx.strict import ConfigError
-from trlx.trainer import accelerate  # noqa: F401, it registers the trainers
 from trlx.yaml_files import read_yaml
 
 MOMENTS = {"adam": 2.0, "adamw": 2.0, "adam_8bit_bnb": 0.5, "adamw_8bit_bnb": 0.5, "sgd": 0.0}

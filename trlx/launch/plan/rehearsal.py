@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, PretrainedConfig, masking_utils
 
 from trlx.backends.base import ModelNeeds
+from trlx.backends.sharding import in_bfloat16
 from trlx.batch import TokenOutputs
 from trlx.config import ModelConfig
 from trlx.data.hub import no_bars
@@ -149,6 +150,8 @@ class Rehearsal:
             self.policy = built()
         with self._fake():
             _make_fake(self.policy, set(stack.parameters()) if sharded and half else set())
+        for block in stack if sharded and half else ():
+            block.register_forward_pre_hook(in_bfloat16)
 
     def update(self, rows: int, length: int, response: int, checkpointing: bool | str = False) -> Pass:
         """A forward and a backward pass of a microbatch, with ``train.gradient_checkpointing``."""

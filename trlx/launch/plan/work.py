@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from trlx.config import TRLConfig
 from trlx.registry import trainers
 from trlx.strict import ConfigError, suggestion
+from trlx.trainer import accelerate, nemo  # noqa: F401, they register the trainers
 
 EFFICIENCY = 0.4
 """The share of a GPU's peak that a plan counts on, of its operations as of its memory's speed."""
