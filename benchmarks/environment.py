@@ -18,10 +18,11 @@ def environment() -> dict[str, str]:
     import torch
     import transformers
 
+    from trlx.launch.reporter import cpu_name
+
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "cpu": f"{model[0].split(':')[1].strip()} x{os.cpu_count()}" if model else platform.processor(),
+        "cpu": f"{cpu_name()} x{os.cpu_count()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -57,12 +57,12 @@ class Job:
         Raises:
             ValueError, TypeError, OSError, ImportError: what was typed, or a file, is wrong.
         """
-        from trlx.api import checked
+        from trlx.api import checked, trainers
 
         made = "made" if self.model == TINY else None
         samples = self._rows(self.samples) if self.samples not in (None, "made") else None
         config = self._config(samples)
-        trainer = _trainer(config)
+        trainer = trainers.get(config.train.trainer)
         given = {"config": config, "stop_sequences": self.stop}
         if trainer.online:
             self._refuse("learns from its own samples", "samples", "eval_samples")
@@ -132,14 +132,6 @@ class Job:
             return {"samples": _samples(rows, config, self.samples)}
         check_columns(rows, ["reward"], ", its number (--column reward=NAME)")
         return {"samples": _samples(rows, config, self.samples), "rewards": [row["reward"] for row in rows]}
-
-
-def _trainer(config: TRLConfig) -> Any:
-    import trlx.trainer.accelerate
-    import trlx.trainer.nemo  # noqa: F401  registers its trainers, as the line above does
-    from trlx.registry import trainers
-
-    return trainers.get(config.train.trainer)
 
 
 def _samples(rows: list[Any], config: TRLConfig, source: str) -> list[Any]:

@@ -101,7 +101,7 @@ def environment() -> dict[str, str]:
         "processes": os.environ.get("WORLD_SIZE", "1"),
         "machine": f"{platform.node()}, {platform.system()} {platform.release()}",
         "GPUs": ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)),
-        "CPUs": f"{os.cpu_count()} x {_cpu()}",
+        "CPUs": f"{os.cpu_count()} x {cpu_name()}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "python": platform.python_version(),
         "trlx": __version__,
@@ -110,7 +110,8 @@ def environment() -> dict[str, str]:
     return {name: text for name, text in told.items() if text}
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     told = Path("/proc/cpuinfo")
     lines = told.read_text().splitlines() if told.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -117,7 +117,8 @@ class FrozenTrunk(KeptStates):
     def _states(self, batch: TokenBatch, device: torch.device | str) -> list[Tensor]:
         """For each row [its number of tokens, d]."""
         keys = row_keys(batch)
-        missing = [row for row, key in enumerate(keys) if key not in self.kept and key not in keys[:row]]
+        # of equal rows one
+        missing = list({key: row for row, key in enumerate(keys) if key not in self.kept}.values())
         found = {key: self.kept[key] for key in keys if key in self.kept}
         # a resumed run computes other rows together; alone each has the same bits, which is slow on a GPU
         for rows in [[row] for row in missing] if torch.device(device).type == "cpu" else [missing] * bool(missing):
