@@ -124,6 +124,7 @@ def test_what_is_logged_of_a_collection_by_hand(tmp_path):
         "rollout_scores/std": 2.0,
         "rollout_scores/running_mean": 4.0,
         "rollout_scores/running_std": 2.0,
+        "policy/entropy": 7.25 / 7,
         "policy/kl": kl,
         "policy/sqrt_kl": kl**0.5,
         "policy/kl_per_token": kl * 3 / 7,

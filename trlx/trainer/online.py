@@ -254,6 +254,7 @@ class OnlineTrainer(Trainer):
             shares = self.backend.gather_objects([found])
             found = {name: torch.cat([share[name] for share in shares]) for name in found}
         batch = batch.replace(**found)
+        self.pending |= finish(*pack({"policy/entropy": mean_of(-batch.old_logprobs, batch.response_mask)}))
         self.pending |= self._kl(batch) if needs.reference else {}
         return batch
 
