@@ -37,12 +37,13 @@ EXTRAS = {
     "nemo": ["megatron-core>=0.16.1,<0.17", "einops>=0.8"],
     # only to prove that `.nemo` archives are NeMo's: tests/toolkit/exchange.sh, in an environment of its own
     "nemo-toolkit": ["nemo_toolkit[core]==3.0.0"],
+    "docs": ["sphinx>=9.0,<10", "myst-nb>=1.4", "furo>=2025.12", "ipykernel>=7"],
     "bench": ["matplotlib>=3.8", "trl>=1.16,<2"],
 }
 EXTRAS["dev"] = [
     *(
         requirement
-        for name in ("wandb", "tensorboard", "report", "peft", "data", "nemo")
+        for name in ("wandb", "tensorboard", "report", "peft", "data", "nemo", "docs")
         for requirement in EXTRAS[name]
     ),
     "build>=1.2",

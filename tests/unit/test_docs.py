@@ -99,6 +99,12 @@ def test_links_between_pages_lead_somewhere():
     assert broken == []
 
 
+def test_every_page_stands_in_the_menu_of_the_site():
+    menu = "\n".join(re.findall(r"```{toctree}\n(.*?)```", (DOCS / "index.md").read_text(), re.DOTALL)).splitlines()
+    pages = [file for file in DOCS.rglob("*") if file.suffix in (".md", ".ipynb") and file != DOCS / "index.md"]
+    assert {str(page.relative_to(DOCS).with_suffix("")) for page in pages} - set(menu) == set()
+
+
 @pytest.mark.parametrize("file", sorted(DOCS.rglob("*.md")), ids=lambda file: str(file.relative_to(DOCS)))
 def test_python_in_the_documentation_compiles(file):
     for block in re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL):

@@ -15,9 +15,9 @@ from trlx.methods.masked import RunningMoments
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns by generalized advantage estimation (arXiv:1506.02438, eq. 16).
+    """Advantages and returns by generalized advantage estimation (arXiv:1506.02438, eq. 16)::
 
-    δₜ = rₜ + γ Vₜ₊₁ − Vₜ,   Aₜ = δₜ + γλ Aₜ₊₁,   Rₜ = Aₜ + Vₜ
+        δₜ = rₜ + γ Vₜ₊₁ − Vₜ,   Aₜ = δₜ + γλ Aₜ₊₁,   Rₜ = Aₜ + Vₜ
 
     All tensors [B, T]; entry t is about token t. Tokens with mask False are stepped over: the next response token
     follows the last one, so tool output inside a response does not end the episode. Rewards and values at masked tokens

@@ -26,16 +26,16 @@ def grpo_loss(
     max_length: int,
     kl_coef: float = 0.0,
 ) -> tuple[Tensor, Metrics]:
-    """The clipped objective with advantages of groups, plus `kl_coef` times the KL to the reference (k3).
+    """The clipped objective with advantages of groups, plus `kl_coef` times the KL to the reference (k3)::
 
-    ρ = π / π_old,   L = Σ w · [max(−A ρ, −A clip(ρ, 1 − cliprange, 1 + cliprange_high)) + kl_coef · KL]
+        ρ = π / π_old,   L = Σ w · [max(−A ρ, −A clip(ρ, 1 − cliprange, 1 + cliprange_high)) + kl_coef · KL]
 
-    - "grpo" (arXiv:2402.03300, eq. 3): w = 1 / |response|, a mean over each sequence; summed over sequences.
+    - "grpo" (arXiv:2402.03300, eq. 3): w = 1 / `|response|`, a mean over each sequence; summed over sequences.
     - "dr_grpo" (arXiv:2503.20783): w = 1 / `max_length`, the same for every sequence; summed over sequences.
     - "dapo" (arXiv:2503.14476, eq. 8): w = 1; summed over response tokens.
-    - "gspo" (arXiv:2507.18071, eq. 5): as "grpo", but ρ = (π / π_old)^(1 / |response|) of the whole response.
+    - "gspo" (arXiv:2507.18071, eq. 5): as "grpo", but ρ = (π / π_old)^(1 / `|response|`) of the whole response.
 
-    Returns the sum over units (see `UNITS`) and metrics. ``policy/ratio_deviation/max`` is max |ρ − 1|.
+    Returns the sum over units (see `UNITS`) and metrics. ``policy/ratio_deviation/max`` is max `|ρ − 1|`.
     """
     mask, at = batch.response_mask, batch.at
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)

@@ -23,12 +23,12 @@ def ilql_loss(
     awac_scale: float,
     beta: float,
 ) -> tuple[Tensor, Metrics]:
-    """The four losses of ILQL, summed over response tokens, with rewards r = ``batch.scores``.
+    """The four losses of ILQL, summed over response tokens, with rewards r = ``batch.scores``::
 
-    Q̂ = r + γ V(s′),  Q_t = min over target heads,  i runs over Q heads
-    L_Q = Σ Σᵢ (Qᵢ − Q̂)²,   L_V = Σ |τ − 1[Q_t < V]| (Q_t − V)²   (expectile τ; arXiv:2110.06169, eq. 5)
-    L_CQL = −Σ Σᵢ log softmax(Qᵢ)[a],   L_AWAC = −Σ log π(a) exp(β (Q_t − V))
-    L = L_Q + L_V + cql_scale L_CQL + awac_scale L_AWAC
+        Q̂ = r + γ V(s′),  Q_t = min over target heads,  i runs over Q heads
+        L_Q = Σ Σᵢ (Qᵢ − Q̂)²,   L_V = Σ |τ − 1[Q_t < V]| (Q_t − V)²   (expectile τ; arXiv:2110.06169, eq. 5)
+        L_CQL = −Σ Σᵢ log softmax(Qᵢ)[a],   L_AWAC = −Σ log π(a) exp(β (Q_t − V))
+        L = L_Q + L_V + cql_scale L_CQL + awac_scale L_AWAC
 
     s′ is the state of the row's next response token, so later user turns are skipped; after the last one V(s′) is 0.
     Q̂, Q_t and the AWAC weight have no gradient: V learns only from L_V, the policy only from L_AWAC.

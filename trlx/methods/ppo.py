@@ -20,15 +20,15 @@ def ppo_loss(
     vf_coef: float,
     dual_clip: float | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """The clipped objective (arXiv:1707.06347, eq. 7) and clipped value loss, summed over response tokens.
+    """The clipped objective (arXiv:1707.06347, eq. 7) and clipped value loss, summed over response tokens::
 
-    ρ = π / π_old,   L_π = Σ max(−A ρ, −A clip(ρ, 1−c, 1+c))
-    L_V = ½ Σ max((V − R)², (V_clip − R)²),   V_clip = V_old + clip(V − V_old, ±c_V),   L = L_π + vf_coef L_V
+        ρ = π / π_old,   L_π = Σ max(−A ρ, −A clip(ρ, 1−c, 1+c))
+        L_V = ½ Σ max((V − R)², (V_clip − R)²),   V_clip = V_old + clip(V − V_old, ±c_V),   L = L_π + vf_coef L_V
 
     `dual_clip` d > 1 bounds the loss by −A d where A < 0 (arXiv:1912.09729), for any ρ. Advantages are not whitened
     here: they were whitened over the whole collection.
 
-    Returns the sum and its metrics; ``policy/ratio_deviation/max`` is max |ρ − 1|, 0 on a collection's first update.
+    Returns the sum and its metrics; ``policy/ratio_deviation/max`` is max `|ρ − 1|`, 0 on a collection's first update.
     """
     at = batch.at
     logprobs, old_logprobs, advantages = outputs.logprobs[at], batch.old_logprobs[at], batch.advantages[at]

@@ -19,9 +19,9 @@ def dpo_loss(
     sft_coef: float = 0.0,
     length_normalized: bool = False,
 ) -> tuple[Tensor, Metrics]:
-    """Direct preference optimization, summed over pairs. An answer's reward is β log π(y) / π_ref(y).
+    """Direct preference optimization, summed over pairs. An answer's reward is β log π(y) / π_ref(y)::
 
-    h = log π(y_w) / π_ref(y_w) − log π(y_l) / π_ref(y_l)   for the chosen answer y_w and the rejected y_l
+        h = log π(y_w) / π_ref(y_w) − log π(y_l) / π_ref(y_l)   for the chosen answer y_w and the rejected y_l
 
     - "sigmoid" (arXiv:2305.18290, eq. 7): −(1 − ε) log σ(βh) − ε log σ(−βh); ε = `label_smoothing` is the share of
       pairs whose label is wrong (conservative DPO, https://ericmitchell.ai/cdpo.pdf).
@@ -29,7 +29,7 @@ def dpo_loss(
     - "ipo" (arXiv:2310.12036, eq. 17): (h − 1 / 2β)².
 
     `length_normalized` divides the log-probabilities in h by the number of the answer's tokens. `sft_coef` adds that
-    multiple of −log π(y_w) / |y_w| (arXiv:2404.19733, eq. 2). A pair without response tokens is padding.
+    multiple of −log π(y_w) / `|y_w|` (arXiv:2404.19733, eq. 2). A pair without response tokens is padding.
     """
     mask = batch.response_mask
     lengths = mask.sum(dim=1).clamp(min=1)
