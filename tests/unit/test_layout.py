@@ -25,7 +25,7 @@ HOMES = {
     "nemo": "trlx.backends",
     "torch.distributed": "trlx.backends",
     "wandb": "trlx.tracking",
-    "ray": "trlx.launch.sweep",
+    "ray": "trlx.launch",
 }
 """The one place that may use a package, also through an attribute of torch or a name in a string."""
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from trlx.config import TRLConfig
-from trlx.launch.space import Parameter, read_space
+from trlx.launch.space import Parameter, read_space, trials
 from trlx.presets import default_ppo_config
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +44,28 @@ def test_grids_are_tried_at_every_point_as_often_as_num_samples_says(tmp_path):
     assert space.num_trials == 12
     assert space.fixed == {"c": 7}
     assert list(space.varied) == ["a", "b"]
+
+
+def test_trials_without_a_search_have_seeds_and_are_drawn_alike_each_time(tmp_path):
+    entries = {
+        "method.a": {"strategy": "grid", "values": [1, 2]},
+        "method.b": {"strategy": "uniform", "values": [0.0, 1.0]},
+        "method.c": {"strategy": "choice", "values": ["x"]},
+    }
+    drawn = trials(path := write_space(tmp_path, entries, num_samples=2))
+    assert [(each["train.seed"], each["method.a"], each["method.c"]) for each in drawn] == [
+        (1000, 1, "x"),
+        (1001, 2, "x"),
+        (1002, 1, "x"),
+        (1003, 2, "x"),
+    ]
+    assert len({each["method.b"] for each in drawn}) == 4
+    assert all(type(each["method.b"]) is float for each in drawn)
+    assert trials(path) == drawn
+    seeds = {"train.seed": {"strategy": "grid", "values": [5, 6]}}
+    assert trials(write_space(tmp_path, seeds)) == [{"train.seed": 5}, {"train.seed": 6}]
+    with pytest.raises(ValueError, match="scheduler asha, which choose by results"):
+        trials(write_space(tmp_path, seeds, scheduler="asha"))
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,8 @@ def test_several_processes_or_a_config_are_started_by_accelerate():
 def test_every_trial_has_a_seed_unless_the_seed_is_swept(script, monkeypatch):
     monkeypatch.chdir(script.parent)
     sweep = Sweep("measure.py", read_space(write_space(script.parent)))
-    assert [sweep.hparams(number, {}) for number in range(2)] == [{"train.seed": 1000}, {"train.seed": 1001}]
-    assert sweep.hparams(0, {"train.seed": 5}) == {"train.seed": 5}
+    assert [sweep.space.hparams(number, {}) for number in range(2)] == [{"train.seed": 1000}, {"train.seed": 1001}]
+    assert sweep.space.hparams(0, {"train.seed": 5}) == {"train.seed": 5}
     trial = sweep.trial(2, {"method.tau": 0.5})
     assert (trial.settings["train.project_name"], trial.settings["method.tau"]) == ("sweep_measure", 0.5)
     assert sweep.folder.parent == script.parent / "ckpts" / "sweeps"

@@ -10,11 +10,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from trlx.optional import require
 from trlx.strict import ConfigError, Section, build, suggestion
 from trlx.yaml_files import read_yaml
 
 SCHEDULERS = {"fifo": "fifo", "asha": "async_hyperband", "hyperband": "hyperband", "hyperbandforbohb": "hb_bohb"}
 """Their names in ``ray.tune.create_scheduler``."""
+FIRST_SEED = 1000
+"""Trial n has the seed FIRST_SEED + n, unless the sweep varies ``train.seed``."""
 RESERVED = ("train.checkpoint_dir", "train.logging_dir", "train.resume_from_checkpoint")
 """Settings that the sweep chooses for every trial."""
 _KINDS = {
@@ -69,6 +72,14 @@ class Parameter:
     strategy: str
     values: tuple
 
+    def domain(self) -> Any:
+        """The strategy as an object of ``ray.tune``."""
+        from ray import tune
+
+        if self.strategy in ("choice", "grid"):
+            return {"choice": tune.choice, "grid": tune.grid_search}[self.strategy](list(self.values))
+        return getattr(tune, self.strategy)(*self.values)
+
     def draw(self, rng: Random) -> Any:
         """One value of a random search without Ray."""
         if self.strategy == "choice":
@@ -110,6 +121,10 @@ class Space:
                 chosen = dict(zip(grids, point, strict=True))
                 yield {name: chosen[name] if name in chosen else p.draw(rng) for name, p in self.varied.items()}
 
+    def hparams(self, number: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a trial: its seed, those that all trials share, and those chosen for it."""
+        return {"train.seed": FIRST_SEED + number, **self.fixed, **plain(chosen)}
+
     @property
     def num_trials(self) -> int:
         """How many trials there will be."""
@@ -136,6 +151,39 @@ def read_space(path: Path) -> Space:
     varied = {name: p for name, p in parameters.items() if name not in fixed}
     _check_search(tune, varied)
     return Space(tune, varied, fixed)
+
+
+def trials(config: Path) -> list[dict[str, Any]]:
+    """The settings of every trial of a random or grid search, by dotted name. The same file gives the same trials.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: the search or the scheduler needs results of trials.
+        Others: see `read_space`.
+    """
+    space = read_space(config)
+    require("ray", extra="sweep", purpose="A sweep")
+    from numpy.random import default_rng
+    from ray.tune.search.variant_generator import generate_variants
+
+    if (space.tune.search_alg, space.tune.scheduler) != ("random", "fifo"):
+        raise ConfigError(
+            f"{config} has search_alg {space.tune.search_alg} and scheduler {space.tune.scheduler}, which choose by "
+            "results: write search_alg: random and scheduler: fifo, or run it with trlx sweep"
+        )
+    domains = {name: parameter.domain() for name, parameter in space.varied.items()}
+    rng = default_rng(0)
+    drawn = [
+        variant["config"]
+        for _ in range(space.tune.num_samples)
+        for _, variant in generate_variants({"config": domains}, random_state=rng)
+    ]
+    return [space.hparams(number, chosen) for number, chosen in enumerate(drawn)]
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Python's numbers instead of numpy's."""
+    return {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
 
 
 def _parameter(name: str, entry: Any) -> Parameter:

@@ -11,12 +11,10 @@ from typing import Any
 
 from trlx.launch.results import Result, ranked, write_results
 from trlx.launch.script import check_script, script_path
-from trlx.launch.space import SCHEDULERS, Parameter, Space, read_space
+from trlx.launch.space import SCHEDULERS, Space, plain, read_space
 from trlx.launch.trial import Trial, TrialError, launch_command
 from trlx.optional import require
 
-FIRST_SEED = 1000
-"""Trial n has the seed FIRST_SEED + n, unless the sweep varies ``train.seed``."""
 COPY = "sweep.yaml"
 """Copy of the sweep's file in the folder of all trials. A later command goes on only with the same sweep."""
 PACKAGES = {"bayesopt": '"bayesian-optimization<2"', "bohb": "hpbandster ConfigSpace"}
@@ -103,12 +101,8 @@ class Sweep:
         if any(self.folder.glob("trial_*")) and not is_same:
             raise ValueError(f"{self.folder} holds the trials of another sweep; name another folder")
 
-    def hparams(self, number: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a trial: its seed, the settings that all trials share, and those chosen for it."""
-        return {"train.seed": FIRST_SEED + number, **self.space.fixed, **chosen}
-
     def trial(self, number: int, chosen: Mapping[str, Any], seen: int = -1) -> Trial:
-        settings = {**self.common, **self.hparams(number, chosen)}
+        settings = {**self.common, **self.space.hparams(number, chosen)}
         return Trial(self.command, self.cwd, self.folder / name_of(number), settings, self.space.tune.metric, seen)
 
 
@@ -137,7 +131,7 @@ def run_local(sweep: Sweep, seed: int = 0) -> list[Result]:
             break
         finally:
             trial.stop()
-            results.append(Result(name_of(number), sweep.hparams(number, chosen), series, error))
+            results.append(Result(name_of(number), sweep.space.hparams(number, chosen), series, error))
     return results
 
 
@@ -223,23 +217,16 @@ def _trainable(tune: Any, sweep: Sweep) -> type:
 
 def _param_space(tune: Any, space: Space) -> dict[str, Any]:
     if space.tune.search_alg != "bayesopt":
-        return {name: _domain(tune, parameter) for name, parameter in space.varied.items()}
+        return {name: parameter.domain() for name, parameter in space.varied.items()}
     # Ray's bayesopt would search a logarithmic range as if it were linear, so it searches the logarithms
     return {name: tune.uniform(*parameter.bounds) for name, parameter in space.varied.items()}
 
 
-def _domain(tune: Any, parameter: Parameter) -> Any:
-    if parameter.strategy in ("choice", "grid"):
-        return {"choice": tune.choice, "grid": tune.grid_search}[parameter.strategy](list(parameter.values))
-    return getattr(tune, parameter.strategy)(*parameter.values)
-
-
 def _chosen(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What Ray chose, as settings: Python's numbers instead of numpy's, and values instead of their logarithms."""
-    plain = {name: value.item() if hasattr(value, "item") else value for name, value in config.items()}
+    """What Ray chose, as settings: values instead of their logarithms."""
     if space.tune.search_alg == "bayesopt":
-        return {name: space.varied[name].decode(value) for name, value in plain.items()}
-    return plain
+        return {name: space.varied[name].decode(value) for name, value in plain(config).items()}
+    return plain(config)
 
 
 def _tune_config(tune: Any, space: Space) -> Any:
@@ -275,7 +262,7 @@ def _result(sweep: Sweep, found: Any) -> Result:
     # a trial that was started again reports some evaluations twice
     series = {} if table is None or metric not in table else dict(zip(table["step"], table[metric], strict=True))
     # Ray keeps no settings of a trial that was interrupted before its first evaluation
-    hparams = sweep.hparams(number, _chosen(sweep.space, found.config or {}))
+    hparams = sweep.space.hparams(number, _chosen(sweep.space, found.config or {}))
     # the cause is a TrialError, and Ray's error the same with traces of Ray's own processes
     error = found.error and str(getattr(found.error, "cause", found.error))
     return Result(name_of(number), hparams, sorted(series.items()), error)
