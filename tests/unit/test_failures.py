@@ -22,7 +22,7 @@ from trlx.backends import distress
 from trlx.backends.accelerate import AccelerateBackend
 from trlx.rewards.scoring import RewardError
 from trlx.run import failures
-from trlx.run.guards import Interrupted, Interrupts, interruptible
+from trlx.run.interrupts import Interrupted, Interrupts, interruptible
 from trlx.sampling.generate import TransformersSampler
 
 TOLD = "The last checkpoint is {}, of step {}; to go on from there: train.resume_from_checkpoint=auto"

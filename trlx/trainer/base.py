@@ -32,7 +32,8 @@ from trlx.run.callbacks import Callbacks
 from trlx.run.changes import changes, identity, keeps_averages
 from trlx.run.display import Display
 from trlx.run.failures import rescuing
-from trlx.run.guards import Interrupts, SkippedSteps, leave_if_asked
+from trlx.run.guards import SkippedSteps
+from trlx.run.interrupts import Interrupts, leave_if_asked
 from trlx.run.saving import Saver
 from trlx.sampling.base import drawn, sampler_for
 from trlx.sampling.settings import GEN_KWARGS, SamplingConfig, sweep_variants
@@ -247,8 +248,7 @@ class Trainer(OldNames, ABC):
         """Samples from the present policy.
 
         Args:
-            input_ids: a text or chat, or a list of them; or tokens, int64 [B, T] (padding marked by `attention_mask`),
-                or a list of id lists.
+            input_ids: a text or chat; a list of texts, chats or id lists; or int64 [B, T] with `attention_mask`.
             gen_kwargs: change the rollouts' generation settings, e.g. ``max_new_tokens=8, do_sample=False``. If the
                 config sweeps over one, choose its value here.
 

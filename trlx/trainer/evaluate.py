@@ -20,7 +20,7 @@ from trlx.rewards.calling import Arguments
 from trlx.rewards.results import means, total
 from trlx.rewards.scoring import Metric, Scorer
 from trlx.run.display import Display
-from trlx.run.guards import interruptible, leave_if_asked
+from trlx.run.interrupts import interruptible, leave_if_asked
 from trlx.sampling.settings import SamplingConfig
 
 ROWS_AT_ONCE = 1024

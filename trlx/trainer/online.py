@@ -21,7 +21,8 @@ from trlx.method_configs import OnlineConfig
 from trlx.methods.advantages import ScoreScale, kl_penalty, missing_eos_penalty
 from trlx.methods.masked import finish, mean_of, pack, spread_of
 from trlx.rewards.results import Scored, means
-from trlx.run.guards import check_first_kl, interruptible, leave_if_asked
+from trlx.run.guards import check_first_kl
+from trlx.run.interrupts import interruptible, leave_if_asked
 from trlx.sampling.settings import SamplingConfig, check_rollouts
 from trlx.tracking import Tracker
 from trlx.trainer.base import Trainer

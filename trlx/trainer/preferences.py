@@ -16,7 +16,7 @@ from trlx.method_configs import DPOConfig, KTOConfig
 from trlx.methods.masked import Metrics, mean_of
 from trlx.methods.preferences import dpo_loss, kto_loss, log_ratios
 from trlx.methods.units import Unit
-from trlx.run.guards import leave_if_asked
+from trlx.run.interrupts import leave_if_asked
 from trlx.trainer.base import Trainer
 from trlx.trainer.evaluate import ROWS_AT_ONCE, means_over
 
