@@ -126,7 +126,7 @@ def cells(run: Run, gpus: int) -> list[str]:
 
 def preset_cells(name: str, unfrozen: int) -> list[str]:
     """A preset over PPO's, in its own layout."""
-    config = read_config(name, "ppo", [f"model.num_layers_unfrozen={unfrozen}"])
+    config = read_config([name, f"model.num_layers_unfrozen={unfrozen}"], "ppo")
     run = read_run(config)
     rows = config.method.chunk_size
     generating = max(cache(run, stage, rows, run.length) for stage in run.stages)
@@ -142,7 +142,7 @@ def preset_cells(name: str, unfrozen: int) -> list[str]:
 
 
 def _preset_shape(name: str) -> DecoderConfig:
-    return read_run(read_config(name, "ppo", []), vocabulary=GPT2_VOCABULARY).shape
+    return read_run(read_config([name], "ppo"), vocabulary=GPT2_VOCABULARY).shape
 
 
 def _row(columns) -> str:

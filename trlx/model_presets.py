@@ -26,6 +26,8 @@ FOLDER = next(filter(Path.is_dir, FOLDERS), FOLDERS[-1])
 ADAPTER_RATE = 10
 """An adapter's learning rate is this times that of all weights."""
 LENGTH = 2048
+NO_MEGATRON = ("rft",)
+"""Methods that have no NeMo trainer."""
 MICROBATCH = 2
 """Rows of a forward pass: the fewest that hold a pair."""
 SMALL = 1e9
@@ -91,9 +93,12 @@ def layers(names: list[str], base: Mapping[str, Any]) -> list[Path | dict[str, A
         base: the sections of the config that the layers go over.
 
     Raises:
-        ConfigError: `names` has no model or several, or the model has no such layout.
+        ConfigError: `names` has no model or several, or the model or the method has no such layout.
     """
     model, found = tables()["models"][model_of(names)], layout(names)
+    method = base["method"]["name"].lower().removesuffix("config")
+    if "megatron" in names and method in NO_MEGATRON:
+        raise ConfigError(f"The Megatron backend has no trainer for {method.upper()}: leave out megatron")
     files = [FOLDER / "layers" / f"{name}.yaml" for name in ("lora", "megatron") if name in names]
     settings = [_settings(model, base, adapted="lora" in names)]
     return [*files, *settings, *([] if found is None else [_division(found, model, base["method"])])]
@@ -160,6 +165,12 @@ def shape_of(model: str) -> PretrainedConfig:
     if model not in table:
         raise ConfigError(f"Unknown model {model!r}.{suggestion(model, table)} Known: {', '.join(tables()['models'])}")
     return AutoConfig.for_model(**table[model]["shape"])
+
+
+def known_shape(path: Any) -> PretrainedConfig | None:
+    """`shape_of` for a ``model.model_path`` that is the hub name of a model in the table, and no folder."""
+    hubs = {entry["hub"] for entry in tables()["models"].values()}
+    return shape_of(path) if isinstance(path, str) and path in hubs and not Path(path).exists() else None
 
 
 def _settings(model: Mapping[str, Any], base: Mapping[str, Any], adapted: bool) -> dict[str, Any]:

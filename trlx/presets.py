@@ -50,13 +50,19 @@ def preset_parts(name: str | Path, *more: str | Path) -> list[Path | dict[str, A
     parts = [name, *more]
     chosen = [str(part) for part in parts if is_layer(part)]
     files: list[Any] = [preset_path(part) for part in parts if not is_layer(part)]
-    if is_layer(name) or (len(parts) == 1 and str(name).startswith(MEGATRON)):
+    if is_layer(name) or (len(parts) == 1 and not has_method(name)):
         written = ", ".join(f'"{part}"' for part in parts)
         raise ConfigError(f'{name} has no method: write load_preset("ppo", {written}), or another method\'s preset')
     if chosen:
         before = parts.index(chosen[0])
         files[before:before] = layers(chosen, TRLConfig.load_yaml(*files[:before]).to_dict())
     return files
+
+
+def has_method(name: str | Path) -> bool:
+    """Whether a preset or file may stand first: others are parts, which go over a method's preset."""
+    is_part = is_layer(name) or str(name).startswith(MEGATRON)
+    return not is_part or Path(name).is_file()
 
 
 def over_preset(settings: Mapping[str, Any], method: str) -> TRLConfig:

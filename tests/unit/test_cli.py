@@ -40,7 +40,7 @@ def test_the_command_line_says_its_version_and_lists_its_commands(capsys):
     "argv, said",
     [
         (["paln"], "trlx: No such command 'paln'. Did you mean 'plan'? See trlx --help\n"),
-        (["plan"], "trlx plan: Missing argument 'model'. See trlx plan --help\n"),
+        (["plan"], "trlx plan: Missing argument 'PRESET|FILE|FOLDER|key=value'. See trlx plan --help\n"),
         (["plan", "x", "--tp", "two"], "trlx plan: Invalid value for '--tp': "),
         (["plan", "x", "--set"], "trlx plan: Option '--set' requires an argument. See trlx plan --help\n"),
         (["plan", "nowhere.yaml"], "trlx plan: There is no file nowhere.yaml in "),

@@ -116,6 +116,7 @@ def test_layers_stand_in_any_order_and_later_files_and_overrides_win(tmp_path):
             "gpt2 lora has no layout for 32 GPUs of 80 GB. There are: gpt2 1gpu, 8gpu;",
         ),
         (["ppo", "qwen3-4b", "lora", "megatron"], "trains no adapters: leave out lora, or megatron"),
+        (["rft", "gpt2", "megatron"], "The Megatron backend has no trainer for RFT: leave out megatron"),
         (["ppo", "gemma3-1b", "megatron"], "The Megatron backend does not support gemma3-1b: leave out megatron"),
     ],
 )

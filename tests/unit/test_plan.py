@@ -200,7 +200,7 @@ def test_data_ranks_reduce_float32_gradients_once_a_step():
 
 
 def test_the_20b_preset_is_read_with_its_layout():
-    run = read_run(read_config("megatron_20b", "ppo", ["model.num_layers_unfrozen=-1"]))
+    run = read_run(read_config(["megatron_20b", "model.num_layers_unfrozen=-1"], "ppo"))
     assert (run.parallel, run.data, run.gpus) == (ParallelSizes(4, 1, None, True), 8, 32)
     assert (run.rows, run.microbatches, run.element, run.distributed, run.needs.reference) == (2, 4, 2, True, True)
     assert total_parameters(run.shape) == 44 * (12 * 6144**2 + 13 * 6144) + (50257 + 2048 + 2) * 6144
@@ -209,14 +209,14 @@ def test_the_20b_preset_is_read_with_its_layout():
 def test_a_folder_with_a_model_is_read(tmp_path):
     tiny_gpt2_config().save_pretrained(tmp_path)
     changes = ["train.trainer_kwargs.tensor_model_parallel_size=2", "optimizer.name=distributed_fused_adam"]
-    run = read_run(read_config(str(tmp_path), "sft", changes), gpus=4)
+    run = read_run(read_config([str(tmp_path), *changes], "sft"), gpus=4)
     assert (run.shape.hidden_size, run.parallel.tensor, run.data, run.needs.value_head) == (32, 2, 2, False)
     assert run.distributed
 
 
 def test_gpus_that_a_layout_does_not_divide_are_refused():
     with pytest.raises(ConfigError, match="start a multiple of 32"):
-        read_run(read_config("megatron_65b", "ppo", []), gpus=48)
+        read_run(read_config(["megatron_65b"], "ppo"), gpus=48)
 
 
 def test_a_method_without_a_nemo_trainer_is_refused():
@@ -241,7 +241,7 @@ def test_one_node_and_several_start_with_their_own_file():
 
 
 def test_the_plan_reads_what_the_trainer_of_a_method_needs():
-    needs = read_run(read_config("megatron_1.3b", "ilql", ["method.two_qs=false"])).needs
+    needs = read_run(read_config(["megatron_1.3b", "method.two_qs=false"], "ilql")).needs
     assert (needs.value_head, needs.q_heads, needs.reference, needs.dropout) == (True, 1, False, True)
 
 
@@ -259,7 +259,7 @@ def test_every_nemo_trainer_has_a_plan(tmp_path, method, settings, needs, respon
     tiny_gpt2_config().save_pretrained(tmp_path)
     length = ["train.seq_length=1024", *(["method.gen_kwargs.max_new_tokens=100"] if method == "grpo" else [])]
     for name in ("megatron_1.3b", str(tmp_path)):
-        config = read_config(name, method, [*length, *settings])
+        config = read_config([name, *length, *settings], method)
         run = read_run(config)
         assert (run.needs, run.response) == (needs, response)
         assert trainers.get(config.train.trainer) is TRAINERS[config.method.name]

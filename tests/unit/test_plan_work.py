@@ -14,7 +14,7 @@ from trlx.presets import load_preset
 WORK = Work(
     rows=4, sampled=1, scored=2, kept=1, length=10, response=6, new=5, trained=3, frozen=5, output=7, heads=1, gpus=2
 )
-GPU = Gpu("small", half=1.0, single=0.25, speed=2.0)
+GPU = Gpu("small", half=1.0, single=0.25, speed=2.0, memory=1.0)
 
 
 def test_a_weight_takes_2_operations_a_token_forward_and_6_where_it_trains():
@@ -75,7 +75,7 @@ def test_changes_are_offered_where_they_are_possible():
     ]
     assert names[0] == ["fsdp2", "12"] and names[1] == ["selective", "True"] and names[2] == ["6", "3", "1"]
     assert names[3] == ["64", "32", "16", "8", "4", "2", "1"] and ["4", "2"] in names
-    nemo = read_config("megatron_20b", "ilql", [])
+    nemo = read_config(["megatron_20b"], "ilql")
     assert [next(iter(ladder[0])) for ladder in ladders_of(nemo, 2, 44, True, False)] == [
         "train.gradient_checkpointing",
         "train.minibatch_size",
@@ -84,7 +84,7 @@ def test_changes_are_offered_where_they_are_possible():
 
 
 def test_the_phases_of_a_layout_are_its_stages_at_their_worst():
-    config = read_config("megatron_65b", "ppo", ["model.num_layers_unfrozen=-1"])
+    config = read_config(["megatron_65b", "model.num_layers_unfrozen=-1"], "ppo")
     run = read_run(config)
     found = {phase.name: phase for phase in phases(run, config)}
     assert list(found) == ["sampling", "scoring", "update", "save"]
@@ -93,6 +93,37 @@ def test_the_phases_of_a_layout_are_its_stages_at_their_worst():
     step = work(run, config)
     assert (step.rows, step.gpus, step.frozen) == (config.train.batch_size * 4, 128, 0)
     assert step.trained + step.output == pytest.approx(64.9e9, rel=0.01)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    def asked(name, **_):
+        raise AssertionError(f"asked the hub for {name}")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", asked)
+
+
+def test_a_composition_is_planned_as_train_reads_it_and_without_the_hub(no_hub, capsys):
+    words = ["grpo", "gpt2", "8gpu", "train.batch_size=32", "--set", "train.seq_length=512"]
+    assert main(["plan", *words, "--gpu", "rtx4090"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("grpo gpt2 8gpu: 0.12 billion parameters, 0.12 billion train")
+    assert printed[1:3] == ["8 processes on Accelerate", "256 rows of at most 512 tokens per step; microbatches of 2"]
+    assert printed[-1].startswith("All phases fit into 24 GiB")
+    assert main(["plan", "gpt2", "megatron", "8gpu", "--method", "dpo"]) == 0
+    assert "8 GPUs = 1 (tensor) x 1 (pipeline) x 8 (data)" in capsys.readouterr().out
+
+
+def test_what_names_no_method_stands_over_that_of_the_option(tmp_path, no_hub):
+    (tmp_path / "mine.yaml").write_text("method: {name: ILQLConfig}\ntrain: {seed: 3}")
+    mine, alone = read_config([str(tmp_path / "mine.yaml")]), read_config(["qwen3-8b"], "sft")
+    assert (mine.method.name, mine.train.seed, alone.method.name) == ("ILQLConfig", 3, "SFTConfig")
+    shape, fsdp = alone.model.model_path, read_config(["ppo", "qwen3-8b", "8gpu"])
+    assert (shape.num_hidden_layers, fsdp.train.trainer) == (36, "AcceleratePPOTrainer")
+    folder, typed = read_config([str(tmp_path)], "dpo"), read_config(["dpo", str(tmp_path)])
+    assert (folder.train.trainer, typed.train.trainer) == ("NeMoDPOTrainer", "AccelerateDPOTrainer")
+    assert folder.model.model_path == typed.model.model_path == str(tmp_path)
+    assert read_config(["ppo"], model="Qwen/Qwen3-4B").model.model_path.hidden_size == 2560
 
 
 def test_a_gpu_and_an_efficiency_that_do_not_exist_are_refused(capsys):

@@ -46,6 +46,7 @@ def report(
 
 
 PLAN = example(
+    "trlx plan grpo qwen3-4b lora 8gpu train.batch_size=32",
     "trlx plan megatron_20b --gpus 64",
     "trlx plan path/to/llama --method sft --tp 2 --gpus 8 --set train.mixed_precision=bf16",
 )
@@ -53,25 +54,30 @@ PLAN = example(
 
 @commands.command("plan", cls=ManyValues, epilog=PLAN)
 def plan(
-    model: Annotated[str, typer.Argument(help="a preset (megatron_20b), a YAML file, or a folder with a model")],
+    settings: Annotated[
+        list[str], typer.Argument(metavar="PRESET|FILE|FOLDER|key=value", help="as trlx train takes them, or a model")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE...", help="dotted settings")
     ] = None,
-    method: Annotated[str, typer.Option(help="preset of the method: ppo, grpo, dpo, reward, ...")] = "ppo",
+    method: Annotated[str, typer.Option(help="preset of the method, where no other comes first")] = "ppo",
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="hub name or folder")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs in all  [default: as many as the preset says]")] = None,
     tp: Annotated[int | None, typer.Option(help="tensor ranks")] = None,
     pp: Annotated[int | None, typer.Option(help="pipeline stages")] = None,
     vp: Annotated[int | None, typer.Option(help="chunks of layers per stage")] = None,
     sp: Annotated[bool | None, typer.Option(help="sequence parallelism")] = None,
     vocabulary: Annotated[int, typer.Option(help="tokens of a preset's model")] = 50257,
-    gpu_memory: Annotated[float, typer.Option(metavar="GIB", help="of one GPU")] = 80,
+    gpu_memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="of one GPU  [default: that of --gpu]")
+    ] = None,
     accelerate: Annotated[
         str | None, typer.Option(help="for an Accelerate trainer: ddp, fsdp2, or a file as in configs/accelerate")
     ] = None,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200, l40s or rtx4090, for the time of a step")] = "h100",
     efficiency: Annotated[float, typer.Option(help="the share of the GPU's speed to count on")] = 0.4,
 ) -> int:
-    """Memory, operations and time of a run (and a NeMo layout's traffic), without running it."""
+    """Memory, operations and time of what trlx train would run (and a NeMo layout's traffic)."""
     from trlx.launch.plan.tables import GIB
     from trlx.launch.plan.tables import plan as print_plan
 
@@ -82,9 +88,9 @@ def plan(
         "sequence_parallel": sp,
     }
     given = [f"train.trainer_kwargs.{key}={value}" for key, value in layout.items() if value is not None]
-    print_plan(
-        model, method, [*given, *(overrides or [])], gpus, vocabulary, gpu_memory * GIB, accelerate, gpu, efficiency
-    )
+    limit = None if gpu_memory is None else gpu_memory * GIB
+    words = [*settings, *given, *(overrides or [])]
+    print_plan(words, method, model, gpus, vocabulary, limit, accelerate, gpu, efficiency)
     return 0
 
 

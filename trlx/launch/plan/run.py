@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from trlx.backends.megatron.mapping import VOCAB_DIVISOR, padded_vocab
 from trlx.backends.megatron.settings import OPTIONS, MegatronSettings, ParallelSizes, Recompute, read_settings
 from trlx.backends.megatron.size_checks import check_sizes
 from trlx.config import TRLConfig
+from trlx.launch.settings import settings_of
 from trlx.method_configs import MethodConfig
-from trlx.presets import load_preset
+from trlx.model_presets import known_shape
+from trlx.presets import has_method, load_preset
 from trlx.strict import ConfigError
 from trlx.trainer import nemo
 
@@ -109,16 +112,31 @@ class Run:
         return self.unfrozen == -1 or layer >= self.shape.num_layers - self.unfrozen
 
 
-def read_config(name: str, method: str, overrides: list[str], nemo: bool = True) -> TRLConfig:
-    """The preset `method`, and over it `name`: a preset, a YAML file, or a folder with a Hugging Face model.
+def read_config(words: Sequence[str], method: str = "ppo", nemo: bool = True, model: str | None = None) -> TRLConfig:
+    """The settings that ``trlx train`` makes of `words`: presets, YAML files and ``section.key=value``.
 
-    `nemo` says that a folder is for the NeMo trainer of the method.
+    One of the words may be a folder with a Hugging Face model. For a model of the presets no network is needed.
+
+    Args:
+        method: preset of the method, where the words begin with a model, a folder or a division over GPUs.
+        nemo: a folder that comes first is for the NeMo trainer of `method`.
+        model: replaces ``model.model_path``.
+
+    Raises:
+        ValueError: see `settings_of`.
     """
-    if not Path(name).is_dir():
-        return load_preset(method, name, overrides=overrides)
-    trainer = load_preset(method).train.trainer
-    trainer = trainer.replace("Accelerate", "NeMo") if nemo else trainer
-    return load_preset(method, overrides=[f"train.trainer={trainer}", f"model.model_path={name}", *overrides])
+    names = [word for word in words if "=" not in word]
+    folder = next((name for name in names if Path(name).is_dir()), None)
+    rest, usual = [word for word in words if word != folder], {}
+    if folder is not None:
+        usual["model.model_path"] = folder
+    if names and (names[0] == folder or not has_method(names[0])):
+        rest.insert(0, method)
+        if names[0] == folder and nemo:
+            usual["train.trainer"] = load_preset(method).train.trainer.replace("Accelerate", "NeMo")
+    config = settings_of(rest, {} if model is None else {"model.model_path": model}, usual, method).config
+    known = known_shape(config.model.model_path)
+    return config if known is None else config.evolve(model={"model_path": known})
 
 
 def read_run(config: TRLConfig, gpus: int | None = None, vocabulary: int = GPT2_VOCABULARY) -> Run:

@@ -23,6 +23,7 @@ from trlx.launch.plan.rehearsal import Rehearsal
 from trlx.launch.plan.run import TRAINERS, Run, read_config, read_run
 from trlx.launch.plan.traffic import bubble, traffic
 from trlx.launch.plan.work import EFFICIENCY, Gpu, Work, gpu_named
+from trlx.model_presets import is_layer, layout
 from trlx.strict import ConfigError
 
 GIB = 2**30
@@ -39,23 +40,24 @@ COLUMNS = {
 
 
 def plan(
-    name: str,
+    words: list[str],
     method: str,
-    overrides: list[str],
+    model: str | None,
     gpus: int | None,
     vocabulary: int,
-    limit: float,
+    limit: float | None = None,
     accelerate: str | None = None,
     gpu: str = "h100",
     efficiency: float = EFFICIENCY,
 ) -> None:
-    """Prints the plan of a preset, a YAML file, or a folder with a Hugging Face model.
+    """Prints the plan of what `read_config` makes of `words`.
 
     The trainer in the configuration says for which backend. A folder is planned for a NeMo trainer, unless `accelerate`
-    or ``train.trainer`` in `overrides` says something else.
+    or ``train.trainer`` in `words` says something else. A number of GPUs among the words gives `gpus` and `accelerate`
+    if they are None.
 
     Args:
-        limit: bytes of one GPU.
+        limit: bytes of one GPU; None: as many as `gpu` has.
         accelerate: a file of configs/accelerate/, by its name or path: how processes of an Accelerate trainer start.
         gpu: one of `GPUS`, whose speed gives the time of a step.
         efficiency: the share of that speed to count on.
@@ -67,7 +69,12 @@ def plan(
     speed = gpu_named(gpu)
     if not 0 < efficiency <= 1:
         raise ConfigError(f"The efficiency must be above 0 and at most 1, got {efficiency:g}: write e.g. {EFFICIENCY}")
-    config = read_config(name, method, overrides, nemo=accelerate is None)
+    config, name = read_config(words, method, accelerate is None, model), " ".join(w for w in words if "=" not in w)
+    layers = [word for word in words if is_layer(word)]
+    division = layout(layers) if layers else None
+    if division is not None:
+        gpus, accelerate = gpus or division.gpus, accelerate or division.accelerate
+    limit = speed.memory * GIB if limit is None else limit
     planner = Planner(gpus, vocabulary, limit, accelerate)
     run, phases, work = planner(config)
     is_nemo = isinstance(run, Run)
