@@ -16,9 +16,9 @@ import statistics
 from pathlib import Path
 
 import trlx
-from benchmarks.environment import environment
 from examples.randomwalks.sft_randomwalks import pretrain
 from examples.randomwalks.task import RandomWalks
+from trlx.launch.environment import environment
 from trlx.launch.report import read_metrics
 
 STEPS = range(0, 101, 20)

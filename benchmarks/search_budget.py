@@ -26,12 +26,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import trlx
-from benchmarks.environment import environment
 from benchmarks.speed.stopwatch import Stopwatch
 from examples.randomwalks.sft_randomwalks import pretrain
 from examples.randomwalks.task import RandomWalks
 from trlx.checkpoint import own_randomness
 from trlx.data.prompts import PromptPipeline
+from trlx.launch.environment import environment
 from trlx.trainer import accelerate
 
 GROUP = 8

@@ -16,6 +16,9 @@ from trlx import logging
 
 F = TypeVar("F", bound=Callable)
 
+TOLD_ONCE = "TRLX_TOLD_ONCE"
+"""Set by a launcher that prints, for all processes, what the first one leaves in torchrun's error file."""
+
 
 def short_errors(fn: F) -> F:
     """Decorates a function that users call: errors raised on purpose come without frames of this package, unless

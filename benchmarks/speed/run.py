@@ -26,10 +26,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import ROOT, environment
 from benchmarks.speed.stopwatch import PHASES
 from benchmarks.speed.workloads import WORKLOADS, Workload, tiny
+from trlx.launch.environment import environment
 
+ROOT = Path(__file__).parents[2]
 CONTENDERS = {
     "trlx": ("benchmarks.speed.ours", {}),
     "plain": ("benchmarks.speed.plain", {}),

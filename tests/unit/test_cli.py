@@ -2,9 +2,11 @@
 
 import pytest
 import typer
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from typer.testing import CliRunner
 
 import trlx
+from trlx.backends import torchrun
 from trlx.launch import cli
 from trlx.launch.cli import main
 
@@ -62,6 +64,23 @@ def test_what_nobody_meant_for_the_user_is_exit_code_1_and_says_how_to_see_more(
     monkeypatch.setenv("TRLX_TRACEBACKS", "full")
     with pytest.raises(ValueError, match="too many values"):
         main(["report", "x"])
+
+
+def test_of_several_processes_only_the_launcher_prints_what_failed_first(capsys, monkeypatch, tmp_path):
+    failures = {}
+    for rank, (typed, seconds) in enumerate([("nowhere.yaml", 7), ("elsewhere.yaml", 5)]):
+        file = tmp_path / f"{rank}.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        monkeypatch.setattr("time.time", lambda seconds=seconds: seconds)
+        monkeypatch.setenv("TRLX_TOLD_ONCE", "1")
+        assert failure(capsys, "plan", typed) == (2, "")
+        failures[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=2, error_file=str(file))
+    first = ChildFailedError("trlx", failures)
+    assert torchrun.message(first).startswith("trlx plan: There is no file elsewhere.yaml in ")
+    silent = ProcessFailure(local_rank=3, pid=1, exitcode=-9, error_file="none")
+    assert torchrun.message(ChildFailedError("trlx", {3: silent})) == "Process 3 ended first, with exit code -9"
+    monkeypatch.delenv("TRLX_TOLD_ONCE")  # torchrun itself prints nothing of it
+    assert failure(capsys, "plan", "nowhere.yaml")[1]
 
 
 def test_a_shell_completes_the_names_of_commands():

@@ -2,16 +2,23 @@
 
 Usage: python -m trlx.backends.torchrun [torchrun's options] -m MODULE [ARGUMENTS ...]
 
-torchrun itself exits with 1, whatever code they exit with.
+torchrun itself exits with 1, whatever code they exit with. Here Ctrl-C gives 130 and another signal 75. What the first
+process that failed has left for the user in torchrun's error file is printed once.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
+import os
+import signal
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
+
+from trlx.tracebacks import TOLD_ONCE
 
 
 def exit_code(error: ChildFailedError) -> int:
@@ -20,11 +27,21 @@ def exit_code(error: ChildFailedError) -> int:
     return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
 
 
+def message(error: ChildFailedError) -> str:
+    """What the process that failed first says; if it left nothing, its rank and exit code."""
+    rank, failure = error.get_first_failure()
+    told = failure.error_file_data
+    # torch fills in a message of its own, but no time
+    return told["message"] if "timestamp" in told else f"Process {rank} ended first, with exit code {failure.exitcode}"
+
+
 if __name__ == "__main__":
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes have said what failed
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `message` says what failed
+    os.environ[TOLD_ONCE] = "1"
     try:
-        main()
+        inspect.unwrap(main)()  # whose decorator logs that it found an error file
+    except SignalException as asked:  # the processes got the signal, too, and have ended
+        sys.exit(130 if asked.sigval == signal.SIGINT else 75)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"Process {rank} ended first, with exit code {failure.exitcode}", file=sys.stderr)
+        print(message(error), file=sys.stderr)
         sys.exit(exit_code(error))

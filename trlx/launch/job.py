@@ -12,6 +12,7 @@ from trlx.config import TRLConfig
 from trlx.data.rows import PREFERENCES, check_columns, common_method, sample_list
 from trlx.launch.settings import settings_of
 from trlx.launch.sources import function_of, read_rows
+from trlx.logging import is_main_process
 
 TINY = "tiny"
 """The model that is made in code."""
@@ -199,6 +200,7 @@ def _train(arguments: dict[str, Any]) -> int:
     try:
         trlx.train(**arguments)
     except KeyboardInterrupt as stopped:
-        print(*getattr(stopped, "__notes__", ["Stopped"]), sep="\n", file=sys.stderr)
+        if is_main_process():
+            print(*getattr(stopped, "__notes__", ["Stopped"]), sep="\n", file=sys.stderr)
         return 130
     return 0

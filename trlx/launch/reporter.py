@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import json
 import logging
-import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from trlx import __version__
+from trlx.launch.environment import environment
 from trlx.launch.report import write_page
 from trlx.logging import get_logger
-from trlx.tracking import ALARMS, ENVIRONMENT, Sink, git
+from trlx.tracking import ALARMS, ENVIRONMENT, Sink
 
 logger = get_logger(__name__)
 
@@ -30,7 +21,6 @@ SHARE = 0.01
 """The page takes at most this share of a run's time."""
 SECONDS_BETWEEN_PAGES = 10.0
 """And it is written no more often than this."""
-PACKAGES = "torch transformers accelerate tokenizers numpy peft datasets megatron-core deepspeed bitsandbytes vllm"
 
 
 class Reporter(Sink):
@@ -88,41 +78,6 @@ class _Alarms(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.reporter.alarm(record)
-
-
-@functools.cache
-def environment() -> dict[str, str]:
-    """What a run's numbers and speed depend on beside its settings: command, git revision of the current folder,
-    versions, machine. Empty entries are left out."""
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    told = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "git": "/".join(filter(None, (git("branch", "--show-current"), git("describe", "--always", "--dirty")))),
-        "processes": os.environ.get("WORLD_SIZE", "1"),
-        "machine": f"{platform.node()}, {platform.system()} {platform.release()}",
-        "GPUs": ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)),
-        "CPUs": f"{os.cpu_count()} x {cpu_name()}",
-        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "python": platform.python_version(),
-        "trlx": __version__,
-        **{name: _version(name) for name in PACKAGES.split()},
-    }
-    return {name: text for name, text in told.items() if text}
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _now() -> str:

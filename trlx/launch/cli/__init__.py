@@ -6,17 +6,20 @@ imports when it runs, so that ``trlx --help`` loads no torch.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 import trlx
-from trlx.launch.cli import tools, train
-from trlx.tracebacks import on_purpose
+from trlx.launch.cli import tools, train, use
+from trlx.tracebacks import TOLD_ONCE, on_purpose
 
 BAD_INPUT, FAILED = 2, 1
 """Exit codes: what was typed, or a file that it names, is wrong; a run failed."""
@@ -25,6 +28,7 @@ LOOKS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 app = typer.Typer(rich_markup_mode=None, context_settings=LOOKS)
 app.add_typer(train.commands)
+app.add_typer(use.commands)
 app.add_typer(tools.commands)
 
 
@@ -85,7 +89,11 @@ def sentence(error: Exception) -> str:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE") if TOLD_ONCE in os.environ else None
+    if file is None:
+        print(message, file=sys.stderr)
+    else:
+        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
     end: Any = SystemExit(message)
     end.code = code  # Python would print a code that is a text, and exit with 1
     raise end from None
