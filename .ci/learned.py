@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from trlx.launch.report import read_metrics
+from trlx.report.records import read_metrics
 
 folder = Path(sys.argv[1])
 (_, first), *_, (_, last) = read_metrics(folder)["metrics/optimality"]

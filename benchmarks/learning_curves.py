@@ -18,8 +18,8 @@ from pathlib import Path
 import trlx
 from examples.randomwalks.sft_randomwalks import pretrain
 from examples.randomwalks.task import RandomWalks
-from trlx.launch.environment import environment
-from trlx.launch.report import read_metrics
+from trlx.report.environment import environment
+from trlx.report.records import read_metrics
 
 STEPS = range(0, 101, 20)
 

@@ -182,7 +182,7 @@ def main() -> None:
     if options.folder:
         run_stage(options.folder, options.repetitions)
         return
-    from trlx.launch.environment import environment
+    from trlx.report.environment import environment
 
     before = os.getloadavg()[0]
     steps = measure(options.repetitions)

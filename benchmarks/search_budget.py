@@ -31,7 +31,7 @@ from examples.randomwalks.sft_randomwalks import pretrain
 from examples.randomwalks.task import RandomWalks
 from trlx.checkpoint import own_randomness
 from trlx.data.prompts import PromptPipeline
-from trlx.launch.environment import environment
+from trlx.report.environment import environment
 from trlx.trainer import accelerate
 
 GROUP = 8

@@ -13,9 +13,9 @@ from trlx import logging
 from trlx.config import TrainConfig, TRLConfig
 from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list, common_method
-from trlx.launch.reporter import Reporter
 from trlx.presets import load_preset, over_preset
 from trlx.registry import pipelines, trainers
+from trlx.report.reporter import Reporter
 from trlx.rewards.weighted import WeightedRewards
 from trlx.run.callbacks import Callback, check_callbacks
 from trlx.run.failures import for_users

@@ -352,6 +352,14 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     return unfolded
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`settings` with mappings in mappings under dotted keys, as `nested` reads them. Empty mappings stay."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
+
+
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `base` with `changes`; where both have a mapping, the mappings are merged."""
     result = dict(base)

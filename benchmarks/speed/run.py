@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.speed.stopwatch import PHASES
 from benchmarks.speed.workloads import WORKLOADS, Workload, tiny
-from trlx.launch.environment import environment
+from trlx.report.environment import environment
 
 ROOT = Path(__file__).parents[2]
 CONTENDERS = {

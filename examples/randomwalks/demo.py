@@ -15,7 +15,8 @@ import torch
 
 from examples.randomwalks import ppo_randomwalks
 from examples.randomwalks.sft_randomwalks import pretrain
-from trlx.launch.report import read_metrics, write_report
+from trlx.launch.report import write_report
+from trlx.report.records import read_metrics
 
 
 def main(out: Path = Path("ckpts/randomwalks"), seed: int = 1000) -> dict[int, float]:

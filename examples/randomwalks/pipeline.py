@@ -22,8 +22,8 @@ import trlx
 from examples.randomwalks.preferences_randomwalks import preferences
 from examples.randomwalks.sft_randomwalks import EVAL_SAMPLES, pretrain
 from examples.randomwalks.task import RandomWalks
-from trlx.launch.curves import Series, draw
-from trlx.launch.report import read_metrics
+from trlx.launch.curves import draw
+from trlx.report.records import Series, read_metrics
 
 LEARNED_REWARD = {"cliprange_reward": None, "scale_reward": "running"}
 """Settings of methods that learn from the reward model: its numbers have no bounds."""

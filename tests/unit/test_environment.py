@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 import trlx
-from trlx.launch import environment
 from trlx.launch.cli import main
+from trlx.report import environment
 
 INTERNAL = {"TRLX_TOLD_ONCE", "TORCHELASTIC_ERROR_FILE"}
 """Variables by which one process of trlx tells another."""

@@ -11,11 +11,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from trlx.launch import reporter
+from trlx.config import flat
 from trlx.launch.cli import main
-from trlx.launch.records import MOST_POINTS, Record, flat, thinned
-from trlx.launch.report import read_metrics, write_page, write_report, write_reports
-from trlx.launch.reporter import Reporter
+from trlx.launch.report import write_report, write_reports
+from trlx.report import reporter
+from trlx.report.page import write_page
+from trlx.report.records import MOST_POINTS, Record, read_metrics, thinned
+from trlx.report.reporter import Reporter
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 

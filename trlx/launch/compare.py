@@ -16,8 +16,8 @@ from statistics import fmean
 
 import torch
 
-from trlx.launch.curves import Series
-from trlx.launch.report import print_table, read_metrics
+from trlx.launch.report import print_table
+from trlx.report.records import Series, read_metrics
 from trlx.tracking import EARLIER, METRICS
 
 SCRIPTS = (

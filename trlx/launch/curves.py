@@ -6,27 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trlx.optional import require
-
-Series = list[tuple[int, float]]
-"""(optimizer step, value) in the order of the run."""
-
-PANELS = {
-    "Score of rollouts": ("rollout_scores/mean", "scores_mean"),
-    "KL to the first policy, nats per sequence": ("policy/kl",),
-    "Loss": ("losses/total_loss", "losses/loss", "loss"),
-    "Policy loss": ("losses/policy_loss",),
-    "Value loss": ("losses/value_loss", "losses/loss_v"),
-    "Clipped share of probability ratios": ("policy/clipfrac",),
-    "Q loss": ("losses/loss_q",),
-    "CQL loss": ("losses/loss_cql",),
-    "AWAC loss": ("losses/loss_awac",),
-    "Response length, tokens": ("rollouts/response_length",),
-    "Share of responses that ended": ("rollouts/ended",),
-    "Accuracy": ("accuracy",),
-    "Margin": ("margin",),
-    "Gradient norm before clipping": ("grad_norm",),
-}
-"""Title of a panel -> the names that the metric has in different methods. A run's first six panels are drawn."""
+from trlx.report.records import PANELS, Series
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # colour-blind readers can tell them apart
 GREY = "#666666"

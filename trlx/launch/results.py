@@ -8,9 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from trlx.launch.curves import COLORS, Series, draw
-from trlx.launch.report import html, picture, print_table, table
+from trlx.launch.curves import COLORS, draw
+from trlx.launch.report import picture, print_table
 from trlx.optional import is_available
+from trlx.report.page import html, table
+from trlx.report.records import Series
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trlx.config import SECTIONS, TRLConfig, nested
+from trlx.config import SECTIONS, TRLConfig, flat, nested
 from trlx.model_presets import is_layer, layers
 from trlx.presets import METHODS, load_preset, over_preset, preset_path
 from trlx.yaml_files import read_yaml
@@ -86,16 +86,8 @@ def _parts(names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _origins(config: TRLConfig, parts: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
-    by_part = [(label, set(_leaves(part))) for label, part in reversed(parts)]
+    by_part = [(label, set(flat(part))) for label, part in reversed(parts)]
     return {
         key: next((label for label, keys in by_part if any(f"{key}.".startswith(f"{each}.") for each in keys)), DEFAULT)
-        for key in _leaves(config.to_dict())
+        for key in flat(config.to_dict())
     }
-
-
-def _leaves(settings: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{where}{key}.")
-        else:
-            yield f"{where}{key}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trlx.backends.base import Backend
-from trlx.config import TRLConfig
+from trlx.config import TRLConfig, flat
 
 EXACT = {
     f"config.{name}"
@@ -86,7 +86,7 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: the checkpoint cannot be resumed with such a change.
     """
-    before, after = _flat(saved), _flat(now)
+    before, after = ({key: value for key, value in flat(each).items() if value != {}} for each in (saved, now))
     found = []
     for key in sorted((before.keys() | after.keys()) - EXACT):
         if before.get(key) == after.get(key):
@@ -119,11 +119,3 @@ def _what_is_done(key: str) -> str:
     parts = key.split(".")
     names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((ADAPTED[name] for name in names if name in ADAPTED), "numbers will not be the interrupted run's")
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trlx.launch.curves import Series
 from trlx.tracking import ALARMS, CONFIG, ENVIRONMENT, METRICS, SAMPLES, read_lines
+
+Series = list[tuple[int, float]]
+"""(optimizer step, value) in the order of the run."""
+
+PANELS = {
+    "Score of rollouts": ("rollout_scores/mean", "scores_mean"),
+    "KL to the first policy, nats per sequence": ("policy/kl",),
+    "Loss": ("losses/total_loss", "losses/loss", "loss"),
+    "Policy loss": ("losses/policy_loss",),
+    "Value loss": ("losses/value_loss", "losses/loss_v"),
+    "Clipped share of probability ratios": ("policy/clipfrac",),
+    "Q loss": ("losses/loss_q",),
+    "CQL loss": ("losses/loss_cql",),
+    "AWAC loss": ("losses/loss_awac",),
+    "Response length, tokens": ("rollouts/response_length",),
+    "Share of responses that ended": ("rollouts/ended",),
+    "Accuracy": ("accuracy",),
+    "Margin": ("margin",),
+    "Gradient norm before clipping": ("grad_norm",),
+}
+"""Title of a panel -> the names that the metric has in different methods. The page opens with these; a
+picture has a run's first six."""
 
 MOST_POINTS = 4000
 """Points of a series that a page gets. Of longer ones it gets the lowest and the highest of each stretch."""
@@ -78,14 +99,6 @@ def read_metrics(folder: Path) -> dict[str, Series]:
         FileNotFoundError: there are no metrics in `folder`.
     """
     return _split(Path(folder))[0]
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"train": {"seed": 1}}`` as ``{"train.seed": 1}``."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return found
 
 
 def thinned(series: Series, most: int = MOST_POINTS) -> Series:

@@ -1,5 +1,5 @@
 "use strict";
-/* Draws charts and samples from the element #data, see _script in report.py. Nothing is fetched. */
+/* Draws charts and samples from the element #data, see _script in page.py. Nothing is fetched. */
 (() => {
   const DATA = JSON.parse(document.getElementById("data").textContent);
   const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A51A3", "#8C6D31"];

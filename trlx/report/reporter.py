@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from trlx.launch.environment import environment
-from trlx.launch.report import write_page
 from trlx.logging import get_logger
+from trlx.report.environment import environment
+from trlx.report.page import write_page
 from trlx.tracking import ALARMS, ENVIRONMENT, Sink
 
 logger = get_logger(__name__)
