@@ -16,8 +16,8 @@ import statistics
 from pathlib import Path
 
 import trlx
-from examples.randomwalks.sft_randomwalks import pretrain
-from examples.randomwalks.task import RandomWalks
+from trlx.launch.demo.task import RandomWalks
+from trlx.launch.demo.training import pretrain
 from trlx.report.environment import environment
 from trlx.report.records import read_metrics
 

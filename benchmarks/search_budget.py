@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import trlx
 from benchmarks.speed.stopwatch import Stopwatch
-from examples.randomwalks.sft_randomwalks import pretrain
-from examples.randomwalks.task import RandomWalks
 from trlx.checkpoint import own_randomness
 from trlx.data.prompts import PromptPipeline
+from trlx.launch.demo.task import RandomWalks
+from trlx.launch.demo.training import pretrain
 from trlx.report.environment import environment
 from trlx.trainer import accelerate
 

@@ -14,27 +14,12 @@ from typing import Any
 
 import trlx
 from examples.megatron import add_backend, backend
-from examples.randomwalks.sft_randomwalks import EVAL_SAMPLES, small_gpt2
-from examples.randomwalks.task import RandomWalks
-from examples.randomwalks.tokenizer import letter_tokenizer
+from trlx.launch.demo.training import learn_offline
 
 
 def main(hparams: Mapping[str, Any] | None = None, preset: str = "randomwalks-ilql", overrides: Sequence[str] = ()):
     """One run. `overrides` are texts such as "method.tau=0.7"; `hparams`, dotted or nested, come after them."""
-    task = RandomWalks()
-    tokenizer = letter_tokenizer(task.letters)
-    config = trlx.load_preset(preset, overrides=overrides).evolve(
-        model={"model_path": small_gpt2(tokenizer)},
-        tokenizer={"tokenizer_path": tokenizer},
-        train={"trainer_kwargs": {"logit_mask": task.forbidden(len(tokenizer), tokenizer.eos_token_id)}},
-    )
-    return trlx.train(
-        samples=[[walk[0], walk[1:]] for walk in task.walks],
-        rewards=task.optimality(task.walks),
-        eval_prompts=task.prompts * EVAL_SAMPLES,
-        metric_fn=task.metric_fn,
-        config=trlx.TRLConfig.update(config, hparams or {}),
-    )
+    return learn_offline(trlx.load_preset(preset, overrides=overrides), hparams)
 
 
 if __name__ == "__main__":

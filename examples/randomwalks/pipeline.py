@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trlx
 from examples.randomwalks.preferences_randomwalks import preferences
-from examples.randomwalks.sft_randomwalks import EVAL_SAMPLES, pretrain
-from examples.randomwalks.task import RandomWalks
 from trlx.launch.curves import draw
+from trlx.launch.demo.task import RandomWalks
+from trlx.launch.demo.training import EVAL_SAMPLES, pretrain
 from trlx.report.records import Series, read_metrics
 
 LEARNED_REWARD = {"cliprange_reward": None, "scale_reward": "running"}

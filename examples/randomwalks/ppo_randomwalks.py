@@ -13,24 +13,16 @@ from typing import Any
 
 import trlx
 from examples.megatron import add_backend, backend
-from examples.randomwalks.sft_randomwalks import EVAL_SAMPLES, PRETRAINED, pretrain
-from examples.randomwalks.task import RandomWalks
+from trlx.launch.demo.training import PRETRAINED, learn_online, pretrain
 
 
 def main(hparams: Mapping[str, Any] | None = None, preset: str = "randomwalks", overrides: Sequence[str] = ()):
     """One run. `overrides` are texts such as "method.gamma=0.99"; `hparams`, dotted or nested, come after them."""
-    task = RandomWalks()
     config = trlx.TRLConfig.update(trlx.load_preset(preset, overrides=overrides), hparams or {})
     if config.model.model_path == str(PRETRAINED) and not (PRETRAINED / "config.json").is_file():
         divided = {"trainer": "NeMoSFTTrainer", "trainer_kwargs": config.train.trainer_kwargs}
         pretrain(hparams={"train": divided} if config.train.trainer.startswith("NeMo") else None)
-    return trlx.train(
-        reward_fn=task.reward_fn,
-        prompts=task.prompts,
-        eval_prompts=task.prompts * EVAL_SAMPLES,
-        metric_fn=task.metric_fn,
-        config=config,
-    )
+    return learn_online(config)
 
 
 def _hparams(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import trlx
-from examples.randomwalks.sft_randomwalks import EVAL_SAMPLES, PRETRAINED, pretrain
-from examples.randomwalks.task import RandomWalks
+from trlx.launch.demo.task import RandomWalks
+from trlx.launch.demo.training import EVAL_SAMPLES, PRETRAINED, pretrain
 
 GOOD = 0.5
 """KTO's label is True above this optimality."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from examples.randomwalks import ppo_randomwalks
-from examples.randomwalks.sft_randomwalks import PRETRAINED
+from trlx.launch.demo.training import PRETRAINED
 
 
 def main(hparams: Mapping[str, Any] | None = None, preset: str = "randomwalks-rft", overrides: Sequence[str] = ()):

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import trlx
 from examples.common import byte_tokenizer
-from trlx.launch import compare, sweep
+from trlx.launch import compare, demo, sweep
 from trlx.launch.cli import main as trlx_command
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +170,7 @@ def check_module(module: str, arguments: list[str]) -> None:
     if "arguments(__doc__)" in source:
         missing = [name for name in ("--data", "--reward") if name not in arguments]
         arguments = [*arguments, *(word for name in missing for word in (name, "made"))]
-    elif "trlx.train(" not in source:
+    elif not re.search(r"trlx\.train\(|\b(learn_online|learn_offline|pretrain)\(", source):
         arguments = [*arguments, "--help"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trlx, "train", started := MagicMock())
@@ -229,6 +229,13 @@ def check_sweep(program: list[str]) -> None:
         run_trlx(program)
     given = started.call_args.kwargs
     assert Path(given["script"]).is_file() and given["config"].is_file()
+
+
+def check_demo(program: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "run", started := MagicMock())
+        run_trlx(program)
+    assert started.call_args.args[0] in demo.PRESETS
 
 
 def check_compare(program: list[str]) -> None:
@@ -296,8 +303,9 @@ RUN = {
 }
 """Regular expressions for commands, and what runs them."""
 CHECKED = {
-    r"python -m examples\.": (check_example, "model and data of the hub, or minutes; .ci/run runs the demo"),
+    r"python -m examples\.": (check_example, "model and data of the hub, or minutes"),
     r"trlx (train|ppo|grpo|rft|sft|ilql|dpo|kto|reward) ": (check_train, "minutes; see tests/unit/test_cli_train.py"),
+    r"trlx demo": (check_demo, "minutes; .ci/run runs it"),
     r"python -m trlx sweep": (check_sweep, "trains many times; see tests/unit/test_sweep.py"),
     r"python -m trlx compare": (check_compare, "trains two revisions; see tests/unit/test_compare.py"),
     r"python -m trlx\.": (check_old_name, "see the two above"),

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.learning_curves import curve
 from examples.randomwalks import ilql_randomwalks, pipeline, ppo_randomwalks
-from examples.randomwalks.sft_randomwalks import pretrain
 from tests.processes import finish, start
+from trlx.launch.demo.training import pretrain
 from trlx.report.records import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -1,3 +1,4 @@
+import json
 import random
 
 import numpy as np
@@ -6,7 +7,9 @@ import pytest
 import trlx
 from examples.randomwalks import RandomWalks, pipeline, ppo_randomwalks, preferences_randomwalks
 from examples.randomwalks.preferences_randomwalks import labelled, pairs, preferences
-from examples.randomwalks.tokenizer import letter_tokenizer
+from trlx.launch import demo
+from trlx.launch.cli import main
+from trlx.launch.demo.tokenizer import letter_tokenizer
 
 
 def hand_made_graph():
@@ -156,3 +159,28 @@ def test_the_pipeline_runs_every_stage(tmp_path, monkeypatch):
     assert [[step for step, _ in curve] for curve in curves.values()] == [[0, 1]] * 5
     assert list(curves) == ["PPO, true reward", "PPO, reward model", "GRPO, reward model", "DPO", "reward model"]
     assert (tmp_path / "pipeline.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("method, taught", [("ppo", True), ("grpo", True), ("ilql", False)])
+def test_the_demo_prints_its_curve_where_the_report_is_and_what_to_type_next(
+    method, taught, tmp_path, monkeypatch, capsys
+):
+    ran = []
+
+    def learn(config):
+        ran.append((config.method.name, config.train.seed, config.model.model_path))
+        folder = tmp_path / method
+        folder.mkdir()
+        names = ("metrics/optimality@beta=0", "metrics/optimality@beta=1")
+        curve = [{"step": step, names[0]: 0.1, names[1]: step / 2} for step in (0, 2)]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in curve))
+
+    monkeypatch.setattr(demo, "pretrain", lambda out, seed: out)
+    monkeypatch.setattr(demo, "learn_online", learn)
+    monkeypatch.setattr(demo, "learn_offline", learn)
+    assert main(["demo", "--method", method, "--out", str(tmp_path), "--seed", "5"]) == 0
+    start = str(tmp_path / "pretrained") if taught else "gpt2"
+    assert ran == [(f"{method.upper()}Config", 5, start)]
+    printed = capsys.readouterr().out
+    assert "step    2  1.000  " in printed and f"  {tmp_path / method / 'report.html'}\n" in printed
+    assert f"  trlx generate {tmp_path / method} --prompt" in printed
