@@ -111,9 +111,10 @@ def run(algorithm: str, folder: str | Path, **changes: Any):
 
 
 def metrics(folder: str | Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without what a clock measured."""
+    """The lines of metrics.jsonl without what is measured of the machine."""
     lines = (json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+    of_the_machine = ("time/", "memory/")
+    return [{name: value for name, value in line.items() if not name.startswith(of_the_machine)} for line in lines]
 
 
 def weights(folder: str | Path):

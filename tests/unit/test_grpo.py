@@ -87,6 +87,7 @@ def test_each_loss_weighs_tokens_in_its_own_way(kind, wanted, units):
     found = finish(*pack(grpo_loss(outputs, short, kind, 0.6, 0.3, 4)[1]))
     # 1.5 is clipped, and in GSPO no ratio; 0.5 and 1.1 are inside
     assert found["padding_percentage"] == near(1 / 6) and found["policy/clipfrac"] == near((kind != "gspo") / 3)
+    assert (found["policy/clipfrac_low"], found["policy/clipfrac_high"]) == (0, found["policy/clipfrac"])
 
 
 def test_the_kl_to_the_reference_is_added_token_by_token():

@@ -8,6 +8,7 @@ import torch
 from trlx.methods.masked import (
     RunningMoments,
     finish,
+    histogram_of,
     mean_of,
     means_of,
     merge_packed,
@@ -91,6 +92,13 @@ def test_whitening_one_entry_equal_entries_or_none_gives_zeros():
 def test_rounding_in_the_variance_of_large_equal_entries_gives_no_nan():
     x = torch.full((10, 100), 33333.3)  # its mean square less its squared mean is -2e-7 in float64
     assert whiten(x, torch.ones_like(x, dtype=torch.bool)).abs().max() < 1e-5
+
+
+def test_a_histogram_counts_every_finite_number_in_equal_parts_of_their_range():
+    x = torch.tensor([[0.0, 0.9, 1.0, 4.0], [3.9, 2.0, math.nan, math.inf]])
+    assert histogram_of(x, bins=4) == {"low": 0.0, "high": 4.0, "counts": [2, 1, 1, 2]}
+    assert histogram_of(torch.full((3,), 7.0)) == {"low": 7.0, "high": 7.0, "counts": [3]}
+    assert histogram_of(torch.zeros(0)) == {"low": 0.0, "high": 0.0, "counts": [0]}
 
 
 def test_running_moments_of_batches_are_the_moments_of_all_numbers():

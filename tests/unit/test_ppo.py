@@ -167,7 +167,8 @@ def test_ppo_metrics_by_hand():
     assert numbers["ratio"] == pytest.approx(8.1 / 4, abs=1e-6)
     assert numbers["policy/ratio_deviation/max"] == pytest.approx(4, abs=1e-5)
     assert numbers["policy/approx_kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in ratios) / 4, abs=1e-6)
-    assert numbers["policy/clipfrac"] == 0.5
+    assert numbers["policy/clipfrac"] == 0.5  # of 1.5 with the advantage 1, and of 0.5 with the advantage -1
+    assert numbers["policy/clipfrac_low"] == numbers["policy/clipfrac_high"] == 0.25
     assert numbers["values/clipfrac"] == 0.25
     assert numbers["values/values_error"] == pytest.approx((0.25 + 4.41 + 0.25 + 5.76) / 4, abs=1e-6)
     relative = 0.5 / 1.01 + 2.1 / 2.01 + 0.5 / 1.01 + 2.4 / 0.99

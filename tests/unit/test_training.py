@@ -47,14 +47,14 @@ def test_sft_learns_its_samples(tmp_path):
     assert losses[-1] < losses[0] - 1.0
 
 
-COMMON_STATISTICS = "time/forward time/backward learning_rate_group_0"
+COMMON_STATISTICS = "memory/cpu time/forward time/backward learning_rate_group_0"
 STATISTICS = {
     "PPO": """
 losses/total_loss losses/policy_loss losses/value_loss values/mean values/min values/max values/std values/values_error
 values/values_mape_error values/clipfrac old_values/mean old_values/min old_values/max old_values/std returns/mean
 returns/min returns/max returns/std policy/approx_kl policy/clipfrac policy/sqrt_kl policy/kl_per_token ratio
-padding_percentage rollout_scores/mean rollout_scores/std rollout_scores/running_mean rollout_scores/running_std
-kl_ctl_value time/rollout_generate time/rollout_score time/rollout_time""",
+policy/entropy padding_percentage rollout_scores/mean rollout_scores/std rollout_scores/running_mean
+rollout_scores/running_std kl_ctl_value time/rollout_generate time/rollout_score time/rollout_time""",
     "SFT": "loss",
     "ILQL": """
 losses/loss losses/loss_q losses/loss_v losses/loss_cql losses/loss_awac values/mean values/min values/max values/std
@@ -78,8 +78,14 @@ def test_statistics_have_the_names_scripts_know(tmp_path, method):
     evaluations = [line for line in lines if "time/generate" in line]
     assert [line["step"] for line in evaluations] == [0, 4]
     suffix = "@beta=2" if method == "ILQL" else ""
-    assert {f"metrics/length{suffix}", "time/metric"} <= evaluations[0].keys()
+    names = {f"{name}{suffix}" for name in ("metrics/length", "eval/response_length", "eval/ended")}
+    assert names | {"time/metric"} <= evaluations[0].keys()
     assert ("reward/mean" in evaluations[0]) == (method in ("PPO", "RFT"))
+    path = tmp_path / "samples" / "histogram_00000000.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    counted = {row["name"]: sum(row["counts"]) for row in rows}
+    tokens = 8 * step.get("rollouts/response_length", 0)
+    assert counted == {"PPO": {"scores": 8, "advantages": tokens}, "RFT": {"scores": 32}}.get(method, {})
 
 
 def test_the_saved_folder_loads_in_plain_transformers_with_the_same_logits(tmp_path):

@@ -250,8 +250,10 @@ class AccelerateBackend(Backend):
             return tensor
         return self.accelerator.reduce(tensor.to(self.device), reduction="sum").cpu()
 
-    def any_process(self, flag: bool) -> bool:
-        return bool(self.sum_across(torch.tensor(float(flag))))
+    def max_across(self, tensor: Tensor) -> Tensor:
+        if self.data_size == 1:
+            return tensor
+        return self.accelerator.gather(tensor.to(self.device)[None]).amax(dim=0).cpu()
 
     def gather_objects(self, objects: list[Any]) -> list[Any]:
         return gather_object(objects) if self.data_size > 1 else list(objects)

@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -212,8 +213,21 @@ class Backend(ABC):
         """The sum of a small tensor over data ranks."""
 
     @abstractmethod
+    def max_across(self, tensor: Tensor) -> Tensor:
+        """The highest of each number of a small tensor over all processes; the same on all."""
+
     def any_process(self, flag: bool) -> bool:
         """Whether `flag` is true on any process; the same answer on all."""
+        return bool(self.max_across(torch.tensor(float(flag))))
+
+    def memory(self) -> dict[str, float]:
+        """GiB of the process that has most: what it holds of main memory now, and on CUDA devices what tensors held of
+        the device at most so far. Called on every process."""
+        held = {"memory/cpu": psutil.Process().memory_info().rss}
+        if self.device.type == "cuda":
+            held["memory/gpu"] = torch.cuda.max_memory_allocated(self.device)
+        found = self.max_across(torch.tensor([size / 2**30 for size in held.values()]))
+        return dict(zip(held, found.tolist(), strict=True))
 
     @abstractmethod
     def gather_objects(self, objects: list[Any]) -> list[Any]:

@@ -47,11 +47,13 @@ def grpo_loss(
 
     ratio, advantages = log_ratio[at].exp(), batch.advantages[at]
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange_high)
-    policy_loss = torch.maximum(plain, clipped)
+    policy_loss, is_clipped = torch.maximum(plain, clipped), clipped > plain
     columns = {
         "losses/policy_loss": policy_loss,
         "policy/approx_kl": ratio - 1 - ratio.log(),
-        "policy/clipfrac": clipped > plain,
+        "policy/clipfrac": is_clipped,
+        "policy/clipfrac_low": is_clipped & (advantages < 0),
+        "policy/clipfrac_high": is_clipped & (advantages > 0),
         "ratio": ratio,
     }
     loss = policy_loss

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,17 @@ def spread_of(x: Tensor, mask: Tensor | None = None) -> Spread:
     if x.numel() == 0:
         return Spread(count, count, count, x.new_full((), math.inf), x.new_full((), -math.inf))
     return Spread(count, x.sum(), x.dot(x), *x.aminmax())
+
+
+def histogram_of(x: Tensor, bins: int = 24) -> dict[str, Any]:
+    """How the entries of `x` are spread: "counts" in `bins` equal parts of the range from "low" to "high".
+
+    If all are equal there is one bin. Numbers that are not finite are left out.
+    """
+    x = x.detach().double()[x.isfinite()]
+    low, high = x.aminmax() if x.numel() else (x.new_zeros(()), x.new_zeros(()))
+    counts = torch.histc(x, bins, low, high) if low < high else torch.tensor([x.numel()])
+    return {"low": float(low), "high": float(high), "counts": counts.long().tolist()}
 
 
 @torch.no_grad()

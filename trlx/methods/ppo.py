@@ -37,7 +37,7 @@ def ppo_loss(
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     policy_plain, policy_clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    policy_loss = torch.maximum(policy_plain, policy_clipped)
+    policy_loss, is_clipped = torch.maximum(policy_plain, policy_clipped), policy_clipped > policy_plain
     if dual_clip is not None:
         # where A >= 0 the loss is at most 0, so this bound changes only tokens with A < 0
         policy_loss = policy_loss.minimum(advantages.abs() * dual_clip)
@@ -56,7 +56,9 @@ def ppo_loss(
             "values/values_mape_error": (values - returns).abs() / (returns + 1e-2).abs(),
             "values/clipfrac": value_clipped > value_plain,
             "policy/approx_kl": ratio - 1 - log_ratio,
-            "policy/clipfrac": policy_clipped > policy_plain,
+            "policy/clipfrac": is_clipped,
+            "policy/clipfrac_low": is_clipped & (advantages < 0),
+            "policy/clipfrac_high": is_clipped & (advantages > 0),
             "ratio": ratio,
         }
     )

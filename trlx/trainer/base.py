@@ -381,8 +381,8 @@ class Trainer(OldNames, ABC):
         self.after_step(metrics)
         self.at_boundary = True
         self.skipped.count(metrics, self.schedule.step)
-        metrics |= {**self.pending, "time/step": time.perf_counter() - began, **self.display.speed(tokens)}
-        self.pending = {}
+        measured = {"time/step": time.perf_counter() - began, **self.display.speed(tokens), **self.backend.memory()}
+        metrics, self.pending = metrics | self.pending | measured, {}
         self.callbacks.tell("on_step", metrics)
         self.tracker.log(metrics, self.schedule.step)
         self.display.step(metrics)

@@ -44,6 +44,14 @@ class EvaluationResult:
         return "", None
 
 
+def lengths(rollouts: list[Rollout]) -> dict[str, float]:
+    """The mean of the responses' tokens, and the share of responses that ended by eos or a stop sequence."""
+    return {
+        "response_length": sum(len(rollout.response) for rollout in rollouts) / len(rollouts),
+        "ended": sum(rollout.ended for rollout in rollouts) / len(rollouts),
+    }
+
+
 def means_over(backend: Backend, store: RolloutStore, loss: LossFn, together: int) -> dict[str, float]:
     """The metrics of `loss` over all rows of `store`, without an update. Call it on every process.
 
@@ -154,6 +162,7 @@ class Evaluator:
                 if isinstance(values, list):
                     table[name] = values
                 averages[f"metrics/{name}"] = _mean(values) if isinstance(values, list) else values
+        averages |= {f"eval/{name}": mean for name, mean in lengths(rollouts).items()}
         return list(table), [list(row) for row in zip(*table.values(), strict=True)], averages
 
 

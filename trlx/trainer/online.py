@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trlx import logging
 from trlx.batch import Rollout, Sample, TokenBatch
@@ -19,14 +20,15 @@ from trlx.data.prompts import Prompt, PromptPipeline, PromptStream
 from trlx.data.store import Store, own_rows
 from trlx.method_configs import OnlineConfig
 from trlx.methods.advantages import ScoreScale, kl_penalty, missing_eos_penalty
-from trlx.methods.masked import finish, mean_of, pack, spread_of
-from trlx.rewards.results import Scored, means
+from trlx.methods.masked import finish, histogram_of, mean_of, pack, spread_of
+from trlx.rewards.results import Scored, means, total
 from trlx.run.guards import check_first_kl
 from trlx.run.interrupts import interruptible, leave_if_asked
 from trlx.sampling.settings import SamplingConfig, check_rollouts
 from trlx.tracking import Tracker
 from trlx.trainer.base import Trainer
 from trlx.trainer.contract import check_collection
+from trlx.trainer.evaluate import lengths
 
 logger = logging.get_logger(__name__)
 
@@ -132,6 +134,7 @@ class OnlineTrainer(Trainer):
             self._compare(rollouts, batch)
         batch = self._with_scaled_scores(batch)
         batch = check_collection(type(self).__name__, batch, self.advantages(batch))
+        self.log_histograms(rollouts, None if batch.advantages is None else batch.advantages[batch.response_mask])
         self.pending["time/rollout_time"] = time.perf_counter() - began
         return batch
 
@@ -167,11 +170,17 @@ class OnlineTrainer(Trainer):
         """Logs means of new rollouts, and writes some of them to disk."""
         self.pending |= {
             **{f"rollout_scores/{name}/mean": mean for name, mean in means(r.parts for r in rollouts).items()},
-            "rollouts/response_length": sum(len(r.response) for r in rollouts) / len(rollouts),
-            "rollouts/ended": sum(r.ended for r in rollouts) / len(rollouts),
+            **{f"rollouts/{name}": mean for name, mean in lengths(rollouts).items()},
         }
         if self.backend.is_main:
             self.log.write(rollouts, self.tracker, self.schedule.step)
+
+    def log_histograms(self, rollouts: list[Rollout], advantages: Tensor | None = None) -> None:
+        """Writes how the scores of new rollouts, and the advantages of their response tokens, are distributed."""
+        if self.backend.is_main and self.tracker is not None:
+            columns = {"scores": torch.tensor([total(r.score) for r in rollouts]), "advantages": advantages}
+            rows = [{"name": name, **histogram_of(x)} for name, x in columns.items() if x is not None]
+            self.tracker.log_samples("histogram", self.schedule.step, rows)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {

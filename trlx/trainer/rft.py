@@ -64,6 +64,7 @@ class RFTTrainer(OnlineTrainer):
             for rollout in grown:
                 rollout.score = total(rollout.score)
             self.report(grown)
+            self.log_histograms(grown)
             self.pool = self.pool + grown
             self.pending["time/rollout_time"] = time.perf_counter() - began
         chosen = self._selected()

@@ -165,10 +165,10 @@ class MegatronBackend(Backend):
     def sum_across(self, tensor: Tensor) -> Tensor:
         return self.parallel.sum_over_data(tensor)
 
-    def any_process(self, flag: bool) -> bool:
-        found = torch.tensor(float(flag), device=self.device)
+    def max_across(self, tensor: Tensor) -> Tensor:
+        found = tensor.to(self.device, copy=True)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found)
+        return found.cpu()
 
     def gather_objects(self, objects: list[Any]) -> list[Any]:
         found: list[Any] = [None] * self.data_size
