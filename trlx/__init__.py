@@ -16,7 +16,9 @@ _NAMES = {
     "trlx.api": "train",
     "trlx.config": "TRLConfig",
     "trlx.presets": "load_preset",
-    "trlx.registry": "register_trainer register_method register_datapipeline register_sampler register_architecture",
+    "trlx.registry": (
+        "register_trainer register_method register_datapipeline register_sampler register_architecture register_tracker"
+    ),
     "trlx.run.callbacks": "Callback EarlyStopping",
     "trlx.rewards.classifier": "SequenceClassifierReward",
     "trlx.rewards.remote": "RemoteReward",

@@ -21,6 +21,7 @@ from trlx.run.callbacks import Callback, check_callbacks
 from trlx.run.failures import for_users
 from trlx.run.folder import check_folders
 from trlx.strict import called_here, check_keywords, suggestion
+from trlx.tracking import check_installed
 from trlx.trainer.base import OURS, Trainer
 from trlx.yaml_files import read_yaml
 
@@ -116,6 +117,7 @@ def checked(
     found = _trainer_class(config.train, reward_fn, prompts, samples, rewards)
     _check_evaluations(found, eval_prompts, eval_samples)
     check_folders(config.train)
+    check_installed(config.train.tracker)
     return found
 
 

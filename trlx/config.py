@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from trlx import logging
 from trlx.method_configs import MethodConfig, get_method
-from trlx.registry import architectures
+from trlx.registry import architectures, trackers
 from trlx.strict import ConfigError, Section, build, called_here, suggestion, unknown_key, with_numbers
 from trlx.tracebacks import short_errors
 from trlx.yaml_files import read_yaml
@@ -26,6 +26,7 @@ SCHEDULERS = ("cosine_annealing", "linear", "constant")
 NEMO_OPTIMIZERS = {"fused_adam": "adamw", "distributed_fused_adam": "adamw"}
 NEMO_SCHEDULERS = {"cosineannealing": "cosine_annealing", "warmupannealing": "linear", "warmuppolicy": "constant"}
 """Names that only the NeMo trainers take, and the nearest name that the other trainers take."""
+TRACKERS = "wandb tensorboard mlflow trackio comet_ml aim clearml dvclive swanlab".split()
 
 
 @dataclass
@@ -160,8 +161,9 @@ class TrainConfig(Section, section="train"):
     process holds all of it. The copy is as large as the checkpoint."""
     resume_from_checkpoint: str | None = None
     """A checkpoint, or a folder whose newest is used; "auto": checkpoint_dir. Where there is none, the run is new."""
-    tracker: str | None = "wandb"
-    """wandb, tensorboard or null; metrics.jsonl is always written."""
+    tracker: str | list[str] | None = "wandb"
+    """wandb, tensorboard, mlflow, trackio, [another](tracking.md), a list of them, or null; metrics.jsonl is always
+    written. If wandb, the default, is not installed, the run goes on without it; another one must be installed."""
     logging_dir: str | None = None
     """Folder of metrics.jsonl and samples; null: checkpoint_dir."""
     tags: list[str] | None = field(default_factory=list)
@@ -217,7 +219,7 @@ class TrainConfig(Section, section="train"):
         is_known = is_size or self.cache_hidden_states in ("auto", "off")
         self.require(is_known, "cache_hidden_states", "be auto, off or bytes")
         self.require_choice("gradient_checkpointing", [True, False, "selective"])
-        self.require_choice("tracker", ["wandb", "tensorboard", "none", None])
+        self.require_choice("tracker", [*TRACKERS, *trackers.names(), "none", None])
         self.require_choice("reward_on", ["main", "each_rank"])
         self.require_choice("mixed_precision", ["no", "bf16", "fp16", None])
         self.tags = self.tags or []

@@ -1,4 +1,4 @@
-"""Tables of classes by name: trainers, methods, pipelines, samplers and architectures."""
+"""Tables of classes by name: trainers, methods, pipelines, samplers, architectures and trackers."""
 
 from __future__ import annotations
 
@@ -60,9 +60,11 @@ methods = Registry("method")
 pipelines = Registry("pipeline")
 samplers = Registry("sampler")
 architectures = Registry("architecture")
+trackers = Registry("tracker")
 
 register_trainer = trainers.register
 register_method = methods.register
 register_datapipeline = pipelines.register
 register_sampler = samplers.register
 register_architecture = architectures.register
+register_tracker = trackers.register

@@ -79,10 +79,12 @@ class Section(metaclass=_Sealing):
             self.require(value is None or value > 0, name, "be positive")
 
     def require_choice(self, name: str, choices: Iterable[Any]) -> None:
-        """Raises unless the value is one of `choices`; suggests the nearest one."""
+        """Raises unless the value, or each one of a list, is one of `choices`; suggests the nearest one."""
         choices = list(choices)
-        value = getattr(self, name)
-        if value not in choices:
+        given = getattr(self, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value in choices:
+                continue
             near, known = suggestion(value, choices), ", ".join(map(str, choices))
             raise ConfigError(f"{self.section}.{name}: unknown value {value!r}.{near} Known: {known}")
 

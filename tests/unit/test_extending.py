@@ -16,6 +16,8 @@ from tests.runs import PROMPTS, share_of_a, tiny_config
 from trlx.config import TRLConfig
 from trlx.data.store import shard
 from trlx.methods.units import Unit
+from trlx.registry import trackers
+from trlx.tracking import Tracker
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 
@@ -213,3 +215,15 @@ def test_the_changed_ppo_adds_its_term_and_the_own_pipeline_its_words(printed):
     assert second["losses/kl"] > 1e-5
     assert trainer.method.kl_loss_coef == 0.5
     assert set(seen) == {f"please: {prompt}" for prompt in PROMPTS}
+
+
+def test_a_tracker_of_ones_own_goes_on_after_a_resume(printed, monkeypatch):
+    monkeypatch.setattr(trackers, "_classes", {})
+    runpy.run_path(str(printed / "spreadsheet.py"))
+    with Tracker("spreadsheet", "run") as tracker:
+        tracker.log({"loss": 0.5, "kl": 0.25}, 1)
+        state = tracker.state()
+        tracker.log({"loss": 9.0}, 2)
+    with Tracker("spreadsheet", "run", state=state) as tracker:
+        tracker.log({"loss": 0.125}, 2)
+    assert Path("run/metrics.csv").read_text() == "1,loss,0.5\n1,kl,0.25\n2,loss,0.125\n"

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trlx import tracking
-from trlx.tracking import Tracker, default_run_name
+import trlx
+from tests.runs import tiny_config
+from trlx.tracking import Tracker, default_run_name, git, names, remotes
 
 
 def lines(path):
@@ -35,7 +36,7 @@ def wandb(monkeypatch):
         assert not prompt, "a training run never asks"
         return calls.logged_in
 
-    module = SimpleNamespace(init=init, login=login, Table=lambda columns, rows, **_: (columns, rows))
+    module = SimpleNamespace(init=init, login=login, Table=lambda columns, data, **_: (columns, data))
     monkeypatch.setitem(sys.modules, "wandb", module)
     for name in ("WANDB_MODE", "debug"):
         monkeypatch.delenv(name, raising=False)
@@ -129,13 +130,8 @@ def test_other_processes_write_nothing(tmp_path, wandb):
     assert wandb.options is None
 
 
-def test_an_unknown_tracker_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match="Unknown tracker 'mlflow'. Known: none, wandb, tensorboard"):
-        Tracker("mlflow", tmp_path)
-
-
 def test_wandb_gets_the_run_its_metrics_and_tables(tmp_path, wandb, monkeypatch):
-    monkeypatch.setattr(tracking, "git", lambda *arguments: "main" if arguments[0] == "branch" else "abc123")
+    monkeypatch.setattr(remotes, "git", lambda *arguments: "main" if arguments[0] == "branch" else "abc123")
     tags, config = ["mine"], {"train": {"seed": 1}}
     with Tracker("wandb", tmp_path, project="p", name="r", group="g", entity="e", tags=tags, config=config) as run:
         run.log({"loss": 0.5}, step=3)
@@ -180,14 +176,18 @@ def test_the_variable_debug_switches_wandb_off(tmp_path, wandb, monkeypatch):
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 1.0}]
 
 
-@pytest.mark.parametrize("kind", ["wandb", "tensorboard"])
-def test_a_tracker_that_is_not_installed_costs_one_warning(kind, tmp_path, monkeypatch, caplog):
+def test_only_the_default_tracker_may_be_missing_which_costs_one_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("debug", raising=False)
-    monkeypatch.setitem(sys.modules, kind, None)
-    with Tracker(kind, tmp_path) as tracker:
+    for name in ("wandb", "aim"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with Tracker("wandb", tmp_path) as tracker:
         tracker.log({"loss": 1.0}, step=0)
-    assert [f"{kind} is not installed" in record.getMessage() for record in caplog.records] == [True]
+    assert ["wandb is not installed" in record.getMessage() for record in caplog.records] == [True]
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 1.0}]
+    with pytest.raises(ImportError, match=r'train.tracker: wandb is not installed: pip install "trlx\[wandb\]"'):
+        Tracker(["tensorboard", "wandb"], tmp_path)
+    with pytest.raises(ImportError, match="train.tracker: aim is not installed: pip install aim, or leave it out"):
+        trlx.train(samples=["ab"], config=tiny_config(tmp_path, "SFT", train={"tracker": "aim"}))
 
 
 def test_tensorboard_gets_scalars_and_a_config_that_stays_as_it_was(tmp_path):
@@ -218,9 +218,9 @@ def test_a_resumed_run_hides_what_tensorboard_got_after_the_checkpoint(tmp_path)
 
 def test_a_run_is_named_by_script_model_processes_and_branch(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["examples/ppo_sentiments.py"])
-    monkeypatch.setattr(tracking, "git", lambda *_: "main")
+    monkeypatch.setattr(names, "git", lambda *_: "main")
     assert default_run_name("lvwerra/gpt2-imdb", 8) == "ppo_sentiments/gpt2-imdb/8gpus:main"
-    monkeypatch.setattr(tracking, "git", lambda *_: "")
+    monkeypatch.setattr(names, "git", lambda *_: "")
     assert default_run_name({"_name_or_path": "", "model_type": "gpt2"}, 1) == "ppo_sentiments/gpt2/1gpu"
     named = {"_name_or_path": "EleutherAI/pythia-1b", "model_type": "gpt_neox"}
     assert default_run_name(named, 1) == "ppo_sentiments/pythia-1b/1gpu"
@@ -229,6 +229,6 @@ def test_a_run_is_named_by_script_model_processes_and_branch(monkeypatch):
 def test_no_git_and_no_repository_are_no_failure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert tracking.git("branch", "--show-current") == ""
+    assert git("branch", "--show-current") == ""
     monkeypatch.setenv("PATH", "")
-    assert tracking.git("branch", "--show-current") == ""
+    assert git("branch", "--show-current") == ""
