@@ -27,6 +27,9 @@ REQUIRES = [
 EXTRAS = {
     "wandb": ["wandb>=0.31"],
     "tensorboard": ["tensorboard>=2.16"],
+    # alembic and SQLAlchemy are for mlflow.db, where MLflow writes by default
+    "mlflow": ["mlflow-skinny>=3.0,<4", "alembic>=1.13", "sqlalchemy>=2.0"],
+    "trackio": ["trackio>=0.43"],
     "report": ["matplotlib>=3.8"],
     "peft": ["peft>=0.18"],
     "bnb": ["bitsandbytes>=0.45"],

@@ -10,7 +10,7 @@ import signal
 # Tests depend on no variable of the shell they are started from. What is set here has to be set before the imports.
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OF_TERMINALS = ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "CI")
-PREFIXES = ("ACCELERATE_", "FSDP_", "SLURM_", "TORCHELASTIC_", "TRLX_", "WANDB_")
+PREFIXES = ("ACCELERATE_", "FSDP_", "MLFLOW_", "SLURM_", "TORCHELASTIC_", "TRACKIO_", "TRLX_", "WANDB_")
 for _name in [name for name in os.environ if name in (*OF_LAUNCHERS, *OF_TERMINALS) or name.startswith(PREFIXES)]:
     del os.environ[_name]
 # No test reaches for the hub or a GPU. The processes that tests start share two cores, so each has one thread, as it

@@ -100,6 +100,7 @@ def test_an_unknown_preset_lists_the_known_ones():
         ({"optimizer": {"kwargs": {"lr": -1e-4}}}, "optimizer.kwargs.lr must be a number of at least 0, got -0.0001"),
         ({"optimizer": {"kwargs": {"lr": "nan"}}}, "optimizer.kwargs.lr must be a number of at least 0, got nan"),
         ({"train": {"tracker": "tensorbord"}}, "Did you mean 'tensorboard'"),
+        ({"train": {"tracker": ["wandb", "mlfow"]}}, "train.tracker: unknown value 'mlfow'. Did you mean 'mlflow'"),
         ({"train": {"total_steps": -1}}, "train.total_steps must be at least 0, or null, got -1"),
         ({"train": {"max_grad_norm": 0}}, "train.max_grad_norm must be positive, or null, got 0.0"),
         ({"method": {"lam": float("nan")}}, "method.lam must be between 0 and 1, got nan"),

@@ -101,6 +101,7 @@ def test_accelerates_other_trackers_get_the_names_of_the_run(name, made, argumen
     for module in (name, f"{name}.plots"):
         monkeypatch.setitem(sys.modules, module, package)
     monkeypatch.setenv("SWANLAB_INTERACTIVE", "true")
+    monkeypatch.setattr("accelerate.tracking.PartialState", None)  # as on Megatron-Core: nobody makes one
     with Tracker(name, tmp_path, config=CONFIG, **NAMES) as tracker:
         tracker.log({"loss": 0.5}, step=3)
     call = [each for each in package.mock_calls if each[0] == made][0]

@@ -161,7 +161,7 @@ class Accelerated(Sink):
     def describe(self) -> None:
         """Stores the settings of a new run."""
         settings = flat(self.run.config).items()
-        texts = {key: json.dumps(value) if isinstance(value, list) else value for key, value in settings}
+        texts = {key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in settings}
         self.tracker.store_init_configuration(texts)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
