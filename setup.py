@@ -18,6 +18,7 @@ REQUIRES = [
     "safetensors>=0.5",
     "tokenizers>=0.22",
     "psutil>=5.9",  # accelerate brings it
+    "packaging>=23",  # transformers brings it
     "rich>=13",
     "tqdm>=4.66",
     "typer>=0.29,<1",  # transformers brings it

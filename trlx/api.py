@@ -18,6 +18,7 @@ from trlx.registry import pipelines, trainers
 from trlx.report.reporter import Reporter
 from trlx.rewards.weighted import WeightedRewards
 from trlx.run.callbacks import Callback, check_callbacks
+from trlx.run.checks import at_start
 from trlx.run.failures import for_users
 from trlx.run.folder import check_folders
 from trlx.strict import called_here, check_keywords, suggestion
@@ -84,7 +85,8 @@ def train(
     functions = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences or []}
     trainer = trainer_class(config=config, **functions, **config.train.trainer_kwargs)
     _watch(trainer, callbacks)
-    _feed(trainer, prompts, eval_prompts, samples, rewards, eval_samples)
+    feed(trainer, prompts, eval_prompts, samples, rewards, eval_samples)
+    at_start(trainer)
     trainer.learn()
     return trainer
 
@@ -177,7 +179,7 @@ def _watch(trainer: Trainer, callbacks: list[Callback] | None) -> None:
     trainer.watchers.append(Reporter)
 
 
-def _feed(trainer: Trainer, prompts, eval_prompts, samples, rewards, eval_samples) -> None:
+def feed(trainer: Trainer, prompts=None, eval_prompts=None, samples=None, rewards=None, eval_samples=None) -> None:
     """Gives a trainer what it learns from and what it is evaluated on."""
     global_batch = trainer.config.train.batch_size * trainer.backend.data_size
     if trainer.online:

@@ -183,11 +183,13 @@ def test_several_processes_are_the_same_command_under_torchrun(folder, monkeypat
     assert command == ["-m", "trlx", "ppo", "train.seed=1", "--model", "tiny", *made, *typed[4:]]
 
 
-def test_a_run_is_trained_and_a_failing_reward_is_exit_code_1(folder, capsys):
+def test_a_run_is_trained_and_a_failing_reward_is_exit_code_1(folder, capsys, caplog, monkeypatch):
+    monkeypatch.setattr("trlx.run.checks.shutil.disk_usage", lambda _: SimpleNamespace(free=7))
     few = "method.num_rollouts=2 method.chunk_size=2 method.ppo_epochs=1 method.gen_kwargs.max_new_tokens=2"
     few = f"{few} train.batch_size=2 train.total_steps=1 --model tiny --out run".split()
     assert main(["ppo", *few]) == 0
     assert "reward/mean" in (folder / "run" / "metrics.jsonl").read_text()
+    assert "A checkpoint takes about 0.00 GiB, and 0.00 are free at" in caplog.text
     code, printed = failure(capsys, "ppo", *few, "--reward", "judges:broken", "--out", "other")
     assert code == 1 and "Traceback" not in printed
     last = printed.splitlines()[-1]

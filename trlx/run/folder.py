@@ -23,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 LOCK_FILE = ".lock"
 BEST = "best_checkpoint"
+PLACE = re.compile(r"checkpoint_\d+")
 
 _held: set[IO] = set()
 """Lock files that this process has open."""
@@ -169,7 +170,7 @@ def _make_room(folder: Path, trainer: Trainer) -> float | None:
     Returns the reward of the best checkpoint that stays.
     """
     own = trainer.run_folder == folder.resolve()
-    names = _later(folder, trainer.schedule.step) if own else _of_a_run(folder)
+    names = _later(folder, trainer.schedule.step) if own else of_a_run(folder)
     _check_model(trainer, folder, names)
     aside = set_aside(folder, names)
     if aside is not None:
@@ -191,10 +192,9 @@ def _later(folder: Path, step: int) -> list[str]:
     return [path.name for path in later]
 
 
-def _of_a_run(folder: Path) -> list[str]:
-    """All names in `folder` that a run would write."""
-    names = [path.name for path in folder.iterdir() if re.fullmatch(r"checkpoint_\d+", path.name)]
-    return [*names, BEST, *RUN_FILES]
+def of_a_run(folder: Path) -> list[str]:
+    """The names in `folder` that a run writes."""
+    return [path.name for path in folder.glob("*") if path.name in (BEST, *RUN_FILES) or PLACE.fullmatch(path.name)]
 
 
 def _check_model(trainer: Trainer, folder: Path, names: list[str]) -> None:

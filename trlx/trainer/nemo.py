@@ -34,11 +34,19 @@ def megatron_backend() -> type[Backend]:
     return MegatronBackend
 
 
+class WhenAsked:
+    """A class attribute that is `megatron_backend`, which is imported only where it is read."""
+
+    def __get__(self, *_: Any) -> type[Backend]:
+        return megatron_backend()
+
+
 class OnMegatron:
     """A trainer on Megatron. The backend reads its options from ``train.trainer_kwargs``, the trainer gets the rest."""
 
+    backend_class = WhenAsked()
+
     def __init__(self, *args: Any, **kwargs: Any):
-        self.backend_class = megatron_backend()
         options = self.backend_class.options
         asked = [key for key in kwargs if key not in OURS]
         check_keywords(super().__init__, asked, "train.trainer_kwargs", ours=OURS, besides=options)

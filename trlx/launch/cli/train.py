@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trlx.launch.cli.tools import example
 from trlx.presets import METHODS
+
+if TYPE_CHECKING:
+    from trlx.launch.job import Job
 
 commands = typer.Typer()
 config = typer.Typer(help="The settings of a run.", epilog=example("trlx config show ppo"))
@@ -41,7 +46,7 @@ made in code. --column prompt=question reads the column question as prompt.
 """
 
 
-def train(
+def job_of(
     ctx: typer.Context,
     settings: Words = None,
     model: Model = None,
@@ -60,12 +65,11 @@ def train(
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="ends a response; repeat")] = None,
     out: Out = None,
     resume: Resume = False,
-    processes: Annotated[int | None, typer.Option(metavar="N", help="processes on this machine, by torchrun")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, and print what would run")] = False,
-) -> int:
-    from trlx.launch.job import Job, run
+) -> Job:
+    """What the options of these commands say."""
+    from trlx.launch.job import Job
 
-    job = Job(
+    return Job(
         command=ctx.info_name,
         settings=settings or [],
         model=model,
@@ -81,7 +85,52 @@ def train(
         out=out,
         resume=resume,
     )
+
+
+def about_a_job(command: Callable[..., int]) -> Callable[..., int]:
+    """`command` with the options of `job_of` in the place of its first parameter, a `Job`."""
+    shared = inspect.signature(job_of, eval_str=True, locals={"Job": Any}).parameters
+    _, *own = inspect.signature(command, eval_str=True, locals={"Job": Any}).parameters.values()
+
+    def run(**given: Any) -> int:
+        job = job_of(**{name: given.pop(name) for name in shared})
+        return command(job, **given)
+
+    run.__signature__ = inspect.Signature([*shared.values(), *own])
+    run.__doc__ = command.__doc__
+    return run
+
+
+@about_a_job
+def train(
+    job: Job,
+    processes: Annotated[int | None, typer.Option(metavar="N", help="processes on this machine, by torchrun")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, and print what would run")] = False,
+) -> int:
+    from trlx.launch.job import run
+
     return run(job, processes, dry_run)
+
+
+CHECK = example("trlx check ppo --model tiny", "trlx check sft qwen3-4b 8gpu --samples samples.jsonl --out runs/mine")
+
+
+@commands.command("check", epilog=CHECK)
+@about_a_job
+def check(
+    job: Job,
+    processes: Annotated[int | None, typer.Option(metavar="N", help="as many as the run will have")] = None,
+    draw: Annotated[bool, typer.Option("--draw", help="read the model, and judge samples of its own")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON in place of text")] = False,
+) -> int:
+    """Looks for what would trouble `trlx train` with the same words, without its weights; code 2 if it would fail."""
+    from trlx.launch.check import check as look
+    from trlx.launch.check import lines
+
+    job.command = "train"
+    report = look(job, processes, draw)
+    print(*lines(report, as_json), sep="\n")
+    return 0 if report.is_good else 2
 
 
 def _register(name: str) -> None:

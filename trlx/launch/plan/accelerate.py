@@ -187,9 +187,12 @@ class AccelerateRun:
 
     @property
     def saved(self) -> float:
-        """Bytes that the main process copies to the host for a checkpoint: what trains with its moments, the model."""
+        """Bytes that the main process copies to the host for a checkpoint: what trains with its moments, and the model
+        or the adapter alone."""
         moments = self._moments if self.config.train.save_optimizer else 0
-        return self.weights.trained_size * (1 + moments) + self.weights.size
+        adapted = self.config.model.peft_config is not None
+        exported = self.weights.trained_size if adapted else self.weights.size
+        return self.weights.trained_size * (1 + moments) + exported
 
     @property
     def _embeddings_train(self) -> bool:

@@ -23,7 +23,7 @@ from trlx.launch.plan.rehearsal import Rehearsal
 from trlx.launch.plan.run import TRAINERS, Run, read_config, read_run
 from trlx.launch.plan.traffic import bubble, traffic
 from trlx.launch.plan.work import EFFICIENCY, Gpu, Work, gpu_named
-from trlx.model_presets import is_layer, layout
+from trlx.model_presets import Layout, is_layer, layout
 from trlx.strict import ConfigError
 
 GIB = 2**30
@@ -70,8 +70,7 @@ def plan(
     if not 0 < efficiency <= 1:
         raise ConfigError(f"The efficiency must be above 0 and at most 1, got {efficiency:g}: write e.g. {EFFICIENCY}")
     config, name = read_config(words, method, accelerate is None, model), " ".join(w for w in words if "=" not in w)
-    layers = [word for word in words if is_layer(word)]
-    division = layout(layers) if layers else None
+    division = division_of(words)
     if division is not None:
         gpus, accelerate = gpus or division.gpus, accelerate or division.accelerate
     limit = speed.memory * GIB if limit is None else limit
@@ -98,6 +97,12 @@ def plan(
         *_fit_remarks(config, planner, speed, efficiency),
     ):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def division_of(words: list[str]) -> Layout | None:
+    """The division over GPUs that presets among `words` name."""
+    layers = [word for word in words if is_layer(word)]
+    return layout(layers) if layers else None
 
 
 @dataclass
