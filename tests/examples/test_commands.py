@@ -298,7 +298,8 @@ def check_linter(program: list[str]) -> None:
 
 
 RUN = {
-    r"(python -m )?trlx (plan|check|convert|report|env|config show|ppo --model tiny|.* --dry-run)|python -m trlx$": run_trlx,
+    r"(python -m )?trlx (plan|check|convert|report|env|config show|ppo --model tiny|.* --dry-run)": run_trlx,
+    r"python -m trlx$": run_trlx,
     r"python -m examples\.\S+ --model tiny": run_example,
 }
 """Regular expressions for commands, and what runs them."""

@@ -40,7 +40,7 @@ def here(folder, monkeypatch):  # noqa: F811
         raise ConfigError("it is not asked for")
 
     monkeypatch.setattr(checks, "Planner", lambda *_: unplanned)
-    (folder / "judges.py").write_text(REWARDS)
+    (folder / "referees.py").write_text(REWARDS)
     (folder / "letters.txt").write_text("\n".join("a" * length for length in range(1, 21)))
     (folder / "chats.json").write_text(json.dumps([{"prompt": [{"role": "user", "content": "Hi"}]}]))
     return folder
@@ -57,9 +57,13 @@ def said(report, level):
 @pytest.mark.parametrize(
     ("words", "options", "error"),
     [
-        ("ppo", {"reward": "judges:broken"}, "reward: reward_fn raised ZeroDivisionError: division by zero; first sam"),
-        ("grpo", {"reward": "judges:one"}, "reward: reward_fn returned 1 entries for 4 samples"),
-        ("rft", {"reward": "judges:nothing"}, "reward: reward_fn returned nan, which is not finite, for sample 0"),
+        (
+            "ppo",
+            {"reward": "referees:broken"},
+            "reward: reward_fn raised ZeroDivisionError: division by zero; first sam",
+        ),
+        ("grpo", {"reward": "referees:one"}, "reward: reward_fn returned 1 entries for 4 samples"),
+        ("rft", {"reward": "referees:nothing"}, "reward: reward_fn returned nan, which is not finite, for sample 0"),
         ("ppo", {"prompts": "chats.json"}, "data: Prompt 0 is a list of messages, but the tokenizer has no chat templ"),
         ("ppo train.seq_length=40", {}, "data: train.seq_length (40) leaves no room for a prompt"),
         (
@@ -83,7 +87,7 @@ def test_lengths_batches_and_scores_are_told(here):
     words = (
         "ppo train.seq_length=30 method.gen_kwargs.max_new_tokens=14 method.num_rollouts=16 train.rollout_logging_dir=r"
     )
-    report = found(*words.split(), prompts="letters.txt", reward="judges:constant", metric="judges:lengths")
+    report = found(*words.split(), prompts="letters.txt", reward="referees:constant", metric="referees:lengths")
     assert said(report, "error") == []
     warnings = said(report, "warning")
     assert [line.partition(":")[0] for line in warnings] == ["batches", "data", "reward"]
@@ -172,7 +176,7 @@ def test_the_command_prints_a_table_or_json_and_its_code_is_2_for_an_error(here,
     assert main(["check", "sft", "--model", "tiny"]) == 0
     printed = capsys.readouterr().out
     assert "Findings\n" in printed and "samples" in printed and "0 errors, 1 warning, " in printed
-    assert main(["check", "ppo", "--model", "tiny", "--reward", "judges:one", "--json"]) == 2
+    assert main(["check", "ppo", "--model", "tiny", "--reward", "referees:one", "--json"]) == 2
     told = json.loads(capsys.readouterr().out)
     assert told["good"] is False and told["samples"] == []
     assert [each["about"] for each in told["findings"] if each["level"] == "error"] == ["reward"]

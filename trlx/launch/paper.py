@@ -27,7 +27,8 @@ def on_paper(trainer: type[Trainer], data_size: int) -> type[Trainer]:
     """The class `trainer` on a backend without weights, of which `data_size` processes see data of their own."""
     real = trainer.backend_class
     kept = {"source": staticmethod(real.source), "check_source": real.check_source, "options": real.options}
-    backend = type(real.__name__, (PaperBackend,), {**kept, "data_size": data_size})
+    absent = dict.fromkeys(PaperBackend.__abstractmethods__, _without_weights)
+    backend = type(real.__name__, (PaperBackend,), {**absent, **kept, "data_size": data_size})
     return type(trainer.__name__, (trainer,), {"backend_class": backend})
 
 
@@ -96,10 +97,9 @@ class PaperBackend(Backend):
     def barrier(self) -> None:
         pass
 
-    def _without_weights(self, *_: Any, **__: Any) -> NoReturn:
-        raise NotImplementedError("There are no weights on paper")
 
-    evaluate = train_step = update_heads = save = load = export_hf = parameter_counts = _without_weights
+def _without_weights(*_: Any, **__: Any) -> NoReturn:
+    raise NotImplementedError("There are no weights on paper")
 
 
 def _config_of(source: Any, model: ModelConfig, train: TrainConfig) -> PretrainedConfig | None:
