@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from trlx import logging
+from trlx.guard_rules import guards_of
 from trlx.method_configs import MethodConfig, get_method
 from trlx.registry import architectures, trackers
 from trlx.strict import ConfigError, Section, build, called_here, suggestion, unknown_key, with_numbers
@@ -198,6 +199,11 @@ class TrainConfig(Section, section="train"):
     """Seconds after which a call of reward_fn stops the run; null: no limit."""
     eos_in_outputs: bool = False
     """Texts of rollouts that ended by eos keep it, as in CarperAI's trlx."""
+    guards: dict[str, Any] = field(default_factory=dict)
+    """What is done where a run goes wrong: off, warn, skip or stop by the name of a [guard](guards.md), or a dict
+    with action and limit: ``{kl: stop, entropy: {action: warn, below: 0.1}}``."""
+    record_steps: Any = None
+    """Steps whose tensors leave digests for a [replay](guards.md#replay): a list, or one in so many; null: none."""
 
     def check(self) -> None:
         counts = ("seq_length", "epochs", "batch_size", "eval_interval", "checkpoint_interval", "keep_checkpoints")
@@ -222,6 +228,10 @@ class TrainConfig(Section, section="train"):
         self.require_choice("tracker", [*TRACKERS, *trackers.names(), "none", None])
         self.require_choice("reward_on", ["main", "each_rank"])
         self.require_choice("mixed_precision", ["no", "bf16", "fp16", None])
+        guards_of(self.guards)
+        asked = self.record_steps if isinstance(self.record_steps, list) else [self.record_steps]
+        are_steps = all(type(step) is int and step > 0 for step in asked)
+        self.require(self.record_steps is None or are_steps, "record_steps", "be a number, a list of steps, or null")
         self.tags = self.tags or []
         engine = self.sampler.get("engine", "auto") if isinstance(self.sampler, Mapping) else self.sampler
         self.require(isinstance(engine, str), "sampler", "be auto, a sampler's name, or a dict with engine, its name")

@@ -178,6 +178,11 @@ def skips(parallel) -> None:
         metrics = backend.train_step(broken, LOSSES["PPO"])
         assert metrics["skipped_steps"] == 1.0 and norm(metrics["grad_norm"])
         assert all(torch.equal(weight.value, before[weight.name]) for weight in backend.weights.weights)
+    backend.before_update = lambda means: "losses/value_loss" not in means  # a guard that leaves it out
+    left_out = backend.train_step(batch, LOSSES["PPO"])
+    assert left_out["skipped_steps"] == 1.0 and "grad_norm" not in left_out
+    assert all(torch.equal(weight.value, before[weight.name]) for weight in backend.weights.weights)
+    backend.before_update = lambda means: True
     after = backend.train_step(batch, LOSSES["PPO"])
     assert after["skipped_steps"] == 0.0 and after["learning_rate_group_0"] == metrics["learning_rate_group_0"]
     assert not all(torch.equal(weight.value, before[weight.name]) for weight in backend.weights.weights)

@@ -258,7 +258,7 @@ def test_a_checkpoint_of_the_weights_that_no_step_could_change_is_not_recommende
 def test_the_checkpoint_before_is_found_by_its_step_also_where_names_have_other_numbers_of_digits(tmp_path):
     for name, step in (("checkpoint_8", 8), ("checkpoint_9", 9), ("checkpoint_010", 10)):
         write(tmp_path / name, step)
-    trainer = SimpleNamespace(schedule=SimpleNamespace(step=12), skipped=SimpleNamespace(in_a_row=2))
+    trainer = SimpleNamespace(schedule=SimpleNamespace(step=12), guards=SimpleNamespace(in_a_row=2))
     trainer.saved = tmp_path / "checkpoint_010", 10
     failures._passed_over(trainer)
     assert trainer.saved == (tmp_path / "checkpoint_9", 9)

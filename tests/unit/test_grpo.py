@@ -356,11 +356,3 @@ def test_collections_of_other_sizes_than_asked_are_spoken_of(tmp_path, caplog, r
         trainer.add_prompt_pipeline(PromptPipeline([[5]], 8, trainer.tokenizer))
     assert bool(said) == ("A collection has" in caplog.text)
     assert re.search(said, caplog.text)
-
-
-def test_equal_scores_are_warned_of_once(tmp_path, monkeypatch, caplog):
-    for reward, warnings in ((per_sample, 0), (lambda outputs, **kwargs: [0.5] * len(outputs), 1)):
-        trainer = trainer_of(tmp_path, monkeypatch, ANSWERS * 2, reward)
-        trainer.collect()
-        trainer.collect()
-        assert caplog.text.count("All 4 rollouts of this collection have the score 0.5") == warnings

@@ -133,7 +133,7 @@ def test_a_folder_that_does_not_exist_yet_is_resumed_as_auto_is(tmp_path, caplog
 
 def test_steps_that_changed_nothing_are_counted_on_in_a_resumed_run(tmp_path):
     trainer = run("SFT", tmp_path, train={"total_steps": 1})
-    trainer.skipped.total = 3
+    trainer.guards.memory["skipped_steps"] = 3
     trainer.save(tmp_path / "saved")
     run("SFT", tmp_path, train={"total_steps": 2, "resume_from_checkpoint": str(tmp_path / "saved")})
     assert [line["skipped_steps"] for line in metrics(tmp_path) if "grad_norm" in line] == [0, 3]

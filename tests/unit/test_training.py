@@ -13,7 +13,6 @@ from trlx import checkpoint
 from trlx.backends.accelerate import AccelerateBackend
 from trlx.methods.units import Unit
 from trlx.rewards.scoring import RewardError
-from trlx.run.guards import SkippedSteps
 from trlx.trainer.accelerate import AccelerateDPOTrainer, AccelerateSFTTrainer
 from trlx.trainer.evaluate import EvaluationResult
 
@@ -346,31 +345,28 @@ def test_steps_with_gradients_that_are_not_finite_change_nothing_and_are_counted
     def broken(scores, batch):
         return scores.logprobs.sum() * float("nan"), {"loss": (torch.tensor(1.0), torch.tensor(1.0))}
 
-    guard, rows = SkippedSteps(), trainer.store.rows([0, 1])
-    for _ in range(24):
-        guard.count(trainer.backend.train_step(rows, broken), 1)
+    rows = trainer.store.rows([0, 1])
+
+    def step(loss):
+        metrics = trainer.guards.train_step(rows, loss)
+        trainer.guards.count(metrics)
+        return metrics
+
+    totals = [step(broken)["skipped_steps"] for _ in range(24)]
     same(before, dict(trainer.backend.policy.state_dict()))
-    assert guard.total == 24
+    assert totals == [*range(1, 25)]
     with pytest.raises(FloatingPointError, match="25 steps in a row"):
-        guard.count(trainer.backend.train_step(rows, broken), 1)
+        step(broken)
     # a schedule goes on with what was updated: the first step that counts has the first rate, the next one the second
     # of half a cosine over 50 steps, 1e-4 + (3e-3 - 1e-4) * (1 + cos(pi / 50)) / 2
-    rates = [trainer.backend.train_step(rows, trainer.loss)["learning_rate_group_0"] for _ in range(2)]
+    first, second = step(trainer.loss), step(trainer.loss)
+    rates = [first["learning_rate_group_0"], second["learning_rate_group_0"]]
     assert rates == pytest.approx([3e-3, 2.9971388e-3], abs=1e-9)
+    assert (second["skipped_steps"], trainer.guards.in_a_row) == (25, 0)
     trainer.backend.policy.model.lm_head.weight.data.fill_(float("nan"))
     for do_sample in (True, False):
         with pytest.raises(FloatingPointError, match="log-probabilities are not finite"):
             trainer.generate("ab", do_sample=do_sample)
-
-
-def test_a_step_that_changes_something_ends_a_row_of_those_that_do_not():
-    guard, rows, totals = SkippedSteps(), [], []
-    for skipped in (1.0, 1.0, 0.0, 1.0):
-        metrics = {"skipped_steps": skipped}
-        guard.count(metrics, 1)
-        rows.append(guard.in_a_row)
-        totals.append(metrics["skipped_steps"])
-    assert (rows, totals) == ([1, 2, 0, 1], [1, 2, 2, 3])
 
 
 def test_a_run_ends_where_no_step_changes_anything(tmp_path, monkeypatch, caplog):

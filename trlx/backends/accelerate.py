@@ -80,6 +80,7 @@ class AccelerateBackend(Backend):
                 "train.compile needs all weights on each process: set it to false under FSDP and under DeepSpeed"
             )
         self.can_copy_weights = self.sharding.independent
+        self.can_leave_out = not uses_deepspeed
         self.device = self.accelerator.device
         self.data_rank, self.data_size = self.accelerator.process_index, self.accelerator.num_processes
         self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
@@ -212,12 +213,15 @@ class AccelerateBackend(Backend):
             seconds["time/forward"] += halfway - began
             seconds["time/backward"] += time.perf_counter() - halfway
             packed.append(pack(metrics))
+        means = self._means(packed)
+        rates = {f"learning_rate_group_{i}": float(rate) for i, rate in enumerate(self.scheduler.get_last_lr())}
+        if not self.before_update(means):
+            return means | {"skipped_steps": 1.0, **rates} | seconds
         norm = self.sharding.update()
         skipped = not math.isfinite(norm)
-        rates = {f"learning_rate_group_{i}": float(rate) for i, rate in enumerate(self.scheduler.get_last_lr())}
         if not skipped:
             self.scheduler.step()
-        return self._means(packed) | {"grad_norm": norm, "skipped_steps": float(skipped), **rates} | seconds
+        return means | {"grad_norm": norm, "skipped_steps": float(skipped), **rates} | seconds
 
     def forget_rows(self) -> None:
         if self.trunk is not None:
@@ -307,6 +311,9 @@ class AccelerateBackend(Backend):
     def parameter_counts(self) -> tuple[int, int]:
         trained = sum(_full_size(weight) for weight in self.policy.parameters() if weight.requires_grad)
         return trained, sum(map(_full_size, self.policy.parameters())) - trained
+
+    def trained(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        return ((name, weight, weight.grad) for name, weight in self._trained().items())
 
     def _trained(self) -> dict[str, Tensor]:
         """The weights in a checkpoint: those that train, and all heads. The others come from model_path."""

@@ -107,6 +107,11 @@ class Backend(ABC):
     """Maximum length of a row."""
     row_format: RowFormat = RowFormat()
     """How rollouts become rows of this model."""
+    can_leave_out: bool = True
+    """Whether `before_update` may leave out an update and training goes on."""
+    before_update: Callable[[dict[str, float]], bool] = staticmethod(lambda means: True)
+    """Called on every process after a step's backward pass, with the means of its metrics. Returns whether to apply the
+    gradients. If they are not applied, the step has no ``grad_norm``, and its ``skipped_steps`` is 1."""
     lr_schedule: str = ""
     """The learning-rate schedule, if it depends on more than the config's section ``scheduler``."""
     can_copy_weights: bool = False
@@ -284,6 +289,10 @@ class Backend(ABC):
         Raises:
             ValueError: this adapter cannot be merged.
         """
+
+    def trained(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """(name, weight, gradient) of the weights that train, as this process holds them."""
+        raise NotImplementedError
 
     @abstractmethod
     def parameter_counts(self) -> tuple[int, int]:

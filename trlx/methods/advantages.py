@@ -117,13 +117,10 @@ class ScoreScale:
     moments: RunningMoments = field(default_factory=RunningMoments)
     first_std: float | None = None
     """The std that "ref" divides by."""
-    clipped_all: bool = False
-    """Whether `limit` clipped every row of the last collection."""
 
     def __call__(self, scores: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The clipped and divided scores [B, T] of a whole collection, and statistics of undivided row sums."""
         clipped = scores.clamp(-self.limit, self.limit) if self.limit else scores
-        self.clipped_all = bool((clipped != scores).any(dim=1).all())
         mean, std = self.moments.update(clipped.sum(dim=1))
         if self.first_std is None:
             self.first_std = self.ref_std or std

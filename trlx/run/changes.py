@@ -13,7 +13,7 @@ EXACT = {
         train.checkpoint_dir train.resume_from_checkpoint train.tracker train.logging_dir train.project_name
         train.run_name train.entity_name train.group_name train.tags train.rollout_logging_dir train.save_best
         train.save_optimizer train.reward_timeout train.gradient_checkpointing train.offload_optimizer
-        train.async_save model.model_path""".split()
+        train.async_save train.record_steps model.model_path""".split()
 }
 """Settings that change no number. (`identity` has the model's weights and the learning-rate schedule.)"""
 
@@ -38,6 +38,7 @@ ADAPTED = {
     "config.model.num_layers_unfrozen": "the checkpoint fits only where the same weights train",
     "config.train.cache_hidden_states": "numbers are the same up to rounding",
     "config.train.sampler": "responses are drawn in the new way from here on",
+    "config.train.guards": "in use from here on",
     "config.train.max_grad_norm": "in use from here on",
     "config.train.minibatch_size": "numbers are the same up to rounding; dropout masks differ",
     "config.train.tokens_per_microbatch": "numbers are the same up to rounding; dropout masks differ",

@@ -92,7 +92,7 @@ def _save(trainer: Trainer, error: BaseException, first_step: int) -> str:
 
 def _passed_over(trainer: Trainer) -> str:
     """If no step since the last checkpoint changed the weights, sets ``trainer.saved`` to the checkpoint before it."""
-    if trainer.saved is None or trainer.saved[1] < trainer.schedule.step - trainer.skipped.in_a_row:
+    if trainer.saved is None or trainer.saved[1] < trainer.schedule.step - trainer.guards.in_a_row:
         return ""
     folder, last = trainer.saved
     steps = [(path, checkpoint.step_of(path)) for path in checkpoint.checkpoints(folder.parent)]

@@ -1,14 +1,21 @@
-"""What may end a run early: gradients that are not finite, a policy that differs from its reference."""
+"""What watches the steps of a run and may end it: the guards, and checks that policy and reference are one at first."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from trlx import logging
 from trlx.backends import distress
-from trlx.backends.base import Backend
+from trlx.backends.base import Backend, LossFn
 from trlx.batch import TokenBatch
+from trlx.guard_rules import RULES, guards_of, judge, remember
+from trlx.run import Trainer, steps
 from trlx.sampling.settings import DIVERGED
+from trlx.tracking import DUMPS
 
 logger = logging.get_logger(__name__)
 
@@ -18,33 +25,109 @@ REAL_DIFFERENCE = 1e-3
 """Nats per token; rounding errors in float32 are smaller."""
 MOST_SKIPPED_IN_A_ROW = 25
 """Steps with non-finite gradients after which a run gives up; fp16 needs a few to find its loss scale."""
+MOST_LEFT_OUT_IN_A_ROW = 5
+"""Steps or collections that a guard leaves out before it ends the run: it would leave out the next ones, too."""
+MOST_DUMPS = 3
+"""Batches that are written for each guard."""
 
 
-class SkippedSteps:
-    """Counts the steps that changed nothing because gradients were not finite."""
+class Guards:
+    """Takes the optimizer steps of a trainer and watches them, as ``train.guards`` says: see docs/guards.md.
 
-    def __init__(self):
-        self.total = 0
+    Every process judges the same numbers. Where a guard may leave out a step, the processes decide together.
+
+    Raises:
+        ValueError: ``train.guards`` asks for what the backend cannot do.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, train = trainer, trainer.config.train
+        self.guards = guards_of(train.guards)
+        skips = [name for name, guard in self.guards.items() if guard.action == "skip" and name != "non_finite"]
+        if skips and not trainer.backend.can_leave_out:
+            raise ValueError(
+                f"train.guards.{skips[0]}: skip does not work under DeepSpeed, which cannot drop gradients: write warn "
+                "or stop"
+            )
+        self.acting = {*skips, *(name for name, guard in self.guards.items() if guard.action == "stop")}
+        """Guards that may leave out a step that the backend would take, or end the run."""
+        self.folder = Path(train.logging_dir or train.checkpoint_dir)
+        self.memory: dict[str, Any] = {}
+        """What a resume needs."""
         self.in_a_row = 0
+        """Steps up to now whose gradients were not finite."""
+        self.step, self.store, self.rows = 0, None, []
+        """The step that is being taken: its number, what the epoch trains on, and which rows of it."""
+        trainer.backend.before_update = self._may_update
 
-    def count(self, metrics: dict[str, float], step: int) -> None:
-        """Counts one step by its ``skipped_steps`` (0 or 1), which it replaces by the run's total.
+    def train_step(self, batch: TokenBatch, loss: LossFn) -> dict[str, float]:
+        """`Backend.train_step`, whose update a guard may leave out."""
+        trainer, backend, step = self.trainer, self.trainer.backend, self.trainer.schedule.step + 1
+        self.step, self.store, self.rows = step, trainer.store, trainer.schedule.rows(len(trainer.store))
+        if trainer.pending:  # what a new collection measured
+            self.memory["left_out"] = self._acts(trainer.pending, slice(None), "the steps on this collection")
+        is_recorded = backend.is_main and steps.is_recorded(trainer.config.train, step)
+        recording = steps.recorded(backend, self.folder, step, batch, loss) if is_recorded else nullcontext(loss)
+        with recording as loss:
+            return backend.train_step(batch, loss, trainer.unit, trainer.rows_together)
+
+    def count(self, metrics: dict[str, float]) -> None:
+        """Counts a step by its ``skipped_steps`` (0 or 1), which it replaces by the run's total.
 
         Raises:
-            FloatingPointError: `MOST_SKIPPED_IN_A_ROW` steps in a row were skipped.
+            FloatingPointError: gradients were not finite in `MOST_SKIPPED_IN_A_ROW` steps in a row.
         """
         skipped = bool(metrics["skipped_steps"])
-        self.total += skipped
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        metrics["skipped_steps"] = float(self.total)
-        if skipped:
-            until = "; no checkpoint is written until a step updates something" if self.in_a_row == 1 else ""
-            logger.warning(f"Step {step}: gradients are not finite, nothing was updated{until}")
+        self.memory["skipped_steps"] = self.memory.get("skipped_steps", 0) + skipped
+        metrics["skipped_steps"] = float(self.memory["skipped_steps"])
+        # a step that a guard left out has no norm
+        self.in_a_row = self.in_a_row + 1 if skipped and "grad_norm" in metrics else 0
+        self._acts({"grad_norm": metrics.get("grad_norm", 0.0)}, self.rows, "")
         if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"Gradients were not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row. Lower optimizer.kwargs.lr, set "
                 "train.max_grad_norm, or use bf16 instead of fp16"
             )
+
+    def _may_update(self, means: dict[str, float]) -> bool:
+        return not (self._acts(means, self.rows, "this step") or self.memory.get("left_out"))
+
+    def _acts(self, measured: dict[str, float], rows: Any, what: str) -> bool:
+        """Judges what was measured on `rows`. Returns whether `what` is left out."""
+        found, counts = judge(self.guards, measured, self.memory), self.memory.setdefault("in_a_row", {})
+        fired = [name for name, (_, fires) in found.items() if fires]
+        remember(self.memory, measured, fired)
+        for name in fired:
+            if not counts.get(name):
+                self._tell(name, found[name][0], measured, rows, what)
+        counts.update({name: counts.get(name, 0) + 1 if name in fired else 0 for name in found})
+        if not self.acting.intersection(found):
+            return False
+        backend, acting = self.trainer.backend, self.acting.intersection(fired)
+        left_out = backend.any_process(bool(acting))
+        ends = [name for name in acting if self.guards[name].action == "stop" or counts[name] >= MOST_LEFT_OUT_IN_A_ROW]
+        if left_out and backend.any_process(bool(ends)):
+            self.trainer.stop(f"train.guards.{ends[0]} ended it at step {self.step}" if ends else "a guard ended it")
+            logger.warning(f"Step {self.step}: {self.trainer.schedule.stopped}")
+        return left_out
+
+    def _tell(self, name: str, number: float, measured: dict[str, float], rows: Any, what: str) -> None:
+        """One line about a guard that begins to fire, and the batch that it fired on."""
+        rule, guard = RULES[name], self.guards[name]
+        found = rule.found.format(number) + (f", {rule.side} {guard.limit:g}" if rule.side else "")
+        done = {"skip": f": {what} will change nothing", "stop": ": the run ends"}.get(guard.action, "")
+        if name == "non_finite":
+            done = ", nothing was updated; no checkpoint is written until a step updates something"
+        message, dumps = f"Step {self.step}: {found}{done}. {rule.advice}", self.folder / DUMPS
+        if self.trainer.backend.is_main and len(list(dumps.glob(f"step_*_{name}"))) < MOST_DUMPS:
+            target = dumps / f"step_{self.step}_{name}"
+            about = {"guard": name, "step": self.step, "message": message, "metrics": measured}
+            try:
+                steps.dump(target, self.store.rows(rows), self.trainer.tokenizer.decode, about)
+                message += f". Its batch is in {target}"
+            except OSError as error:
+                message += f". Its batch could not be written: {error}"
+        logger.warning(message)
 
 
 def check_first_kl(per_token: float, precision: torch.dtype) -> None:

@@ -12,6 +12,8 @@ from trlx.tracking.files import (
     ABANDONED,
     ALARMS,
     CONFIG,
+    DIGESTS,
+    DUMPS,
     EARLIER,
     ENVIRONMENT,
     METRICS,
@@ -32,6 +34,8 @@ from trlx.tracking.sink import Run, Sink
 __all__ = [
     "ABANDONED",
     "ALARMS",
+    "DIGESTS",
+    "DUMPS",
     "CONFIG",
     "EARLIER",
     "ENVIRONMENT",

@@ -18,8 +18,10 @@ SAMPLES = "samples"
 CONFIG = "config.json"
 ALARMS = "alarms.jsonl"
 ENVIRONMENT = "environment.jsonl"
+DUMPS, DIGESTS = "dumps", "digests.jsonl"
 REPORT, PICTURE = "report.html", "report.png"
-RUN_FILES = (METRICS, ABANDONED, SAMPLES, CONFIG, ALARMS, ENVIRONMENT, REPORT, PICTURE, "tensorboard", "dvclive")
+_OWN = (METRICS, ABANDONED, SAMPLES, CONFIG, ALARMS, ENVIRONMENT, DUMPS, DIGESTS, REPORT, PICTURE)
+RUN_FILES = (*_OWN, "tensorboard", "dvclive")
 """What every run writes under the same name."""
 EARLIER = "earlier"
 """Files of an older run move to a folder of this name and a number."""

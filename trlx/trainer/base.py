@@ -32,7 +32,7 @@ from trlx.run.callbacks import Callbacks
 from trlx.run.changes import changes, identity, keeps_averages
 from trlx.run.display import Display
 from trlx.run.failures import rescuing
-from trlx.run.guards import SkippedSteps
+from trlx.run.guards import Guards
 from trlx.run.interrupts import Interrupts, leave_if_asked
 from trlx.run.saving import Saver
 from trlx.sampling.base import drawn, sampler_for
@@ -113,7 +113,7 @@ class Trainer(OldNames, ABC):
         self.at_boundary = True  # between two steps, where a checkpoint can be resumed exactly
         self.best_reward, self.best_step, self.best_metric = None, None, ""
         self.tracker_state: dict[str, Any] = {}
-        self.skipped = SkippedSteps()
+        self.guards = Guards(self)
         self.probe: TokenBatch | None = None  # a row of the last step
 
     # a method overrides these
@@ -176,7 +176,7 @@ class Trainer(OldNames, ABC):
         return {
             "schedule": self.schedule.state_dict(),
             "best": [self.best_reward, self.best_step, self.best_metric],
-            "skipped_steps": self.skipped.total,
+            "guards": self.guards.memory,
             # after training the tracker is closed, and its last state holds
             "tracker": (self.tracker and self.tracker.state()) or self.tracker_state,
             "callbacks": self.callbacks.state(),
@@ -186,7 +186,7 @@ class Trainer(OldNames, ABC):
         """Restores what `state_dict` returned."""
         self.schedule.load_state_dict(state["schedule"])
         self.best_reward, self.best_step, self.best_metric = state["best"]
-        self.skipped.total, self.tracker_state = state["skipped_steps"], state["tracker"]
+        self.guards.memory, self.tracker_state = state.get("guards", {}), state["tracker"]
         self.callbacks.load(state.get("callbacks", []))
 
     # users call these
@@ -374,13 +374,13 @@ class Trainer(OldNames, ABC):
         tokens = self.store.num_tokens(self.schedule.rows(len(self.store)))
         self.at_boundary = False
         loss = self.loss if self.probe else partial(checked_loss, type(self).__name__, self.loss)
-        metrics = self.backend.train_step(batch, loss, self.unit, self.rows_together)
+        metrics = self.guards.train_step(batch, loss)
         self.probe = batch.rows(slice(0, 1))
         if self.schedule.advance(len(self.store)) and self.online:
             self.store = None
         self.after_step(metrics)
         self.at_boundary = True
-        self.skipped.count(metrics, self.schedule.step)
+        self.guards.count(metrics)
         measured = {"time/step": time.perf_counter() - began, **self.display.speed(tokens), **self.backend.memory()}
         metrics, self.pending = metrics | self.pending | measured, {}
         self.callbacks.tell("on_step", metrics)
@@ -390,7 +390,7 @@ class Trainer(OldNames, ABC):
         if self.schedule.finished or step % train.eval_interval == 0:
             self.evaluate()
         is_due = step % (train.checkpoint_interval or train.eval_interval) == 0
-        if self.schedule.finished or (is_due and not self.skipped.in_a_row):
+        if self.schedule.finished or (is_due and not self.guards.in_a_row):
             # the best checkpoint may be of this very state
             self.begin_to_save(like=self.saver.best if train.save_best and self.best_step == step else None)
 

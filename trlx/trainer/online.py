@@ -18,6 +18,7 @@ from trlx.batch import Rollout, Sample, TokenBatch
 from trlx.config import TRLConfig
 from trlx.data.prompts import Prompt, PromptPipeline, PromptStream
 from trlx.data.store import Store, own_rows
+from trlx.guard_rules import repeating
 from trlx.method_configs import OnlineConfig
 from trlx.methods.advantages import ScoreScale, kl_penalty, missing_eos_penalty
 from trlx.methods.masked import finish, histogram_of, mean_of, pack, spread_of
@@ -54,7 +55,7 @@ class OnlineTrainer(Trainer):
 
     def __init__(self, config, reward_fn=None, metric_fn=None, stop_sequences=None):
         self.stream: PromptStream | None = None
-        self._warned: set[str] = set()
+        self._gap_told = False
         self._is_exact: bool | None = None
         """Whether log-probabilities of sampler and policy were the same; None before they were compared."""
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
@@ -171,6 +172,7 @@ class OnlineTrainer(Trainer):
         self.pending |= {
             **{f"rollout_scores/{name}/mean": mean for name, mean in means(r.parts for r in rollouts).items()},
             **{f"rollouts/{name}": mean for name, mean in lengths(rollouts).items()},
+            "rollouts/repeating": repeating([r.response for r in rollouts], [r.prompt for r in rollouts]),
         }
         if self.backend.is_main:
             self.log.write(rollouts, self.tracker, self.schedule.step)
@@ -281,30 +283,12 @@ class OnlineTrainer(Trainer):
     def _with_scaled_scores(self, batch: TokenBatch) -> TokenBatch:
         """Clips and scales the scores, and subtracts the penalty of a missing eos, as the config says."""
         scores, stats = self.scale(batch.scores)
-        sums = batch.scores.sum(dim=1)
-        if self.scale.clipped_all:
-            self._warn_once(
-                "clipped",
-                f"method.cliprange_reward ({self.scale.limit:g}) clips the score of every rollout, so that they are "
-                "all alike: raise it, or write null for no limit",
-            )
-        elif len(sums) > 1 and bool((sums == sums[0]).all()):
-            self._warn_once(
-                "equal",
-                f"All {len(sums)} rollouts of this collection have the score {float(sums[0]):g}: equal scores do not "
-                "say which are better",
-            )
         self.pending |= {f"rollout_scores/{name}": value for name, value in stats.items()}
         penalty = self.method.missing_eos_penalty
         if penalty:
             ends = self.rollout_sampling.eos_token_ids
             scores = missing_eos_penalty(scores, batch.tokens, batch.response_mask, ends, penalty)
         return batch.replace(scores=scores)
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning(message)
 
     def _compare(self, rollouts: list[Rollout], batch: TokenBatch) -> None:
         """Logs how far the sampler's log-probabilities are from the policy's, and warns once if that is far."""
@@ -316,9 +300,9 @@ class OnlineTrainer(Trainer):
         if self._is_exact is None:
             self._is_exact = self.pending["rollouts/logprob_gap/max"] <= EXACT_GAP
         mean = self.pending["rollouts/logprob_gap/mean"]
-        if mean > LARGE_GAP:
-            self._warn_once(
-                "gap",
+        if mean > LARGE_GAP and not self._gap_told:
+            self._gap_told = True
+            logger.warning(
                 f"The log-probabilities of {type(self.sampler).__name__} are {mean:.2g} nats from the policy's in the "
                 "mean: it samples from other weights or at another temperature",
             )

@@ -150,7 +150,9 @@ class MegatronBackend(Backend):
         pieces, reading = self._microbatches(batch, rows), self._reading(batch, rows)
         found, forward = run_forward_backward(self.wrapped, pieces, on_outputs, reading)
         backward = time.perf_counter() - began - forward
-        return self._means(found) | self.updates.apply() | {"time/forward": forward, "time/backward": backward}
+        means = self._means(found)
+        updated = self.updates.apply(leave_out=not self.before_update(means))
+        return means | updated | {"time/forward": forward, "time/backward": backward}
 
     def forget_rows(self) -> None:
         if self.trunk is not None:
@@ -204,6 +206,12 @@ class MegatronBackend(Backend):
     def export_hf(self, folder: Path, merge: bool = False) -> None:  # there is no adapter to merge
         self.parallel.require_groups()
         self.model_source.export(self.weights, folder, self.tokenizer)
+
+    def trained(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        for number, chunk in enumerate(self.stage):
+            for name, weight in chunk.named_parameters():
+                if weight.requires_grad:
+                    yield f"{number}.{name}", weight, getattr(weight, "main_grad", weight.grad)
 
     def parameter_counts(self) -> tuple[int, int]:
         return self.weights.counts()

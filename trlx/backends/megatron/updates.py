@@ -46,8 +46,10 @@ class Updates:
         return self.optim.schedule.rate(self.step_count, self.optim.lr)
 
     @torch.no_grad()
-    def apply(self) -> dict[str, float]:
-        """One optimizer step. Returns metrics that are equal on all ranks."""
+    def apply(self, leave_out: bool = False) -> dict[str, float]:
+        """One optimizer step, or none with `leave_out`. Returns metrics that are equal on all ranks."""
+        if leave_out:
+            return {"skipped_steps": 1.0, "learning_rate_group_0": self.rate}
         overflow = self.engine.prepare_grads()
         norm = float("inf") if overflow else self._clipped_norm()
         rate, skipped = self.rate, not math.isfinite(norm)
