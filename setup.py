@@ -37,7 +37,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "data": ["datasets>=3.0"],
     "math": ["math-verify>=0.8"],
-    "sweep": ["ray[tune]>=2.60,<3"],
+    "sweep": ["ray[tune]>=2.60,<3", "optuna>=4"],
     "nemo": ["megatron-core>=0.16.1,<0.17", "einops>=0.8"],
     # only to prove that `.nemo` archives are NeMo's: tests/toolkit/exchange.sh, in an environment of its own
     "nemo-toolkit": ["nemo_toolkit[core]==3.0.0"],
@@ -47,7 +47,7 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *(
         requirement
-        for name in ("wandb", "tensorboard", "report", "peft", "data", "nemo", "docs")
+        for name in ("wandb", "tensorboard", "report", "peft", "data", "nemo", "sweep", "docs")
         for requirement in EXTRAS[name]
     ),
     "build>=1.2",

@@ -29,6 +29,8 @@ import trlx
 from examples.common import byte_tokenizer
 from trlx.launch import compare, demo, sweep
 from trlx.launch.cli import main as trlx_command
+from trlx.launch.space import read_space
+from trlx.launch.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -228,7 +230,7 @@ def check_sweep(program: list[str]) -> None:
         patch.setattr(sweep, "run", started := MagicMock(return_value=0))
         run_trlx(program)
     given = started.call_args.kwargs
-    assert Path(given["script"]).is_file() and given["config"].is_file()
+    assert Sweep(given["work"], read_space(given["config"])).name
 
 
 def check_demo(program: list[str]) -> None:
@@ -307,7 +309,7 @@ CHECKED = {
     r"python -m examples\.": (check_example, "model and data of the hub, or minutes"),
     r"trlx (train|ppo|grpo|rft|sft|ilql|dpo|kto|reward) ": (check_train, "minutes; see tests/unit/test_cli_train.py"),
     r"trlx demo": (check_demo, "minutes; .ci/run runs it"),
-    r"python -m trlx sweep": (check_sweep, "trains many times; see tests/unit/test_sweep.py"),
+    r"(python -m )?trlx sweep": (check_sweep, "trains many times; see tests/unit/test_sweep.py"),
     r"python -m trlx compare": (check_compare, "trains two revisions; see tests/unit/test_compare.py"),
     r"python -m trlx\.": (check_old_name, "see the two above"),
     r"python -m benchmarks\.": (check_help, "minutes of measuring on a quiet machine"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +37,6 @@ def write_reports(folders: Sequence[Path], title: str | None = None, out: Path |
     png = page.with_suffix(Path(PICTURE).suffix)
     draw(read_metrics(folders[0]), title or Path(folders[0]).resolve().name, png)
     return png, page
-
-
-def picture(title: str, png: Path) -> str:
-    """A picture for `html`, with the bytes of the file inside."""
-    return f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}">'
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:

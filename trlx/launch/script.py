@@ -1,6 +1,7 @@
-"""Scripts that define ``main(hparams)``, as a sweep calls them.
+"""What a trial of a sweep runs: a script that defines ``main(hparams)``, or ``trlx train`` or one of its short forms.
 
-``python -m trlx.launch.script SCRIPT FILE`` calls the ``main`` of a script with the settings in a JSON file.
+``python -m trlx.launch.script FILE SCRIPT`` calls the ``main`` of a script with the settings in a JSON file;
+``python -m trlx.launch.script FILE trlx WORD...`` is ``trlx WORD...`` with these settings.
 """
 
 from __future__ import annotations
@@ -12,12 +13,23 @@ import os
 import signal
 import symtable
 import sys
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 PID = "pid"
 """File next to the settings with the id of the process, or of the first one if there are several."""
+
+
+TRLX = "trlx"
+"""First word of a command that trains, where a script's name would stand."""
+
+
+def assignments(hparams: Mapping[str, Any]) -> list[str]:
+    """Settings as the command line takes them."""
+    return [f"{name}={json.dumps(value)}" for name, value in hparams.items()]
 
 
 def check_script(script: str) -> None:
@@ -71,14 +83,34 @@ def _is_path(script: str) -> bool:
     return script.endswith(".py") or "/" in script
 
 
-def _run_as_told(script: str, hparams: Path) -> None:
+def _run_as_told(file: Path, words: Sequence[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
-        hparams.with_name(PID).write_text(str(os.getpid()), encoding="utf-8")
+        file.with_name(PID).write_text(str(os.getpid()), encoding="utf-8")
+        _end_with_the_sweep()
     # a sweep ends a trial by SIGINT, which Ray blocks in its processes and their children
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    run_script(script, json.loads(hparams.read_text(encoding="utf-8")))
+    hparams = json.loads(file.read_text(encoding="utf-8"))
+    if words[0] != TRLX:
+        run_script(words[0], hparams)
+        return 0
+    from trlx.launch.cli import main
+
+    sys.argv = list(words)  # run names contain the name of the program
+    return main([*words[1:], *assignments(hparams)])
+
+
+def _end_with_the_sweep() -> None:
+    """Asks this run to save and end once its sweep was killed: the other end of standard input closes then."""
+    pipe = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a script that asks something gets no answer
+
+    def wait() -> None:
+        os.read(pipe, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":
-    _run_as_told(sys.argv[1], Path(sys.argv[2]))
+    sys.exit(_run_as_told(Path(sys.argv[1]), sys.argv[2:]))

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from trlx.optional import require
 from trlx.strict import ConfigError, Section, build, suggestion
 from trlx.yaml_files import read_yaml
 
-SCHEDULERS = {"fifo": "fifo", "asha": "async_hyperband", "hyperband": "hyperband", "hyperbandforbohb": "hb_bohb"}
+SCHEDULERS = {
+    "fifo": "fifo",
+    "asha": "async_hyperband",
+    "hyperband": "hyperband",
+    "hyperbandforbohb": "hb_bohb",
+    "pbt": "pbt",
+}
 """Their names in ``ray.tune.create_scheduler``."""
+REFUSED = {
+    "bayesopt": ("grid", "choice", "randn", "qrandn"),
+    "bohb": ("grid", "randn", "qrandn"),
+    "optuna": ("grid", "randn", "qrandn", "qloguniform", "qlograndint"),
+}
+"""Strategies by which a search cannot choose, or whose q it would ignore."""
 FIRST_SEED = 1000
-"""Trial n has the seed FIRST_SEED + n, unless the sweep varies ``train.seed``."""
+"""Trial n has the seed FIRST_SEED + n, unless the sweep varies ``train.seed`` or the scheduler is pbt."""
 RESERVED = ("train.checkpoint_dir", "train.logging_dir", "train.resume_from_checkpoint")
 """Settings that the sweep chooses for every trial."""
 _KINDS = {
@@ -42,13 +52,16 @@ class TuneConfig(Section):
     mode: str = "max"
     """max or min."""
     search_alg: str | None = "random"
-    """random (which tries grids as well), bayesopt or bohb."""
+    """random (which tries grids as well), optuna, bayesopt or bohb."""
     scheduler: str | None = "fifo"
-    """fifo lets every trial run to its end; asha, hyperband and hyperbandforbohb end bad trials early."""
+    """fifo lets every trial run to its end; asha and the hyperbands end bad trials early; in pbt bad trials go
+    on from checkpoints of good ones."""
+    scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the scheduler's class in ``ray.tune.schedulers``."""
     num_samples: int = 1
     """Number of trials; with grids, how often each point of the grid is tried."""
     max_evaluations: int = 81
-    """Evaluations of the best trials under a scheduler that ends others early, with the one at step 0."""
+    """Evaluations of the best trials under asha and the hyperbands, with the one at step 0."""
     max_concurrent_trials: int | None = None
     """Trials at once; null: as many as the GPUs or CPUs allow."""
     time_budget_s: float | None = None
@@ -57,12 +70,14 @@ class TuneConfig(Section):
     def check(self) -> None:
         self.search_alg, self.scheduler = self.search_alg or "random", self.scheduler or "fifo"
         self.require_choice("mode", ["max", "min"])
-        self.require_choice("search_alg", ["random", "bayesopt", "bohb"])
+        self.require_choice("search_alg", ["random", *REFUSED])
         self.require_choice("scheduler", SCHEDULERS)
         self.require(self.num_samples >= 1, "num_samples", "be at least 1")
         self.require(self.max_evaluations >= 2, "max_evaluations", "be at least 2")
         paired = (self.search_alg == "bohb") == (self.scheduler == "hyperbandforbohb")
         self.require(paired, "scheduler", "be hyperbandforbohb with search_alg bohb, and with no other")
+        alone = self.scheduler != "pbt" or self.search_alg == "random"
+        self.require(alone, "search_alg", "be random with scheduler pbt, which draws new settings itself")
 
 
 @dataclass(frozen=True)
@@ -80,12 +95,6 @@ class Parameter:
             return {"choice": tune.choice, "grid": tune.grid_search}[self.strategy](list(self.values))
         return getattr(tune, self.strategy)(*self.values)
 
-    def draw(self, rng: Random) -> Any:
-        """One value of a random search without Ray."""
-        if self.strategy == "choice":
-            return rng.choice(self.values)
-        return self.decode((rng.gauss if self.strategy.endswith("randn") else rng.uniform)(*self.bounds))
-
     @property
     def bounds(self) -> tuple[float, float]:
         """The range of numbers that `decode` turns into values: of logarithms for a logarithmic strategy."""
@@ -95,13 +104,18 @@ class Parameter:
 
     def decode(self, number: float) -> Any:
         """The value for a number within `bounds`: its exponential, an integer or a multiple of q."""
-        low, high = self.values[:2]
-        quantized = self.strategy.startswith("q")
         value = math.exp(number) if "log" in self.strategy else number
-        if self.strategy.endswith("randint"):
-            value = min(math.floor(value + 1e-9), high if quantized else high - 1)
-        if quantized:
+        return self.nearest(math.floor(value + 1e-9) if self.strategy.endswith("randint") else value)
+
+    def nearest(self, value: Any) -> Any:
+        """The allowed value next to `value`."""
+        if self.strategy in ("choice", "grid"):
+            return value
+        low, high = self.values[:2]
+        if self.strategy.startswith("q"):
             value = round(value / self.values[2]) * self.values[2]
+        elif self.strategy.endswith("randint"):
+            high -= 1
         return value if self.strategy.endswith("randn") else min(max(value, low), high)
 
 
@@ -113,22 +127,31 @@ class Space:
     varied: Mapping[str, Parameter]
     fixed: Mapping[str, Any]
 
-    def draws(self, rng: Random) -> Iterator[dict[str, Any]]:
-        """The settings of all trials of a random search: every point of the grids ``num_samples`` times."""
-        grids = {name: p.values for name, p in self.varied.items() if p.strategy == "grid"}
-        for _ in range(self.tune.num_samples):
-            for point in itertools.product(*grids.values()):
-                chosen = dict(zip(grids, point, strict=True))
-                yield {name: chosen[name] if name in chosen else p.draw(rng) for name, p in self.varied.items()}
+    def drawn(self) -> list[dict[str, Any]]:
+        """What a random search chooses for its trials: every point of the grids ``num_samples`` times."""
+        from numpy.random import default_rng
+        from ray.tune.search.variant_generator import generate_variants
+
+        spec = {"config": {name: parameter.domain() for name, parameter in self.varied.items()}}
+        rng = default_rng(0)  # as in `trlx.launch.sweep`
+        rounds = range(self.tune.num_samples)
+        return [variant["config"] for _ in rounds for _, variant in generate_variants(spec, random_state=rng)]
 
     def hparams(self, number: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a trial: its seed, those that all trials share, and those chosen for it."""
-        return {"train.seed": FIRST_SEED + number, **self.fixed, **plain(chosen)}
+        # in pbt a trial goes on with what another began, which may be a model made with its seed
+        seed = FIRST_SEED + (0 if self.tune.scheduler == "pbt" else number)
+        return {"train.seed": seed, **self.fixed, **plain(chosen)}
 
     @property
     def num_trials(self) -> int:
         """How many trials there will be."""
-        return sum(1 for _ in self.draws(Random(0)))
+        return self.tune.num_samples * math.prod(len(p.values) for p in self.varied.values() if p.strategy == "grid")
+
+    @property
+    def example(self) -> dict[str, Any]:
+        """The settings of a trial that might be."""
+        return self.hparams(0, {name: parameter.values[0] for name, parameter in self.varied.items()})
 
 
 def read_space(path: Path) -> Space:
@@ -163,22 +186,12 @@ def trials(config: Path) -> list[dict[str, Any]]:
     """
     space = read_space(config)
     require("ray", extra="sweep", purpose="A sweep")
-    from numpy.random import default_rng
-    from ray.tune.search.variant_generator import generate_variants
-
     if (space.tune.search_alg, space.tune.scheduler) != ("random", "fifo"):
         raise ConfigError(
             f"{config} has search_alg {space.tune.search_alg} and scheduler {space.tune.scheduler}, which choose by "
             "results: write search_alg: random and scheduler: fifo, or run it with trlx sweep"
         )
-    domains = {name: parameter.domain() for name, parameter in space.varied.items()}
-    rng = default_rng(0)
-    drawn = [
-        variant["config"]
-        for _ in range(space.tune.num_samples)
-        for _, variant in generate_variants({"config": domains}, random_state=rng)
-    ]
-    return [space.hparams(number, chosen) for number, chosen in enumerate(drawn)]
+    return [space.hparams(number, chosen) for number, chosen in enumerate(space.drawn())]
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,15 +232,27 @@ def _rules(strategy: str, values: Any) -> Iterator[tuple[bool, str]]:
 
 
 def _check_search(tune: TuneConfig, varied: Mapping[str, Parameter]) -> None:
-    """Refuses what bayesopt and bohb would complain about only after their first trials."""
-    if tune.search_alg == "random":
+    """Refuses what searches and schedulers would complain about only after their first trials, or not at all."""
+    if (tune.search_alg, tune.scheduler) == ("random", "fifo"):
         return
-    if not varied:
-        raise ConfigError(f"search_alg {tune.search_alg} has nothing to search: no parameter has more than one value")
-    refused = ("grid", "randn", "qrandn") + (("choice",) if tune.search_alg == "bayesopt" else ())
+    if not varied and (tune.search_alg != "random" or tune.scheduler == "pbt"):
+        what = f"search_alg {tune.search_alg}" if tune.search_alg != "random" else "scheduler pbt"
+        raise ConfigError(f"{what} has nothing to search: no parameter has more than one value")
     for name, parameter in varied.items():
-        if parameter.strategy in refused:
+        if parameter.strategy in REFUSED.get(tune.search_alg, ()):
             raise ConfigError(
                 f"{name}: search_alg {tune.search_alg} cannot choose by {parameter.strategy}: write uniform or "
                 "loguniform with a low and a high value, or search_alg: random"
             )
+        if tune.scheduler == "pbt":
+            _check_change(name)
+
+
+def _check_change(name: str) -> None:
+    from trlx.run.changes import can_change  # loads torch
+
+    if not can_change(name):
+        raise ConfigError(
+            f"{name} cannot change while a run goes on, and scheduler pbt changes it: write another scheduler, or one "
+            "value with strategy choice"
+        )

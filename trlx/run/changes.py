@@ -106,6 +106,12 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
+def can_change(setting: str) -> bool:
+    """Whether a run that resumes takes another value of a setting, named as in ``method.gamma``, and learns by it."""
+    key, kept = f"config.{setting}", {*EXACT, *REFUSED, "config.model.num_layers_unfrozen"}
+    return key not in kept and any(f"{key}.".startswith(f"{name}.") for name in ADAPTED)
+
+
 def keeps_averages(saved: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether the optimizer can continue with the checkpoint's running averages."""
     kinds = [

@@ -1,4 +1,4 @@
-"""Commands around training runs: report, plan, convert, sweep, compare."""
+"""Commands around training runs: report, plan, convert, compare."""
 
 from __future__ import annotations
 
@@ -110,47 +110,6 @@ def convert(
     write(source=source, target=target, tensor=tensor, pipeline=pipeline, vocab_size=vocab_size)
     print(target)
     return 0
-
-
-SWEEP = example("trlx sweep examples/ppo_sentiments.py --config configs/sweeps/ppo_sweep.yaml --local")
-
-
-@commands.command("sweep", epilog=SWEEP)
-def sweep(
-    script: Annotated[str, typer.Argument(help="a file or module that defines main(hparams)")],
-    config: Annotated[Path, typer.Option(help="what to vary, as in configs/sweeps/")],
-    accelerate_config: Annotated[
-        Path | None, typer.Option("--accelerate_config", metavar="FILE", help="for accelerate launch")
-    ] = None,
-    num_gpus: Annotated[
-        int | None, typer.Option("--num_gpus", help="GPUs and processes of a trial  [default: 1 if there is one]")
-    ] = None,
-    num_cpus: Annotated[
-        int | None, typer.Option("--num_cpus", help="CPUs of a process  [default: 4, or as many as there are]")
-    ] = None,
-    server_address: Annotated[
-        str | None, typer.Option("--server_address", metavar="HOST:PORT", help="a Ray Client server to run on")
-    ] = None,
-    local: Annotated[
-        bool, typer.Option("--local", help="no Ray: random and grid search, one trial after the other")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="folder of all trials  [default: below ckpts/sweeps]")] = None,
-    assume_yes: Annotated[bool, typer.Option("-y", "--assume_yes", help="do not ask before starting")] = False,
-) -> int:
-    """Many runs of a script, each with other hyper-parameters."""
-    from trlx.launch.sweep import run
-
-    return run(
-        script=script,
-        config=config,
-        accelerate_config=accelerate_config,
-        num_gpus=num_gpus,
-        num_cpus=num_cpus,
-        server_address=server_address,
-        local=local,
-        out=out,
-        assume_yes=assume_yes,
-    )
 
 
 @commands.command("compare", cls=ManyValues, epilog=example("trlx compare my-branch --against main --seeds 1 2 3"))

@@ -25,6 +25,16 @@ Words = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(metavar="NAME", help='hub name or folder; "tiny": a small random one')]
 Tokenizer = Annotated[str | None, typer.Option(metavar="NAME", help="hub name or folder  [default: the model's]")]
+Prompts = Annotated[str | None, typer.Option(metavar=SOURCE, help="what to answer")]
+Samples = Annotated[str | None, typer.Option(metavar=SOURCE, help="what to learn from")]
+Reward = Annotated[
+    str | None, typer.Option(metavar="FUNCTION", help="what scores samples: module:function, a reward model, a URL")
+]
+Metric = Annotated[str | None, typer.Option(metavar="FUNCTION", help="what evaluations measure: module:function")]
+EvalPrompts = Annotated[str | None, typer.Option(metavar=SOURCE, help="prompts of evaluations")]
+EvalSamples = Annotated[str | None, typer.Option(metavar=SOURCE, help="samples of evaluations")]
+Columns = Annotated[list[str] | None, typer.Option(metavar="KEY=NAME", help="a column's other name; repeat")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="ends a response; repeat")]
 Out = Annotated[str | None, typer.Option(metavar="FOLDER", help="checkpoints, metrics and samples")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in --out")]
 
@@ -51,18 +61,14 @@ def job_of(
     settings: Words = None,
     model: Model = None,
     tokenizer: Tokenizer = None,
-    prompts: Annotated[str | None, typer.Option(metavar=SOURCE, help="what to answer")] = None,
-    samples: Annotated[str | None, typer.Option(metavar=SOURCE, help="what to learn from")] = None,
-    reward: Annotated[
-        str | None, typer.Option(metavar="FUNCTION", help="what scores samples: module:function, a reward model, a URL")
-    ] = None,
-    metric: Annotated[
-        str | None, typer.Option(metavar="FUNCTION", help="what evaluations measure: module:function")
-    ] = None,
-    eval_prompts: Annotated[str | None, typer.Option(metavar=SOURCE, help="prompts of evaluations")] = None,
-    eval_samples: Annotated[str | None, typer.Option(metavar=SOURCE, help="samples of evaluations")] = None,
-    column: Annotated[list[str] | None, typer.Option(metavar="KEY=NAME", help="a column's other name; repeat")] = None,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="ends a response; repeat")] = None,
+    prompts: Prompts = None,
+    samples: Samples = None,
+    reward: Reward = None,
+    metric: Metric = None,
+    eval_prompts: EvalPrompts = None,
+    eval_samples: EvalSamples = None,
+    column: Columns = None,
+    stop: Stop = None,
     out: Out = None,
     resume: Resume = False,
 ) -> Job:
