@@ -295,6 +295,12 @@ def check_conda(program: list[str]) -> None:
     assert program[:4] == ["conda", "env", "create", "-f"] and Path(program[4]).is_file()
 
 
+def check_docker(program: list[str]) -> None:
+    """What docker would copy into the image is there."""
+    copied = re.findall(r"^COPY (\S+) ", Path("Dockerfile").read_text(), re.MULTILINE)
+    assert program[1] in ("build", "run") and copied and all(Path(name).exists() for name in copied)
+
+
 def check_linter(program: list[str]) -> None:
     assert shutil.which(program[0])
 
@@ -312,7 +318,7 @@ CHECKED = {
     r"(python -m )?trlx sweep": (check_sweep, "trains many times; see tests/unit/test_sweep.py"),
     r"python -m trlx compare": (check_compare, "trains two revisions; see tests/unit/test_compare.py"),
     r"python -m trlx\.": (check_old_name, "see the two above"),
-    r"python -m benchmarks\.": (check_help, "minutes of measuring on a quiet machine"),
+    r"python -m (benchmarks|docs)\.": (check_help, "minutes of measuring on a quiet machine, or of training"),
     r"torchrun": (check_torchrun, "several processes; see tests/examples/test_nemo_examples.py and tests/distributed"),
     r"accelerate launch": (check_accelerate, "several processes or GPUs; see tests/distributed/test_fsdp.py"),
     r"sbatch": (check_sbatch, "a cluster; see tests/examples/test_slurm.py"),
@@ -322,7 +328,8 @@ CHECKED = {
     r"conda": (check_conda, "conda and a package index"),
     r"python3 -m venv": (lambda program: None, "python's own; .ci/run runs it"),
     r"pytest": (check_pytest, "the tests again"),
-    r"ruff|lint-imports": (check_linter, "files that are the same everywhere; .ci/run runs them"),
+    r"docker": (check_docker, "a container engine, gigabytes and GPUs"),
+    r"ruff|lint-imports|sphinx-build": (check_linter, "files that are the same everywhere; .ci/run runs them"),
     r"\.ci/run": (check_script, "the tests again"),
     r"tests/toolkit/exchange\.sh": (check_script, "a package index and minutes; .github/workflows/ci.yml runs it"),
 }

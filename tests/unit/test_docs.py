@@ -1,5 +1,6 @@
 """The documentation says what the code does."""
 
+import ast
 import itertools
 import json
 import re
@@ -9,6 +10,7 @@ import pytest
 
 import trlx
 from docs.config_reference import MARK, page
+from docs.error_list import GAP, messages, page_of
 from tests.runs import DATA, length, share_of_a, tiny_config
 from trlx.batch import Sample
 from trlx.compat.imports import OLD_PATHS
@@ -97,6 +99,27 @@ def test_links_between_pages_lead_somewhere():
             if "://" not in target and not (file.parent / target).exists():
                 broken.append(f"{file.name}: {target}")
     assert broken == []
+
+
+def test_the_list_of_messages_has_what_is_raised_and_warned_of_with_gaps_for_what_a_run_fills_in():
+    code = """
+def check(self, rows):
+    self.require(rows > 0, "rows", "be positive")
+    if rows > 9:
+        raise ValueError(f"{rows} rows are too many for {self}: " "write at most 9")
+    logger.warning("there are few rows, and " + str(rows))
+    raise KeyError(rows)
+"""
+    assert list(messages(ast.parse(code))) == [
+        ("setting", "….rows must be positive, got …"),
+        ("error", "… rows are too many for …: write at most 9"),
+        ("warning", "there are few rows, and …"),
+    ]
+    with pytest.raises(ValueError) as raised:
+        trlx.train("gpt2", prompts=["a"])
+    listed = [text for _, text in messages(ast.parse(Path(trlx.api.__file__).read_text()))]
+    assert any(re.fullmatch(re.escape(text).replace(GAP, ".*"), str(raised.value)) for text in listed)
+    assert page_of("trlx/backends/megatron/nemo/file.py") == "nemo-archives" and page_of("trlx/new.py") == "index"
 
 
 def test_every_page_stands_in_the_menu_of_the_site():

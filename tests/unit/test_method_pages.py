@@ -67,6 +67,20 @@ def test_a_page_of_a_method_names_statistics_trainers_and_presets_that_exist(pag
     assert [trainers.get(name) for kind in named for name in names(kind)]
 
 
+@pytest.mark.parametrize("page", ["troubleshooting.md", "quickstart.md"])
+def test_a_page_of_advice_names_settings_and_statistics_that_exist(page):
+    told = set(CODE.findall((DOCS / page).read_text()))
+    settings = {
+        re.split(r"[:= ]", name)[0] for name in told if re.match(r"(method|train|model|optimizer|scheduler)\.", name)
+    }
+    defaults = [name for table in written_defaults().values() for name in table]
+    known = {*defaults, "optimizer.kwargs.lr", "train.sampler.places"}
+    statistics = {name for name in told if STATISTIC.fullmatch(name) and not name.startswith(("pictures/", "runs/"))}
+    patterns = [re.compile(as_regex(name)) for name in documented_statistics()]
+    assert settings and settings - known == set()
+    assert statistics and {name for name in statistics if not any(p.fullmatch(name) for p in patterns)} == set()
+
+
 def test_the_page_for_users_of_trl_names_trainers_presets_and_statistics_that_exist():
     text = FROM_TRL.read_text()
     assert all(trainers.get(name) for name in re.findall(r"`((?:Accelerate|NeMo)\w+Trainer)`", text))
