@@ -48,6 +48,9 @@ def run(tmp_path):
         rows = [{"prompt": "<b>", "output": output, "reward": 0.81234}, {"prompt": "</script>", "output": "z"}]
         write_lines(folder / "samples" / f"eval_{step:08d}.jsonl", rows)
     write_lines(folder / "samples" / "rollout_00000003.jsonl", [{"prompt": "p", "response": "r", "score": 2.0}])
+    for step, high, counts in ((0, 8.0, [1, 0, 2, 1]), (4, 1.0, [4])):
+        rows = [{"name": "scores", "low": min(high, 4.0), "high": high, "counts": counts}]
+        write_lines(folder / "samples" / f"histogram_{step:08d}.jsonl", rows)
     (folder / "config.json").write_text('{"train": {"seed": 1, "checkpoint_dir": "run"}, "method": {"gamma": 1.0}}')
     write_lines(folder / "alarms.jsonl", [{"step": 3, "time": "2026-01-02T03:04:05", "message": "KL is <high>"}] * 2)
     starts = [{"started": f"2026-01-02T0{hour}:00:00", "git": f"main/{hour}", "torch": "2.9"} for hour in (3, 5)]
@@ -62,6 +65,15 @@ def other(run, tmp_path):
     write_lines(folder / "metrics.jsonl", [{"step": step, "losses/total_loss": 2.0} for step in range(1, 9)])
     (folder / "config.json").write_text('{"train": {"seed": 2, "checkpoint_dir": "other"}, "method": {"gamma": 1.0}}')
     return folder
+
+
+def many_runs(folder):
+    """30 runs of two steps; trial k earns k at the last one, with a learning rate that belongs to it."""
+    runs = [folder / f"trial {number}" for number in range(30)]
+    for number, run in enumerate(runs):
+        write_lines(run / "metrics.jsonl", [{"step": step, "reward/mean": number * step} for step in (0, 1)])
+        (run / "config.json").write_text(json.dumps({"optimizer": {"lr": number / 1000}, "train": {"seed": 1}}))
+    return runs
 
 
 class Page(HTMLParser):
@@ -149,6 +161,7 @@ def test_the_page_holds_every_metric_and_the_samples_of_all_steps(run):
     assert drawn["metrics"].keys() == read_metrics(run).keys()
     assert data["shown"] == ["reward/mean", "metrics/hops", "rollout_scores/mean", "policy/kl", "losses/total_loss"]
     assert [(each["kind"], each["step"]) for each in drawn["samples"]] == [("eval", 0), ("eval", 8), ("rollout", 3)]
+    assert drawn["histograms"] == {"scores": [[0, 4.0, 8.0, [1, 0, 2, 1]], [4, 1.0, 1.0, [4]]]}
     assert drawn["samples"][1]["rows"] == [["<b>", "x & y", 0.81234], ["</script>", "z", None]]
 
 
@@ -177,11 +190,13 @@ def test_several_runs_share_a_page_that_tells_which_settings_differ(run, other, 
     assert write_reports([run, other]) == (tmp_path / "reports.html",)
     page = Page((tmp_path / "reports.html").read_text())
     assert [each["name"] for each in page.data["runs"]] == ["run", "other"]
-    overview, headline, alarms, differences, environment = page.tables
-    assert [row[0] for row in overview] == ["run", "run", "other"] and overview[2][2] == ""
-    assert ["losses/total_loss", "other", "2", "2", "2", "2"] in headline
-    assert differences == [["setting", "run", "other"], ["train.seed", "1", "2"]]
-    assert environment[0] == ["", "run"]
+    overview, alarms, environment = page.tables
+    assert overview == [
+        "run train.seed reward/mean metrics/hops step began starts duration tokens/s alarms".split(),
+        ["run", "1", "0.8", "1", "8", "2026-01-02 03:00:00", "2", "0:01:00", "200", "3"],
+        ["other", "2", "", "", "8", "", "", "", "", "0"],
+    ]
+    assert environment[0] == ["last starts", ""]
 
 
 def test_runs_in_folders_of_one_name_are_told_apart_by_the_folders_above(run, tmp_path):
@@ -266,17 +281,18 @@ def test_a_moving_mean_takes_the_neighbours_there_are():
 DRIVER = """<!doctype html><body>
 <iframe style="width: 1280px; height: 900px; border: 0" srcdoc="{page}"></iframe>
 <iframe style="width: 390px; height: 900px; border: 0" srcdoc="{page}"></iframe>
+<iframe style="width: 390px; height: 900px; border: 0" srcdoc="{many}"></iframe>
 <pre id="told"></pre>
 <script>
 addEventListener("load", async () => {{
   const told = {{}};
   try {{
-    const [wide, narrow] = [...document.querySelectorAll("iframe")].map((frame) => frame.contentWindow);
+    const [wide, narrow, many] = [...document.querySelectorAll("iframe")].map((frame) => frame.contentWindow);
     const page = wide.document, all = (selector) => [...page.querySelectorAll(selector)];
     const texts = (selector) => all(selector).map((each) => each.textContent);
     const change = (each, value) => {{ each.value = value; each.onchange ? each.onchange() : each.oninput(); }};
-    const card = (name) => all(".card").find((each) => each.dataset.metric === name);
-    told.overflow = [wide, narrow].map((frame) => frame.document.documentElement.scrollWidth > frame.innerWidth);
+    const card = (name) => all(".card").find((each) => each.querySelector("b")?.textContent === name);
+    told.overflow = [wide, narrow, many].map((frame) => frame.document.documentElement.scrollWidth > frame.innerWidth);
     told.columns = [wide, narrow].map((frame) =>
       frame.getComputedStyle(frame.document.getElementById("grid")).gridTemplateColumns.split(" ").length);
     told.charts = texts("#grid .card b");
@@ -310,11 +326,23 @@ addEventListener("load", async () => {{
     told.zoomed = hovered(0.01);
     page.getElementById("whole").click();
     told.whole = ends();
-    page.querySelector('#runs input[name="other"]').click();
+    page.querySelector('#legend input[name="other"]').click();
     told.hidden = card("losses/total_loss").querySelector(".readout").textContent;
     change(page.getElementById("x"), "hours");
     told.hours = card("losses/total_loss").querySelector(".readout").textContent;
     told.kl = page.querySelector("#kl canvas") !== null;
+    told.histogram = [card("scores").querySelector(".readout").textContent];
+    mouse("scores", "mouseenter", 0.3);
+    mouse("scores", "mousemove", 0.3);
+    told.histogram.push(card("scores").querySelector(".readout").textContent);
+    const runs = () => [...many.document.querySelectorAll("#runs tbody tr")].map((row) => row.cells[0].textContent);
+    const head = [...many.document.querySelectorAll("#runs th")].find((cell) => cell.textContent === "reward/mean");
+    head.click();
+    told.highest = runs().slice(0, 2);
+    head.click();
+    told.lowest = runs().slice(0, 2);
+    told.colors = new Set([...many.document.querySelectorAll("#legend label")].map((each) => each.style.color)).size;
+    told.readout = many.document.querySelector(".readout").textContent;
     told.samples = texts("#rows tbody tr");
     change(page.getElementById("search"), "OLD");
     told.searched_last = texts("#rows tbody tr");
@@ -337,13 +365,14 @@ def test_in_a_browser_charts_and_samples_do_what_their_controls_say(run, other, 
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH")
     driver = tmp_path / "driver.html"
-    driver.write_text(DRIVER.format(page=escape(write_page([run, other]).read_text())))
+    page, many = write_page([run, other]).read_text(), write_page(many_runs(tmp_path / "many")).read_text()
+    driver.write_text(DRIVER.format(page=escape(page), many=escape(many)))
     flags = "--headless --no-sandbox --disable-gpu --virtual-time-budget=2000 --dump-dom".split()
     command = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", driver.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     told = json.loads(unescape(shown.partition('<pre id="told">')[2].partition("</pre>")[0]))
     assert told == {
-        "overflow": [False, False],
+        "overflow": [False, False, False],
         "columns": [3, 1],
         "charts": ["reward/mean", "metrics/hops", "rollout_scores/mean", "policy/kl", "losses/total_loss"],
         "canvases": 5,
@@ -357,6 +386,11 @@ def test_in_a_browser_charts_and_samples_do_what_their_controls_say(run, other, 
         "hidden": "run 0.125 step 8",
         "hours": "run 0.125 0.01667 h",
         "kl": True,
+        "histogram": ["4 from 1 to 1 step 4", "4 from 4 to 8, 2 from 6 to 7 step 0"],
+        "highest": ["trial 29", "trial 28"],
+        "lowest": ["trial 0", "trial 1"],
+        "colors": 30,
+        "readout": "".join(f"trial {number} {number} " for number in range(29, 23, -1)) + "6 of 30, step 1",
         "samples": ["run8<b>x & y0.8123", "run8</script>z"],
         "searched_last": [],
         "searched_all": ["run0<b>old0.8123"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from html import escape
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trlx.config import flat
-from trlx.report.records import PANELS, Record, thinned
+from trlx.report.records import MOST_POINTS, PANELS, Record, thinned
 from trlx.tracking import REPORT
 
 PARTS = Path(__file__).parent / "parts"
@@ -22,6 +23,8 @@ MEASURED = ("reward/", "metrics/", "eval/")
 """Evaluations log these."""
 NAMES_OF_RUNS = ("train.checkpoint_dir", "train.logging_dir", "train.rollout_logging_dir", "train.run_name")
 MOST_ALARMS = 200
+MOST_COLUMNS = 8
+"""Settings that differ in more than this have a table of their own, with a column for each run."""
 
 
 def write_page(folders: Sequence[Path], title: str | None = None, out: Path | None = None) -> Path:
@@ -40,12 +43,13 @@ def write_page(folders: Sequence[Path], title: str | None = None, out: Path | No
     if not folders:
         raise ValueError("name the folder of at least one run")
     paths = [Path(folder).resolve() for folder in folders]
-    records = [Record.of(Path(folder), name) for folder, name in zip(folders, _names(paths), strict=True)]
+    names = zip(folders, _names(paths), strict=True)
+    records = [Record.of(Path(folder), name, len(paths)) for folder, name in names]
     inside = paths[0] / REPORT if len(paths) == 1 else Path(os.path.commonpath(paths)) / SEVERAL
     out = Path(out or inside)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
-    part.write_text(page(records, title or ", ".join(record.name for record in records)), encoding="utf-8")
+    part.write_text(page(records, title or _title(records)), encoding="utf-8")
     part.replace(out)
     return out
 
@@ -56,11 +60,10 @@ def page(records: list[Record], title: str) -> str:
     sections = [
         f'<h1>{escape(title)}</h1><p class="note">Written {written}</p>',
         _overview(records),
-        _headline(records),
-        '<section id="charts"></section><section id="kl"></section><section id="samples"></section>',
+        _headline(records[0]) if len(records) == 1 else "",
+        "".join(f'<section id="{name}"></section>' for name in ("charts", "kl", "histograms", "samples")),
         "<noscript>Charts and samples need JavaScript.</noscript>",
         _alarms(records),
-        _differences(records),
         _environment(records),
         *(_settings(record, len(records)) for record in records),
         _script(records, title),
@@ -90,40 +93,61 @@ def _names(paths: list[Path]) -> list[str]:
     raise ValueError(f"{paths[0]} is named twice")
 
 
+def _title(records: list[Record]) -> str:
+    names = [record.name for record in records]
+    return ", ".join(names) if len(names) <= MOST_COLUMNS else f"{len(names)} runs, {names[0]} to {names[-1]}"
+
+
 def _overview(records: list[Record]) -> str:
-    rows = []
-    for record in records:
-        step = max((series[-1][0] for series in record.metrics.values()), default=0)
-        clock, started = record.clock, [start["started"] for start in record.starts]
-        duration = str(timedelta(seconds=round(clock[-1][1]))) if clock else None
-        begun = started[0].replace("T", " ")[:19] if started else None
-        rows.append([record.name, str(step), begun, len(started) or None, duration, record.tokens_per_second])
-    columns = ["run", "step", "began", "starts", "duration", "tokens/s"]
-    return table(*_filled(columns, [[*row, len(record.alarms)] for row, record in zip(rows, records, strict=True)]))
+    """A table with a row for each run. Of several it says which settings differ, and the last numbers."""
+    differing = _differing(records)
+    aside = differing if len(differing) > MOST_COLUMNS else {}
+    measured = _measured(records) if len(records) > 1 else []
+    starts = [[start["started"].replace("T", " ")[:19] for start in record.starts] for record in records]
+    clocks = [record.clock for record in records]
+    columns = {
+        "run": [record.name for record in records],
+        **({} if aside else differing),
+        **{name: [record.last(name) for record in records] for name in measured},
+        "step": [str(max((series[-1][0] for series in record.metrics.values()), default=0)) for record in records],
+        "began": [begun[0] if begun else None for begun in starts],
+        "starts": [len(begun) or None for begun in starts],
+        "duration": [str(timedelta(seconds=round(clock[-1][1]))) if clock else None for clock in clocks],
+        "tokens/s": [record.tokens_per_second for record in records],
+        "alarms": [len(record.alarms) for record in records],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
+    shown = f'<section id="runs">{table(list(columns), list(zip(*columns.values(), strict=True)))}</section>'
+    if aside:
+        compared = table(["", *columns["run"]], [[name, *cells] for name, cells in aside.items()])
+        shown += f'<section id="differences"><h2>Settings that differ</h2>{compared}</section>'
+    return shown
 
 
-def _filled(columns: list[str], rows: list[list[Any]]) -> tuple[list[str], list[list[Any]]]:
-    """A table without the columns that are empty in every row. The last column of `rows` counts alarms."""
-    columns = [*columns, "alarms"]
-    kept = [place for place in range(len(columns)) if any(row[place] is not None for row in rows)]
-    return [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
+def _differing(records: list[Record]) -> dict[str, list[str]]:
+    """By name, the value in each run of every setting that they do not share."""
+    settings = [flat(record.settings) for record in records]
+    names = dict.fromkeys(name for each in settings for name in each if name not in NAMES_OF_RUNS)
+    told = {
+        name: [json.dumps(each[name], ensure_ascii=False) if name in each else "" for each in settings]
+        for name in names
+    }
+    return {name: values for name, values in told.items() if len(set(values)) > 1}
 
 
-def _headline(records: list[Record]) -> str:
+def _headline(record: Record) -> str:
     """The first, lowest, highest and last value of every metric of the evaluations; of the loss if there is none."""
     rows = []
-    for record in records:
-        measured = [name for name in record.metrics if name.startswith(MEASURED)]
-        measured = measured or [names[0] for names in _panels([record]).values()][:1]
-        for name in measured:
-            values = [value for _, value in record.metrics[name]]
-            rows.append([name, record.name, values[0], min(values), max(values), values[-1]])
-    if len(records) == 1:
-        rows = [[name, *numbers] for name, _, *numbers in rows]
-    else:
-        rows.sort(key=lambda row: row[0])
-    columns = ["metric", *(["run"] if len(records) > 1 else []), "first", "lowest", "highest", "last"]
-    return table(columns, rows) if rows else ""
+    for name in _measured([record]):
+        values = [value for _, value in record.metrics[name]]
+        rows.append([name, values[0], min(values), max(values), values[-1]])
+    return table(["metric", "first", "lowest", "highest", "last"], rows) if rows else ""
+
+
+def _measured(records: list[Record]) -> list[str]:
+    """The metrics of evaluations; where there are none, the first of those that everybody looks at."""
+    found = dict.fromkeys(name for record in records for name in record.metrics if name.startswith(MEASURED))
+    return list(found) or [names[0] for names in _panels(records).values()][:1]
 
 
 def _panels(records: list[Record]) -> dict[str, list[str]]:
@@ -151,28 +175,16 @@ def _alarms(records: list[Record]) -> str:
     return f'<section id="alarms"><h2>Alarms{more}</h2>{table(columns, rows[:MOST_ALARMS])}</section>'
 
 
-def _differences(records: list[Record]) -> str:
-    if len(records) == 1:
-        return ""
-    settings = [flat(record.settings) for record in records]
-    names = sorted({name for each in settings for name in each} - {*NAMES_OF_RUNS})
-    rows = [[name, *(_told(each, name) for each in settings)] for name in names]
-    rows = [row for row in rows if len(set(row[1:])) > 1]
-    shown = table(["setting", *(record.name for record in records)], rows) if rows else "<p>None.</p>"
-    return f'<section id="differences"><h2>Settings that differ</h2>{shown}</section>'
-
-
-def _told(settings: dict[str, Any], name: str) -> str:
-    return json.dumps(settings[name], ensure_ascii=False) if name in settings else ""
-
-
 def _environment(records: list[Record]) -> str:
-    """What each run told of its last start."""
-    told = {record.name: record.starts[-1] for record in records if record.starts}
-    names = list(dict.fromkeys(name for each in told.values() for name in each))
-    rows = [[name, *(each.get(name) for each in told.values())] for name in names]
-    columns = ["", *told] if len(records) > 1 else ["last start", ""]
-    return f'<section id="environment"><h2>Environment</h2>{table(columns, rows)}</section>' if rows else ""
+    """What each run told of its last start; of several runs what they all tell, or how many tell it."""
+    told = [record.starts[-1] for record in records if record.starts]
+    rows = []
+    for name in dict.fromkeys(name for each in told for name in each):
+        values = Counter(str(each[name]) for each in told if name in each)
+        shown = [f"{value} ({runs} of {len(told)})" for value, runs in values.most_common(MOST_COLUMNS)]
+        rows.append([name, *values] if values.total() == len(told) and len(values) == 1 else [name, "\n".join(shown)])
+    title = "last start" if len(records) == 1 else "last starts"
+    return f'<section id="environment"><h2>Environment</h2>{table([title, ""], rows)}</section>' if rows else ""
 
 
 def _settings(record: Record, runs: int) -> str:
@@ -185,13 +197,12 @@ def _settings(record: Record, runs: int) -> str:
 
 def _script(records: list[Record], title: str) -> str:
     """What the page draws, as JSON, and the scripts that draw it."""
-    panels = _panels(records)
-    measured = dict.fromkeys(name for record in records for name in record.metrics if name.startswith(MEASURED))
+    titles = {name: told for told, names in _panels(records).items() for name in names}
     data = {
         "title": title,
-        "runs": [_drawn(record) for record in records],
-        "titles": {name: told for told, names in panels.items() for name in names},
-        "shown": [*measured, *(name for names in panels.values() for name in names if name not in measured)],
+        "runs": [_drawn(record, len(records)) for record in records],
+        "titles": titles,
+        "shown": [*(name for name in _measured(records) if name not in titles), *titles],
     }
     # "</script>" in a sample must not end the element
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -200,15 +211,17 @@ def _script(records: list[Record], title: str) -> str:
     return f'<script type="application/json" id="data">{text}</script>\n{scripts}'
 
 
-def _drawn(record: Record) -> dict[str, Any]:
+def _drawn(record: Record, runs: int) -> dict[str, Any]:
     """Metrics share their lists of steps: metric -> [number of the list, values]."""
+    most = max(MOST_POINTS // runs, 200)
     lists: dict[tuple[int, ...], int] = {}
     metrics = {}
     for name, series in record.metrics.items():
-        steps, values = zip(*thinned(series), strict=True)
+        steps, values = zip(*thinned(series, most), strict=True)
         metrics[name] = [lists.setdefault(steps, len(lists)), [_short(value) for value in values]]
-    clock = [[step, round(seconds, 1)] for step, seconds in thinned(record.clock)]
-    return {"name": record.name, "steps": list(lists), "metrics": metrics, "clock": clock, "samples": record.samples}
+    clock = [[step, round(seconds, 1)] for step, seconds in thinned(record.clock, most)]
+    shown = {"samples": record.samples, "histograms": record.histograms}
+    return {"name": record.name, "steps": list(lists), "metrics": metrics, "clock": clock, **shown}
 
 
 def _short(value: float) -> float:

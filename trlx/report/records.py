@@ -23,8 +23,11 @@ PANELS = {
     "Q loss": ("losses/loss_q",),
     "CQL loss": ("losses/loss_cql",),
     "AWAC loss": ("losses/loss_awac",),
-    "Response length, tokens": ("rollouts/response_length",),
-    "Share of responses that ended": ("rollouts/ended",),
+    "Clipped share, of tokens of negative advantage": ("policy/clipfrac_low",),
+    "Clipped share, of tokens of positive advantage": ("policy/clipfrac_high",),
+    "Entropy of the policy, nats per token": ("policy/entropy",),
+    "Response length, tokens": ("rollouts/response_length", "eval/response_length"),
+    "Share of responses that ended": ("rollouts/ended", "eval/ended"),
     "Accuracy": ("accuracy",),
     "Margin": ("margin",),
     "Gradient norm before clipping": ("grad_norm",),
@@ -34,8 +37,9 @@ picture has a run's first six."""
 
 MOST_POINTS = 4000
 """Points of a series that a page gets. Of longer ones it gets the lowest and the highest of each stretch."""
-MOST_STEPS, MOST_ROWS, MOST_CHARACTERS = 20, 40, 2000
-"""Evaluations, and collections of rollouts, that a page shows; samples of each; characters of a text."""
+MOST_STEPS, MOST_ROWS, MOST_CHARACTERS, MOST_HISTOGRAMS = 20, 40, 2000, 100
+"""Evaluations, and collections of rollouts, that a page shows; samples of each; characters of a text; collections whose
+scores and advantages it shows."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Record:
     metrics: dict[str, Series]
     samples: list[dict[str, Any]]
     """Of some evaluations and collections: kind ("eval", "rollout"), step, columns, rows."""
+    histograms: dict[str, list[list[Any]]]
+    """By name, of some collections: step, low, high, counts; see `trlx.methods.masked.histogram_of`."""
     alarms: list[dict[str, Any]]
     """Warnings and errors: step, message, and time where it is known."""
     starts: list[dict[str, Any]]
@@ -53,22 +59,27 @@ class Record:
     settings: dict[str, Any]
 
     @classmethod
-    def of(cls, folder: Path, name: str) -> Record:
-        """Reads a run's folder.
+    def of(cls, folder: Path, name: str, runs: int = 1) -> Record:
+        """Reads a run's folder; the more runs share the page, the fewer samples and histograms.
 
         Raises:
             FileNotFoundError: there are no metrics in `folder`.
         """
         metrics, broken = _split(folder)
-        settings = folder / CONFIG
+        settings, samples = folder / CONFIG, folder / SAMPLES
         return cls(
             name=name,
             metrics=metrics,
-            samples=[*_samples(folder / SAMPLES, "eval"), *_samples(folder / SAMPLES, "rollout")],
+            samples=[*_samples(samples, "eval", runs), *_samples(samples, "rollout", runs)],
+            histograms=_histograms(samples, runs),
             alarms=[*_not_finite(broken), *read_lines(folder / ALARMS)],
             starts=list(read_lines(folder / ENVIRONMENT)),
             settings=json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {},
         )
+
+    def last(self, name: str) -> float | None:
+        """The last value of a metric; None if the run did not log it."""
+        return self.metrics[name][-1][1] if name in self.metrics else None
 
     @property
     def clock(self) -> Series:
@@ -136,17 +147,29 @@ def _not_finite(broken: dict[str, list[int]]) -> Iterator[dict[str, Any]]:
         yield {"step": steps[0], "message": f"{name} was not a finite number{often}"}
 
 
-def _samples(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """Samples of `kind`, of the first and the last step and of others between, as evenly as there are."""
-    files = sorted(folder.glob(f"{kind}_*.jsonl"))
-    shown = min(len(files), MOST_STEPS)
-    for place in sorted({round(number * (len(files) - 1) / max(shown - 1, 1)) for number in range(shown)}):
-        rows = [row for _, row in zip(range(MOST_ROWS), read_lines(files[place]), strict=False)]
+def _samples(folder: Path, kind: str, runs: int) -> Iterator[dict[str, Any]]:
+    for step, path in _files(folder, kind, max(MOST_STEPS // runs, 2)):
+        rows = [row for _, row in zip(range(max(MOST_ROWS // runs, 4)), read_lines(path), strict=False)]
         columns = list(dict.fromkeys(column for row in rows for column in row))
         if rows:
-            step = int(files[place].stem.removeprefix(f"{kind}_"))
             cells = [[_cut(row.get(column)) for column in columns] for row in rows]
             yield {"kind": kind, "step": step, "columns": columns, "rows": cells}
+
+
+def _histograms(folder: Path, runs: int) -> dict[str, list[list[Any]]]:
+    found: dict[str, list[list[Any]]] = {}
+    for step, path in _files(folder, "histogram", max(MOST_HISTOGRAMS // runs, 10)):
+        for row in read_lines(path):
+            found.setdefault(row["name"], []).append([step, row["low"], row["high"], row["counts"]])
+    return found
+
+
+def _files(folder: Path, kind: str, most: int) -> Iterator[tuple[int, Path]]:
+    """(Step, file) of samples of `kind`: the first and the last and others between, as evenly as there are."""
+    files = sorted(folder.glob(f"{kind}_*.jsonl"))
+    shown = min(len(files), most)
+    for place in sorted({round(number * (len(files) - 1) / max(shown - 1, 1)) for number in range(shown)}):
+        yield int(files[place].stem.removeprefix(f"{kind}_")), files[place]
 
 
 def _cut(value: Any) -> Any:

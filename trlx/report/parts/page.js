@@ -1,15 +1,23 @@
 "use strict";
-/* Draws charts and samples from the element #data, see _script in page.py. Nothing is fetched. */
+/* Draws charts, histograms and samples from the element #data, see _script in page.py. Nothing is fetched. */
 (() => {
   const DATA = JSON.parse(document.getElementById("data").textContent);
   const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A51A3", "#8C6D31"];
-  const MOST_ROWS = 60;
-  const RUNS = DATA.runs.map((run, number) => ({ ...run, number, color: COLORS[number % COLORS.length] }));
+  const MOST_ROWS = 60, MOST_TOLD = 6;
+  const RUNS = DATA.runs.map((run, number) => ({ ...run, number, color: DATA.runs.length > COLORS.length ? hue(number) : COLORS[number] }));
   const METRICS = [...new Set(RUNS.flatMap((run) => Object.keys(run.metrics)))].sort();
   const KEY = `trlx-report:${DATA.title}`;
   const state = { shown: DATA.shown, log: [], smooth: 0, x: "step", range: null, hidden: [], ...remembered() };
   state.shown = state.shown.filter((name) => METRICS.includes(name));
 
+  /** Colours for more runs than have names: steps of the golden angle, in two shades. */
+  function hue(number) {
+    const [angle, light] = [(number * 137.508) % 360, number % 2 ? 0.32 : 0.44];
+    return "#" + [0, 8, 4].map((part) => {
+      const k = (part + angle / 30) % 12, value = light - 0.65 * Math.min(light, 1 - light) * Math.max(-1, Math.min(k - 3, 9 - k, 1));
+      return Math.round(255 * value).toString(16).padStart(2, "0");
+    }).join("");
+  }
   function remembered() {
     try { return JSON.parse(localStorage.getItem(KEY)) || {}; } catch { return {}; }
   }
@@ -95,7 +103,7 @@
   function axes(xLabel) {
     const common = { stroke: "#666", grid: { stroke: "#eee", width: 1 }, ticks: { stroke: "#ddd", width: 1 }, font: "11px system-ui" };
     return [
-      { ...common, label: xLabel, labelSize: 16, labelFont: "11px system-ui", size: 30, space: 60 },
+      { ...common, ...(xLabel && { label: xLabel, labelSize: 16, labelFont: "11px system-ui" }), size: 30, space: 60 },
       { ...common, size: 54, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick))) },
     ];
   }
@@ -113,27 +121,33 @@
         lines.push([xs, values]);
         styles.push({ run, faint: true, stroke: `${run.color}44`, width: 1, points: { show: false } });
       }
-      const points = { show: values.length <= 60, size: 5, fill: run.color };
+      const points = { show: values.length * runs.length <= 400 && values.length <= 60, size: 5, fill: run.color };
       const drawn = isSmooth ? smoothed(raw, state.smooth).map((value) => (log && value <= 0 ? null : value)) : values;
       lines.push([xs, drawn]);
       styles.push({ run, stroke: run.color, width: 1.6, points });
     }
     const data = joined(lines);
     const readout = place.parentNode.querySelector(".readout");
-    const told = (index) => {
-      readout.replaceChildren(...styles.flatMap((style, number) => {
+    /** The values at `index`; of many runs those nearest to the cursor's `height`, or without a cursor the highest. */
+    const told = (index, height = Infinity) => {
+      let found = styles.flatMap((style, number) => {
         if (style.faint) return [];
         const values = data[number + 1];
         let at = index === null ? values.length - 1 : index;
         while (at > 0 && (values[at] === null || values[at] === undefined)) at -= 1;
-        const value = values[at];
-        if (value === null || value === undefined) return [];
-        const where = state.x === "step" ? `step ${data[0][at]}` : `${short(data[0][at])} h`;
-        const who = RUNS.length > 1 ? `${style.run.name} ` : "";
-        const text = element("span", { title: style.run.name }, `${who}${short(value)} `, element("small", {}, where));
-        text.style.color = style.run.color;
-        return [text];
-      }));
+        return values[at] === null || values[at] === undefined ? [] : [{ run: style.run, value: values[at], x: data[0][at] }];
+      });
+      const all = found.length, latest = Math.max(...found.map(({ x }) => x)), place = (x) => (state.x === "step" ? `step ${x}` : `${short(x)} h`);
+      if (all > MOST_TOLD) {
+        const far = ({ value }) => (height === Infinity ? -value : Math.abs(value - height));
+        found = found.sort((a, b) => far(a) - far(b)).slice(0, MOST_TOLD);
+      }
+      readout.replaceChildren(...found.map(({ run, value, x }) => {
+        const where = all > MOST_TOLD ? null : element("small", {}, place(x));
+        const text = element("span", { title: run.name }, `${RUNS.length > 1 ? `${run.name} ` : ""}${short(value)} `, where);
+        text.style.color = run.color;
+        return text;
+      }), all > MOST_TOLD ? element("small", { textContent: `${MOST_TOLD} of ${all}, ${place(latest)}` }) : "");
     };
     told(null);
     const plot = new uPlot({
@@ -143,7 +157,7 @@
       series: [{}, ...styles.map((style) => ({ ...style, spanGaps: true, run: undefined, faint: undefined }))],
       axes: axes(state.x === "step" ? "" : "hours"),
       hooks: {
-        setCursor: [(u) => told(u.cursor.idx === undefined ? null : u.cursor.idx)],
+        setCursor: [(u) => told(u.cursor.idx === undefined ? null : u.cursor.idx, u.cursor.top >= 0 ? u.posToVal(u.cursor.top, "y") : Infinity)],
         setSelect: [(u) => {
           // a drag in one chart reaches the others through their shared cursor: the first of them tells all
           if (!(u.select.width >= 4)) return;  // NaN in a chart that is not drawn yet
@@ -179,7 +193,6 @@
     const head = element("header", {}, element("b", {}, name), labelled("log", log), close);
     const box = element("div", { className: "card" }, head,
       element("p", { className: "note", textContent: title || "\u00a0" }), place, element("p", { className: "readout" }));
-    box.dataset.metric = name;
     return { box, place, plot: null };
   }
   function redraw(name) {
@@ -237,15 +250,38 @@
 
   function legend() {
     if (RUNS.length === 1) return null;
-    return element("p", { className: "bar", id: "runs" }, ...RUNS.map((run) => {
-      const label = element("label", {}, checkbox(visible(run), (on) => {
-        state.hidden = on ? state.hidden.filter((name) => name !== run.name) : [...state.hidden, run.name];
-        redrawAll();
-        if (drawKl) drawKl();
-      }, run.name), ` ${run.name}`);
+    const hide = (names) => {
+      state.hidden = names;
+      for (const box of document.querySelectorAll("#legend input")) box.checked = !names.includes(box.name);
+      redrawAll();
+      if (drawKl) drawKl();
+    };
+    const names = RUNS.map((run) => run.name), without = (name) => state.hidden.filter((each) => each !== name);
+    return element("p", { className: "bar", id: "legend" }, ...RUNS.map((run) => {
+      const label = element("label", {}, checkbox(visible(run), (on) => hide(on ? without(run.name) : [...state.hidden, run.name]), run.name), ` ${run.name}`);
       label.style.color = run.color;
       return label;
-    }));
+    }), element("button", { textContent: "all runs", onclick: () => hide([]) }), element("button", { textContent: "none", onclick: () => hide(names) }));
+  }
+
+  /** The table of runs: names in their colours, and a click on a column's name sorts by it, the highest first. */
+  function buildRuns() {
+    const rows = [...document.querySelectorAll("#runs tbody tr")], body = document.querySelector("#runs tbody");
+    if (RUNS.length === 1) return;
+    rows.forEach((row, number) => { row.cells[0].style.color = RUNS[number].color; });
+    const text = (row, column) => row.cells[column].textContent;
+    const compared = (a, b) => (isNaN(a) || isNaN(b) ? a.localeCompare(b, undefined, { numeric: true }) : a - b);
+    document.querySelectorAll("#runs th").forEach((head, column, heads) => {
+      head.classList.add("sorts");
+      head.onclick = () => {
+        const down = head.dataset.order !== "down";
+        for (const each of heads) delete each.dataset.order;
+        head.dataset.order = down ? "down" : "up";
+        const [told, empty] = [rows.filter((row) => text(row, column)), rows.filter((row) => !text(row, column))];
+        told.sort((a, b) => compared(text(a, column), text(b, column)) * (down ? -1 : 1));
+        body.replaceChildren(...told, ...empty);
+      };
+    });
   }
 
   function buildCharts() {
@@ -269,7 +305,7 @@
       labelled("smooth", smooth), x, labelled("from", ends[0]), labelled("to", ends[1]),
       element("button", { textContent: "whole run", id: "whole", onclick: () => zoom(null) })),
       element("p", { className: "note", textContent: "Drag over a chart to zoom all of them; a double click shows the whole run." }),
-      element("div", { id: "grid" }));
+      element("div", { id: "grid", className: "grid" }));
     showCharts();
   }
 
@@ -347,7 +383,68 @@
     charts.set("\u0000kl", chart);
     drawKl();
     charts.delete("\u0000kl");
-    new ResizeObserver(() => chart.plot.setSize({ width: Math.max(Math.floor(place.clientWidth), 200), height: 300 })).observe(place);
+    fit(chart);
+  }
+  /** Keeps a chart as wide as its place. */
+  function fit(chart) {
+    new ResizeObserver(() => {
+      if (chart.plot) chart.plot.setSize({ width: Math.max(Math.floor(chart.place.clientWidth), 200), height: chart.plot.height });
+    }).observe(chart.place);
+  }
+
+  // histograms
+
+  function buildHistograms() {
+    const names = [...new Set(RUNS.flatMap((run) => Object.keys(run.histograms)))];
+    if (!names.length) return;
+    const runs = RUNS.filter((run) => Object.keys(run.histograms).length), grid = element("div", { className: "grid" });
+    const show = (run) => grid.replaceChildren(...names.filter((name) => run.histograms[name]).map((name) => histogram(run, name)));
+    const choice = select(runs.map((run) => [run.name, run.name]), runs[0].name, (value) => show(runs.find((run) => run.name === value)), "whose");
+    document.getElementById("histograms").append(element("h2", { textContent: "Histograms over time" }),
+      element("p", { className: "note", textContent: "A column is a collection: the darker, the more numbers are there." }),
+      ...(runs.length > 1 ? [element("p", { className: "bar" }, labelled("run", choice))] : []), grid);
+    show(runs[0]);
+  }
+  /** A column for each collection, from its lowest to its highest number. */
+  function histogram(run, name) {
+    const place = element("div", { className: "plot" }), readout = element("p", { className: "readout" });
+    const box = element("div", { className: "card" }, element("header", {}, element("b", { textContent: name })), place, readout);
+    const columns = run.histograms[name], steps = columns.map(([step]) => step), last = steps.length - 1;
+    const ends = steps.map((step, at) => (at < last ? steps[at + 1] : step + (last ? step - steps[at - 1] : 1)));
+    const draw = (u) => {
+      u.ctx.save();
+      u.ctx.beginPath();
+      u.ctx.rect(u.bbox.left, u.bbox.top, u.bbox.width, u.bbox.height);
+      u.ctx.clip();
+      u.ctx.fillStyle = run.color;
+      columns.forEach(([step, low, high, counts], at) => {
+        const left = u.valToPos(step, "x", true), right = u.valToPos(ends[at], "x", true), most = Math.max(...counts);
+        const [bottom, top] = [low, high].map((value) => u.valToPos(value, "y", true)), size = (bottom - top) / counts.length;
+        counts.forEach((count, bin) => {
+          u.ctx.globalAlpha = Math.sqrt(count / most) || 0;
+          u.ctx.fillRect(left, bottom - (bin + 1) * size - (low === high ? 2 : 0), right - left, Math.max(size, low === high ? 4 : 1));
+        });
+      });
+      u.ctx.restore();
+    };
+    const told = (u) => {
+      const at = u.cursor.left >= 0 ? Math.max(steps.findLastIndex((step) => step <= u.posToVal(u.cursor.left, "x")), 0) : last;
+      const [step, low, high, counts] = columns[at], size = (high - low) / counts.length, all = counts.reduce((sum, count) => sum + count, 0);
+      const bin = Math.floor((u.posToVal(u.cursor.top, "y") - low) / size), inside = u.cursor.left >= 0 && bin >= 0 && bin < counts.length;
+      const there = inside ? `, ${counts[bin]} from ${short(low + bin * size)} to ${short(low + (bin + 1) * size)}` : "";
+      readout.replaceChildren(`${all} from ${short(low)} to ${short(high)}${there} `, element("small", { textContent: `step ${step}` }));
+    };
+    const made = () => new uPlot({
+      width: Math.max(Math.floor(place.clientWidth), 200), height: 220, legend: { show: false },
+      scales: { x: { time: false, range: (_, low, high) => [low, high === steps[last] ? ends[last] : high] } },
+      cursor: { drag: { x: true, y: false }, points: { show: false } },
+      series: [{}, ...[0, 1].map(() => ({ paths: () => null, points: { show: false } }))],
+      axes: axes(""),
+      hooks: { drawAxes: [draw], setCursor: [told], ready: [told] },
+    }, [steps, columns.map(([, low]) => low), columns.map(([, , high]) => high)], place);
+    const chart = { place, plot: null };
+    requestAnimationFrame(() => { chart.plot = made(); fit(chart); });  // the card has no width before it is in the page
+    return box;
   }
 
   // samples
@@ -442,8 +539,10 @@
     show();
   }
 
+  buildRuns();
   buildCharts();
   buildKl();
+  buildHistograms();
   buildSamples();
   if (!state.shown.length && METRICS.length) document.getElementById("chooser").open = true;
 })();
