@@ -119,8 +119,8 @@ class Tracker(AbstractContextManager):
             sink.log(metrics, step)
 
     def log_samples(self, kind: str, step: int, rows: list[Mapping[str, Any]]) -> None:
-        """Writes samples, one JSON object per line, into ``samples/<kind>_<step>.jsonl``. `kind` is "rollout" or
-        "eval"; Weights & Biases, Trackio and MLflow get the latter."""
+        """Writes samples, one JSON object per line, into ``samples/<kind>_<step>.jsonl``. `kind` is
+        "rollout", "histogram" or "eval"; Weights & Biases, Trackio and MLflow get the last."""
         for sink in self._sinks:
             sink.log_samples(kind, step, rows)
 

@@ -33,7 +33,7 @@ class Sink:
         """Takes numbers (floats, or tensors of one element) under their names."""
 
     def log_samples(self, kind: str, step: int, rows: list[Mapping[str, Any]]) -> None:
-        """Takes samples; `kind` is "rollout" or "eval"."""
+        """Takes samples; `kind` is "rollout" or "eval", or "histogram" for how scores and advantages are spread."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold so that a resumed run goes on here. All trackers share the keys."""
