@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
 import sys
 import time
 from html import escape, unescape
@@ -11,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from docs.pictures import BROWSERS, browser, drive
 from trlx.config import flat
 from trlx.launch.cli import main
 from trlx.launch.report import write_report, write_reports
@@ -18,8 +18,6 @@ from trlx.report import reporter
 from trlx.report.page import write_page
 from trlx.report.records import MOST_POINTS, Record, read_metrics, thinned
 from trlx.report.reporter import Reporter
-
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 
 def write_lines(path, rows, end="\n"):
@@ -361,15 +359,12 @@ addEventListener("load", async () => {{
 
 
 def test_in_a_browser_charts_and_samples_do_what_their_controls_say(run, other, tmp_path):
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
+    if browser() is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH")
     driver = tmp_path / "driver.html"
     page, many = write_page([run, other]).read_text(), write_page(many_runs(tmp_path / "many")).read_text()
     driver.write_text(DRIVER.format(page=escape(page), many=escape(many)))
-    flags = "--headless --no-sandbox --disable-gpu --virtual-time-budget=2000 --dump-dom".split()
-    command = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", driver.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    shown = drive(driver, "--dump-dom")
     told = json.loads(unescape(shown.partition('<pre id="told">')[2].partition("</pre>")[0]))
     assert told == {
         "overflow": [False, False, False],
