@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import trlx
 from examples.common import byte_tokenizer
-from trlx.launch import compare, demo, sweep
+from trlx.launch import compare, demo, generate, sweep
 from trlx.launch.cli import main as trlx_command
 from trlx.launch.space import read_space
 from trlx.launch.sweep import Sweep
@@ -233,6 +233,14 @@ def check_sweep(program: list[str]) -> None:
     assert Sweep(given["work"], read_space(given["config"])).name
 
 
+def check_sampling(program: list[str]) -> None:
+    """The command with the small random model in place of what the reader has trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "become", lambda command: None)
+        patch.setattr("builtins.input", MagicMock(side_effect=EOFError))
+        run_trlx([*program[:2], "tiny", *program[3:]])
+
+
 def check_demo(program: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "run", started := MagicMock())
@@ -314,6 +322,7 @@ RUN = {
 CHECKED = {
     r"python -m examples\.": (check_example, "model and data of the hub, or minutes"),
     r"trlx (train|ppo|grpo|rft|sft|ilql|dpo|kto|reward) ": (check_train, "minutes; see tests/unit/test_cli_train.py"),
+    r"trlx (generate|chat) ": (check_sampling, "a trained model; see tests/unit/test_cli_generate.py"),
     r"trlx demo": (check_demo, "minutes; .ci/run runs it"),
     r"(python -m )?trlx sweep": (check_sweep, "trains many times; see tests/unit/test_sweep.py"),
     r"python -m trlx compare": (check_compare, "trains two revisions; see tests/unit/test_compare.py"),

@@ -11,7 +11,7 @@ from typing import Any
 from trlx.config import TRLConfig
 from trlx.data.rows import PREFERENCES, check_columns, common_method, sample_list
 from trlx.launch.settings import settings_of
-from trlx.launch.sources import function_of, read_rows
+from trlx.launch.sources import function_of, read_rows, with_prompts
 from trlx.logging import is_main_process
 
 TINY = "tiny"
@@ -42,15 +42,7 @@ class Job:
 
     def words(self) -> list[str]:
         """The command line of this job, without the program."""
-        words = [self.command, *self.settings]
-        for option in fields(self)[2:]:
-            name, value = f"--{option.name.replace('_', '-')}", getattr(self, option.name)
-            if isinstance(value, bool):
-                words += [name] * value
-            else:
-                values = value if isinstance(value, list) else [value] * (value is not None)
-                words += [word for each in values for word in (name, each)]
-        return words
+        return [self.command, *self.settings, *option_words(self, 2)]
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `trlx.train`, checked; nothing is built, and no weights are read.
@@ -121,12 +113,7 @@ class Job:
         return read_rows(source, self.column, lambda: made.rows(method))
 
     def _prompts(self, source: str) -> list[Any]:
-        rows = self._rows(source)
-        if isinstance(rows[0], dict) and "prompt" not in rows[0]:
-            raise ValueError(
-                f"{source} has the columns {', '.join(rows[0])}: write --column prompt=NAME for the prompts"
-            )
-        return rows
+        return with_prompts(self._rows(source), source)
 
     def _offline(self, rows: list[Any], config: TRLConfig, rewarded: bool) -> dict[str, Any]:
         if not rewarded:
@@ -167,10 +154,35 @@ def description(job: Job, arguments: dict[str, Any], processes: int) -> Iterator
         yield f"{'starts':<13} {' '.join(torchrun(job, processes)[1:])}"
 
 
-def torchrun(job: Job, processes: int) -> list[str]:
-    """The command that runs a job in several processes of this machine."""
+def option_words(options: Any, first: int) -> list[str]:
+    """The fields of a dataclass, from number `first` on, as options of a command line; None and False are left out."""
+    words = []
+    for option in fields(options)[first:]:
+        name, value = f"--{option.name.replace('_', '-')}", getattr(options, option.name)
+        if isinstance(value, bool):
+            words += [name] * value
+        else:
+            values = value if isinstance(value, list) else [value] * (value is not None)
+            words += [word for each in values for word in (name, str(each))]
+    return words
+
+
+def torchrun(job: Any, processes: int) -> list[str]:
+    """The command that runs a job, which has `words`, in several processes of this machine."""
     here = ["--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, "-m", "trlx.backends.torchrun", *here, "-m", "trlx", *job.words()]
+
+
+def check_processes(count: int | None) -> None:
+    """Raises ValueError if ``--processes`` is less than 1."""
+    if count is not None and count < 1:
+        raise ValueError(f"--processes must be at least 1, got {count}")
+
+
+def become(command: list[str]) -> None:
+    """Runs a command in place of this process, so that signals reach it and its exit code reaches the shell."""
+    sys.stdout.flush()
+    os.execv(command[0], command)
 
 
 def run(job: Job, processes: int | None = None, dry_run: bool = False) -> int:
@@ -180,17 +192,13 @@ def run(job: Job, processes: int | None = None, dry_run: bool = False) -> int:
         ValueError, TypeError, OSError, ImportError: see `Job.arguments`.
         Others: training failed.
     """
-    if processes is not None and processes < 1:
-        raise ValueError(f"--processes must be at least 1, got {processes}")
+    check_processes(processes)
     arguments = job.arguments()
     if dry_run:
         print(*description(job, arguments, processes or 1), sep="\n")
         return 0
     if (processes or 1) > 1:
-        command = torchrun(job, processes)
-        sys.stdout.flush()
-        # in place of this process, so that signals reach torchrun and its exit code reaches the shell
-        os.execv(command[0], command)
+        become(torchrun(job, processes))
     return _train(arguments)
 
 

@@ -46,6 +46,13 @@ def read_rows(source: str, columns: Sequence[str] = (), made: Callable[[], list[
     return _renamed(rows, columns, source)
 
 
+def with_prompts(rows: list[Any], source: str) -> list[Any]:
+    """`rows`, if they are prompts or have a column of them; else raises ValueError."""
+    if isinstance(rows[0], Mapping) and "prompt" not in rows[0]:
+        raise ValueError(f"{source} has the columns {', '.join(rows[0])}: write --column prompt=NAME for the prompts")
+    return rows
+
+
 def function_of(source: str, option: str) -> Any:
     """The reward function, or metric, that `option` names: ``module:function`` or ``file.py:function`` (a class is
     called without arguments), the address of a server, a folder with a reward model, or "made".

@@ -21,8 +21,8 @@ import trlx
 from trlx.launch.cli import sweep, tools, train, use
 from trlx.tracebacks import TOLD_ONCE, on_purpose
 
-BAD_INPUT, FAILED = 2, 1
-"""Exit codes: what was typed, or a file that it names, is wrong; a run failed."""
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+"""Exit codes: what was typed, or a file that it names, is wrong; a run failed; Ctrl-C."""
 
 LOOKS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = getattr(getattr(error, "ctx", None), "command_path", name)
         message = " ".join(error.format_message().split())
         _end(f"{name}: {message} See {name} --help", BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
     except Exception as error:
         if os.environ.get("TRLX_TRACEBACKS") == "full":
             raise

@@ -14,7 +14,7 @@ commands = typer.Typer()
 class ManyValues(TyperCommand):
     """A command whose options in `LISTS` take several words: ``--seeds 1 2`` is ``--seeds 1 --seeds 2``."""
 
-    LISTS = ("--set", "--seeds")
+    LISTS = ("--set", "--seeds", "--gen")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         option, words = None, []
@@ -48,7 +48,7 @@ def report(
 PLAN = example(
     "trlx plan grpo qwen3-4b lora 8gpu train.batch_size=32",
     "trlx plan megatron_20b --gpus 64",
-    "trlx plan path/to/llama --method sft --tp 2 --gpus 8 --set train.mixed_precision=bf16",
+    "trlx plan path/to/llama --method sft --tp 2 --gpus 8",
 )
 
 

@@ -140,9 +140,9 @@ def check(
 
 
 def _register(name: str) -> None:
-    data = "--prompts prompts.jsonl --reward judges:brief" if name in ONLINE else "--samples samples.jsonl"
+    data = "--prompts mine.jsonl --reward judges:brief" if name in ONLINE else "--samples mine.jsonl"
     first = "trlx train rloo" if name == "train" else f"trlx {name}"
-    lines = (f"{first} --model tiny", f"{first} --model gpt2 {data} train.seed=7")
+    lines = (f"{first} --model tiny", f"{first} --model gpt2 {data}")
     commands.command(name, help=f"{ABOUT[name]}\n\n{DATA}", epilog=example(*lines))(train)
 
 
