@@ -37,8 +37,8 @@ Address = Annotated[
     str | None, typer.Option("--server_address", metavar="HOST:PORT", help="a Ray Client server to run on")
 ]
 SWEEP = example(
-    "trlx sweep examples/ppo_sentiments.py --config configs/sweeps/ppo_sweep.yaml",
-    "trlx sweep ppo --model gpt2 --prompts prompts.jsonl --reward made --config sweep.yaml",
+    "trlx sweep examples/ppo_sentiments.py --config sweep.yaml",
+    "trlx sweep ppo --model tiny --config sweep.yaml",
 )
 
 
