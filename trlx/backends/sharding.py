@@ -151,7 +151,9 @@ class Sharded(Replicated):
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        self.wrapped.set_requires_gradient_sync(False)
+        # gradients that wait are whole, and take more than weights, moments and reference in parts: where blocks are
+        # given up after each pass, each microbatch's gradients are exchanged and divided at once
+        self.wrapped.set_requires_gradient_sync(bool(self.reshards))
         try:
             yield
         finally:

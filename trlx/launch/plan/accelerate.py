@@ -244,9 +244,12 @@ class AccelerateRun:
         again = self.config.train.gradient_checkpointing
         found: Pass = self.rehearsal.update(self.rows, self.length, self.response, again)
         lasting, several = self._lasting["gradients"], self.microbatches > 1
-        # without exchange between microbatches each process adds up whole gradients
-        gradients = self.weights.trained_size * (1 if several else self._share)
+        # DDP and FSDP with blocks that stay whole exchange gradients after the last microbatch, and add up whole ones
+        waits = several and not (self.launch.shards and self.launch.reshards)
+        gradients = self.weights.trained_size * (1 if waits else self._share)
         gathered = self._gathered(whole=not self.launch.reshards)
+        if self.launch.shards and self.half and not waits:
+            gathered += self.weights.block_size  # FSDP exchanges gradients in float32
         parts = {"gradients": lasting + gradients, "activations": found.kept}
         if not several and gradients > found.kept + found.temporary:
             return {"gradients": lasting + gradients, "temporary": gathered}
