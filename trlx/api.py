@@ -13,6 +13,7 @@ from trlx import logging
 from trlx.config import TrainConfig, TRLConfig
 from trlx.data.prompts import Prompt, PromptPipeline
 from trlx.data.rows import as_list, common_method
+from trlx.launch.replay import Replay
 from trlx.presets import load_preset, over_preset
 from trlx.registry import pipelines, trainers
 from trlx.report.reporter import Reporter
@@ -80,6 +81,8 @@ def train(
         warnings.warn("train(dataset=...) is now train(samples=..., rewards=...)", DeprecationWarning, stacklevel=3)
         samples, rewards = dataset
     config = _config(config, model_path, reward_fn, rewards, samples)
+    replay = Replay.asked()
+    config = config if replay is None else replay.config(config)
     trainer_class = checked(config, reward_fn, prompts, samples, rewards, eval_prompts, eval_samples)
     check_callbacks(callbacks or [])
     functions = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences or []}
@@ -87,7 +90,7 @@ def train(
     _watch(trainer, callbacks)
     feed(trainer, prompts, eval_prompts, samples, rewards, eval_samples)
     at_start(trainer)
-    trainer.learn()
+    trainer.learn() if replay is None else replay.learn(trainer)
     return trainer
 
 

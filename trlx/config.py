@@ -203,7 +203,7 @@ class TrainConfig(Section, section="train"):
     """What is done where a run goes wrong: off, warn, skip or stop by the name of a [guard](guards.md), or a dict
     with action and limit: ``{kl: stop, entropy: {action: warn, below: 0.1}}``."""
     record_steps: Any = None
-    """Steps whose tensors leave digests for a [replay](guards.md#replay): a list, or one in so many; null: none."""
+    """Steps whose tensors leave digests for [trlx replay](guards.md#replay): a list, or one in so many; null: none."""
 
     def check(self) -> None:
         counts = ("seq_length", "epochs", "batch_size", "eval_interval", "checkpoint_interval", "keep_checkpoints")

@@ -182,6 +182,8 @@ def skips(parallel) -> None:
     left_out = backend.train_step(batch, LOSSES["PPO"])
     assert left_out["skipped_steps"] == 1.0 and "grad_norm" not in left_out
     assert all(torch.equal(weight.value, before[weight.name]) for weight in backend.weights.weights)
+    gradients = [(weight.shape, gradient.shape) for _, weight, gradient in backend.trained()]
+    assert gradients and all(weight == gradient for weight, gradient in gradients)
     backend.before_update = lambda means: True
     after = backend.train_step(batch, LOSSES["PPO"])
     assert after["skipped_steps"] == 0.0 and after["learning_rate_group_0"] == metrics["learning_rate_group_0"]

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import trlx
 from examples.common import byte_tokenizer
-from trlx.launch import compare, demo, generate, sweep
+from trlx.launch import compare, demo, generate, replay, sweep
 from trlx.launch.cli import main as trlx_command
 from trlx.launch.space import read_space
 from trlx.launch.sweep import Sweep
@@ -248,6 +248,13 @@ def check_demo(program: list[str]) -> None:
     assert started.call_args.args[0] in demo.PRESETS
 
 
+def check_replay(program: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "replay", started := MagicMock(return_value=0))
+        run_trlx(program)
+    assert started.call_args.args[1] > 0
+
+
 def check_compare(program: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "compare", started := MagicMock())
@@ -323,6 +330,7 @@ CHECKED = {
     r"python -m examples\.": (check_example, "model and data of the hub, or minutes"),
     r"trlx (train|ppo|grpo|rft|sft|ilql|dpo|kto|reward) ": (check_train, "minutes; see tests/unit/test_cli_train.py"),
     r"trlx (generate|chat) ": (check_sampling, "a trained model; see tests/unit/test_cli_generate.py"),
+    r"trlx replay": (check_replay, "trains again; see tests/unit/test_replay.py"),
     r"trlx demo": (check_demo, "minutes; .ci/run runs it"),
     r"(python -m )?trlx sweep": (check_sweep, "trains many times; see tests/unit/test_sweep.py"),
     r"python -m trlx compare": (check_compare, "trains two revisions; see tests/unit/test_compare.py"),

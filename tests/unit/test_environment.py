@@ -10,7 +10,7 @@ import trlx
 from trlx.launch.cli import main
 from trlx.report import environment
 
-INTERNAL = {"TRLX_TOLD_ONCE", "TORCHELASTIC_ERROR_FILE"}
+INTERNAL = {"TRLX_TOLD_ONCE", "TRLX_REPLAY", "TORCHELASTIC_ERROR_FILE"}
 """Variables by which one process of trlx tells another."""
 
 
