@@ -81,8 +81,6 @@ def train(
         warnings.warn("train(dataset=...) is now train(samples=..., rewards=...)", DeprecationWarning, stacklevel=3)
         samples, rewards = dataset
     config = _config(config, model_path, reward_fn, rewards, samples)
-    replay = Replay.asked()
-    config = config if replay is None else replay.config(config)
     trainer_class = checked(config, reward_fn, prompts, samples, rewards, eval_prompts, eval_samples)
     check_callbacks(callbacks or [])
     functions = {"reward_fn": reward_fn, "metric_fn": metric_fn, "stop_sequences": stop_sequences or []}
@@ -90,7 +88,7 @@ def train(
     _watch(trainer, callbacks)
     feed(trainer, prompts, eval_prompts, samples, rewards, eval_samples)
     at_start(trainer)
-    trainer.learn() if replay is None else replay.learn(trainer)
+    trainer.learn() if (replay := Replay.asked()) is None else replay.learn(trainer)
     return trainer
 
 
@@ -112,7 +110,8 @@ def _config(config: Any, model_path, reward_fn, rewards, samples=None) -> TRLCon
         config = over_preset(config, offline if reward_fn is None else "ppo")
     elif not isinstance(config, TRLConfig):
         raise TypeError(f"config must be a TRLConfig, a dict, or the name of a preset or file, got {config!r}")
-    return config if model_path is None else config.evolve(model={"model_path": model_path})
+    config = config if model_path is None else config.evolve(model={"model_path": model_path})
+    return config if (replay := Replay.asked()) is None else replay.config(config)
 
 
 def checked(
