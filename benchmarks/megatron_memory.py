@@ -1,4 +1,4 @@
-"""What a process of the Megatron backend holds and sends in one optimizer step, beside what `python -m trlx plan` says.
+"""What a process of the Megatron backend holds and sends in one optimizer step, beside what `trlx plan` says.
 
     torchrun --nproc-per-node 4 -m benchmarks.megatron_memory
 

@@ -1,4 +1,4 @@
-"""What `python -m trlx plan` says a process holds and sends is what it does hold and send."""
+"""What `trlx plan` says a process holds and sends is what it does hold and send."""
 
 from __future__ import annotations
 

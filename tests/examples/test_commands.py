@@ -38,7 +38,8 @@ PAGES += [ROOT / "examples" / "README.md", ROOT / "examples" / "slurm" / "README
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")
 INLINE = re.compile(
-    r"python -m [a-z].*|pytest.*|pip install.*|conda .*|sbatch .*sbatch .*|(torchrun|accelerate) .*\.py|tests/.*sh"
+    r"python -m [a-z].*|trlx (plan|report) .*|pytest.*|pip install.*|conda .*|sbatch .*sbatch .*|"
+    r"(torchrun|accelerate) .*\.py|tests/.*sh"
 )
 """What is a whole command where it stands in a sentence or a table; others are parts of one."""
 PLACEHOLDERS = {"<folder>": "ckpts", "YOUR.MODULE": "examples.ppo_sentiments", "trlx[...]": "trlx[peft]"}
@@ -321,7 +322,7 @@ def check_linter(program: list[str]) -> None:
 
 
 RUN = {
-    r"(python -m )?trlx (plan|check|convert|report|env|config show|ppo --model tiny|.* --dry-run)": run_trlx,
+    r"trlx (plan|check|convert|report|env|config show|ppo --model tiny|.* --dry-run)": run_trlx,
     r"python -m trlx$": run_trlx,
     r"python -m examples\.\S+ --model tiny": run_example,
 }
@@ -332,8 +333,8 @@ CHECKED = {
     r"trlx (generate|chat) ": (check_sampling, "a trained model; see tests/unit/test_cli_generate.py"),
     r"trlx replay": (check_replay, "trains again; see tests/unit/test_replay.py"),
     r"trlx demo": (check_demo, "minutes; .ci/run runs it"),
-    r"(python -m )?trlx sweep": (check_sweep, "trains many times; see tests/unit/test_sweep.py"),
-    r"python -m trlx compare": (check_compare, "trains two revisions; see tests/unit/test_compare.py"),
+    r"trlx sweep": (check_sweep, "trains many times; see tests/unit/test_sweep.py"),
+    r"trlx compare": (check_compare, "trains two revisions; see tests/unit/test_compare.py"),
     r"python -m trlx\.": (check_old_name, "see the two above"),
     r"python -m (benchmarks|docs)\.": (check_help, "minutes of measuring on a quiet machine, or of training"),
     r"torchrun": (check_torchrun, "several processes; see tests/examples/test_nemo_examples.py and tests/distributed"),

@@ -103,7 +103,7 @@ def test_keys_and_values_take_what_the_plan_says(tmp_path):
 @pytest.mark.parametrize("number", [1, 2])
 def test_the_scaling_page_shows_what_the_command_prints(tmp_path, monkeypatch, capsys, number):
     page = (ROOT / "docs" / "scaling.md").read_text()
-    example = page.split("<!-- printed -->\n```\n$ python -m trlx ")[number].partition("\n```")[0]
+    example = page.split("<!-- printed -->\n```\n$ trlx ")[number].partition("\n```")[0]
     typed, *shown = example.replace("\\\n", "").splitlines()
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
     more = {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True}

@@ -1,4 +1,4 @@
-"""`python -m trlx convert`: models between Hugging Face folders and `.nemo` archives."""
+"""`trlx convert`: models between Hugging Face folders and `.nemo` archives."""
 
 import subprocess
 import sys

@@ -1,1 +1,1 @@
-"""The command line: ``python -m trlx`` and one file or package for each command."""
+"""The command line: ``trlx`` and one file or package for each command."""

@@ -1,4 +1,4 @@
-"""``python -m trlx compare``: the metrics of the same scripts at two revisions of a git repository."""
+"""``trlx compare``: the metrics of the same scripts at two revisions of a git repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m trlx convert``: a Hugging Face folder to a `.nemo` archive, or back, or one archive to another."""
+"""``trlx convert``: a Hugging Face folder to a `.nemo` archive, or back, or one archive to another."""
 
 from __future__ import annotations
 
