@@ -42,10 +42,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 class FewProcesses(LoadScopeScheduling):
     """Tests that start processes run one after the other: those of Megatron in one worker, the others in the other
-    worker, which then goes on with the rest."""
+    worker, which then goes on with the rest. Those that share a cluster of SLURM run in one worker."""
 
     def _split_scope(self, nodeid):
-        groups = ("tests/distributed/test_megatron", "tests/distributed/")
+        groups = ("tests/distributed/test_megatron", "tests/distributed/", "tests/slurm/")
         return next((group for group in groups if nodeid.startswith(group)), nodeid)
 
 

@@ -137,7 +137,7 @@ def test_the_wheel_holds_every_module_and_every_preset(source, tmp_path):
     (wheel,) = tmp_path.glob("trlx-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     presets = {f"trlx/{shown(path)}" for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".yml")}
-    parts = {shown(path) for path in (ROOT / "trlx" / "report" / "parts").iterdir()}
+    parts = {shown(path) for path in (ROOT / "trlx" / "report" / "parts").iterdir()} | {"trlx/launch/slurm/run.sh"}
     assert names == presets | parts | {shown(path) for path in sources("trlx")}
     assert trlx.__version__ in wheel.name
 

@@ -16,6 +16,7 @@ import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.run import main
 
 from trlx.tracebacks import TOLD_ONCE
@@ -45,3 +46,8 @@ if __name__ == "__main__":
     except ChildFailedError as error:
         print(message(error), file=sys.stderr)
         sys.exit(exit_code(error))
+    except (
+        RendezvousConnectionError
+    ):  # it asks the first node in turns with its own processes, which end at the same time
+        print("torchrun has ended on the first node, which says why", file=sys.stderr)
+        sys.exit(1)

@@ -150,8 +150,6 @@ def description(job: Job, arguments: dict[str, Any], processes: int) -> Iterator
             yield f"{name:<13} {getattr(job, name)}"
     yield f"{'training':<13} {rows} rows a step, {steps}, evaluated every {train.eval_interval}"
     yield f"{'writes to':<13} {train.checkpoint_dir}"
-    if processes > 1:
-        yield f"{'starts':<13} {' '.join(torchrun(job, processes)[1:])}"
 
 
 def option_words(options: Any, first: int) -> list[str]:
@@ -194,11 +192,14 @@ def run(job: Job, processes: int | None = None, dry_run: bool = False) -> int:
     """
     check_processes(processes)
     arguments = job.arguments()
+    command = torchrun(job, processes) if (processes or 1) > 1 else None
     if dry_run:
         print(*description(job, arguments, processes or 1), sep="\n")
+        if command:
+            print(f"{'starts':<13} {' '.join(command[1:])}")
         return 0
-    if (processes or 1) > 1:
-        become(torchrun(job, processes))
+    if command:
+        become(command)
     return _train(arguments)
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import trlx
-from trlx.launch.cli import replay, sweep, tools, train, use
+from trlx.launch.cli import cluster, replay, sweep, tools, train, use
 from trlx.tracebacks import TOLD_ONCE, on_purpose
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -30,6 +30,7 @@ app = typer.Typer(rich_markup_mode=None, context_settings=LOOKS)
 app.add_typer(train.commands)
 app.add_typer(use.commands)
 app.add_typer(replay.commands)
+app.add_typer(cluster.commands)
 app.add_typer(tools.commands)
 app.add_typer(sweep.commands)
 

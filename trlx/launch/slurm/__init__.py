@@ -1,0 +1,1 @@
+"""``trlx submit``: a training run as a job of SLURM."""
