@@ -78,7 +78,11 @@ setup(
     # the presets live at the top level of the repository and inside the package once installed
     packages=PACKAGES if EDITABLE else [*PACKAGES, "trlx.configs"],
     package_dir={"": "."} if EDITABLE else {"trlx.configs": "configs"},
-    package_data={"trlx.configs": ["**/*.yaml", "**/*.yml"], "trlx.launch": ["slurm/run.sh"], "trlx.report": ["parts/*"]},
+    package_data={
+        "trlx.configs": ["**/*.yaml", "**/*.yml"],
+        "trlx.launch": ["slurm/run.sh"],
+        "trlx.report": ["parts/*"],
+    },
     entry_points={"console_scripts": ["trlx=trlx.launch.cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -215,17 +215,6 @@ def check_sbatch(program: list[str]) -> None:
     check_module(module, arguments)
 
 
-def check_srun(program: list[str]) -> None:
-    script = program[-1]
-    assert program[-3:-1] == ["bash", "-c"]
-    for each in itertools.chain.from_iterable(map(programs, logical_lines(script))):
-        try_out(each)
-
-
-def check_source(program: list[str]) -> None:
-    assert Path(program[1]).is_file(), program[1]
-
-
 def check_sweep(program: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "run", started := MagicMock(return_value=0))
@@ -339,9 +328,7 @@ CHECKED = {
     r"python -m (benchmarks|docs)\.": (check_help, "minutes of measuring on a quiet machine, or of training"),
     r"torchrun": (check_torchrun, "several processes; see tests/examples/test_nemo_examples.py and tests/distributed"),
     r"accelerate launch": (check_accelerate, "several processes or GPUs; see tests/distributed/test_fsdp.py"),
-    r"sbatch": (check_sbatch, "a cluster; see tests/examples/test_slurm.py"),
-    r"srun": (check_srun, "a cluster"),
-    r"source": (check_source, "a cluster; see tests/examples/test_slurm.py"),
+    r"sbatch": (check_sbatch, "a cluster; see tests/slurm"),
     r"pip install": (check_pip, "a package index; .ci/run runs those of the README"),
     r"conda": (check_conda, "conda and a package index"),
     r"python3 -m venv": (lambda program: None, "python's own; .ci/run runs it"),

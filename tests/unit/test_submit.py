@@ -126,7 +126,10 @@ def test_an_array_has_a_job_for_each_trial_of_a_sweep(folder, submitted, capsys)
             [*TINY, "--dry-run", "train.resume_from_checkpoint=there"],
             "train.resume_from_checkpoint is there, but a job goes on from the newest checkpoint of its own folder",
         ),
-        ([*TINY, "--dry-run", "--array", "asha.yaml"], "asha.yaml has search_alg random and scheduler asha, which choose by results"),
+        (
+            [*TINY, "--dry-run", "--array", "asha.yaml"],
+            "asha.yaml has search_alg random and scheduler asha, which choose",
+        ),
         ([*TINY, "--dry-run", "--array", "timed.yaml"], "timed.yaml has time_budget_s, which trials that are jobs"),
         ([*TINY, "--dry-run", "--array", "wrong.yaml"], "Unknown key 'method.gama'. Did you mean 'gamma'?"),
     ],
@@ -142,10 +145,13 @@ def test_a_wrong_command_line_is_refused_before_anything_is_submitted(typed, sai
 
 
 def test_a_folder_with_a_checkpoint_is_gone_on_with_only_if_that_is_asked_for(folder, capsys, monkeypatch):
-    monkeypatch.setattr(submitting.checkpoint, "newest", lambda run: run / "checkpoint_4")
-    code, printed = failure(capsys, "submit", *TINY, "--dry-run")
-    assert code == 2 and f"There is a checkpoint {folder}/my run/checkpoint_4: add --resume" in printed
-    assert main(["submit", *TINY, "--dry-run", "--resume"]) == 0
+    monkeypatch.setattr(
+        submitting.checkpoint, "newest", lambda run: run / "checkpoint_4" if run.name == "trial_001" else None
+    )
+    typed = ["submit", *TINY, "--array", "sweep.yaml", "--dry-run"]
+    code, printed = failure(capsys, *typed)
+    assert code == 2 and f"There is a checkpoint {folder}/my run/trial_001/checkpoint_4: add --resume" in printed
+    assert main([*typed, "--resume"]) == 0
 
 
 @pytest.mark.parametrize(

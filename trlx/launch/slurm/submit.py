@@ -40,18 +40,18 @@ def submit(job: Job, request: Request, sweep: Path | None = None, dry_run: bool 
     words, arguments = job.words(), job.arguments()
     train = arguments["config"].train
     folder = Path(train.checkpoint_dir).absolute()
-    _check_resume(folder, train.resume_from_checkpoint)
     drawn = []
     if sweep is not None:
         drawn, array = _array(sweep)
         replace(job, settings=[*job.settings, *drawn[0]]).arguments()
         request = replace(request, sbatch=[*request.sbatch, array])
+    written = {folder / f"trial_{number:03d}": settings for number, settings in enumerate(drawn)}
+    _check_resume([folder, *written], train.resume_from_checkpoint)
     text = script(words, folder, request, bool(drawn))
     if dry_run:
         print(*description(job, arguments, request.nodes * request.processes), "", text, sep="\n")
         return 0
-    for number, settings in enumerate(drawn):
-        trial = folder / f"trial_{number:03d}"
+    for trial, settings in written.items():
         trial.mkdir(parents=True, exist_ok=True)
         (trial / SETTINGS).write_text("".join(f"{line}\n" for line in settings), encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,13 +72,14 @@ def submit(job: Job, request: Request, sweep: Path | None = None, dry_run: bool 
     return 0
 
 
-def _check_resume(folder: Path, source: str | None) -> None:
+def _check_resume(folders: Sequence[Path], source: str | None) -> None:
     if source not in (None, "auto"):
         raise ValueError(
             f"train.resume_from_checkpoint is {source}, but a job goes on from the newest checkpoint of its own "
             "folder: leave the setting out"
         )
-    if source is None and (newest := checkpoint.newest(folder)) is not None:
+    newest = next(filter(None, map(checkpoint.newest, folders)), None)
+    if source is None and newest is not None:
         raise ValueError(f"There is a checkpoint {newest}: add --resume to go on from it, or name another --out")
 
 
