@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 EXAMPLES = example(
-    "trlx submit ppo --model gpt2 --prompts p.jsonl --reward judges:brief --time 8:00:00",
-    "trlx submit megatron_20b mine.yaml --samples s.jsonl --nodes 4 --gpus-per-node 8 --dry-run",
+    "trlx submit ppo --model gpt2 --prompts p.jsonl --reward made --time 8:00:00",
+    "trlx submit sft mine.yaml --samples s.jsonl --nodes 4 --gpus-per-node 8",
 )
 
 
@@ -27,26 +27,26 @@ def submit(
         list[str] | None, typer.Argument(metavar="WORDS", help="presets, files, settings and options of trlx train")
     ] = None,
     nodes: Annotated[int, typer.Option(metavar="N")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(metavar="N", help="each gets a process; 0: one process, on CPUs")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(metavar="N", help="each has a process; 0: one, on CPUs")] = 1,
     cpus: Annotated[int, typer.Option(metavar="N", help="cores of each process")] = 8,
     time: Annotated[str | None, typer.Option(metavar="[D-]H:M:S", help="limit of each start")] = None,
     partition: Annotated[str | None, typer.Option(metavar="NAME", help="  [default: SLURM's]")] = None,
     sbatch: Annotated[
         list[str] | None, typer.Option(metavar="OPTION=VALUE", help="another option of sbatch; repeat")
     ] = None,
-    save_before: Annotated[int, typer.Option(metavar="SECONDS", help="asked to save so long before the limit")] = 300,
+    save_before: Annotated[int, typer.Option(metavar="SECONDS", help="saves so long before the limit")] = 300,
     requeues: Annotated[int, typer.Option(metavar="N", help="starts again at most so often")] = 100,
     container: Annotated[
-        str | None, typer.Option(metavar="IMAGE", help="pyxis:IMAGE, apptainer:IMAGE, docker://IMAGE or FILE.sif")
+        str | None, typer.Option(metavar="IMAGE", help="for pyxis, or apptainer:IMAGE or FILE.sif")
     ] = None,
     conda: Annotated[str | None, typer.Option(metavar="ENV", help="a conda environment")] = None,
     venv: Annotated[str | None, typer.Option(metavar="FOLDER", help="  [default: the active environment]")] = None,
     array: Annotated[Path | None, typer.Option(metavar="SWEEP.yaml", help="a job for each trial of a sweep")] = None,
-    follow: Annotated[bool, typer.Option(help="print the log until the job ends; Ctrl-C leaves it running")] = True,
+    follow: Annotated[bool, typer.Option(help="print the log until it ends")] = True,
     follow_job: Annotated[str | None, typer.Option(metavar="JOB", help="follow this job, and submit none")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, and print the batch script")] = False,
 ) -> int:
-    """Trains as trlx train does, in a job of SLURM that saves before its time is over, is requeued and goes on."""
+    """trlx train in a job of SLURM that saves before its limit and goes on by itself."""
     if follow_job is not None:
         from trlx.launch.slurm.follow import follow as run
 
