@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from html import escape
 from pathlib import Path
@@ -68,17 +68,12 @@ def page(records: list[Record], title: str) -> str:
         *(_settings(record, len(records)) for record in records),
         _script(records, title),
     ]
-    return html(title, sections, _part("uPlot.min.css") + _part("page.css"))
+    style = _part("uPlot.min.css") + _part("page.css")
+    return _FRAME.format(title=escape(title), style=style, body="\n".join(filter(None, sections)))
 
 
-def html(title: str, parts: Iterable[str], style: str | None = None) -> str:
-    """A page of the parts that are not empty. The page needs no other file."""
-    style = _part("page.css") if style is None else style
-    return _FRAME.format(title=escape(title), style=style, body="\n".join(filter(None, parts)))
-
-
-def table(columns: list[str], rows: list[list[Any]]) -> str:
-    """A table for `html`; numbers get four digits, and None an empty cell."""
+def _table(columns: list[str], rows: list[list[Any]]) -> str:
+    """A table; numbers get four digits, and None an empty cell."""
     head = "".join(f"<th>{escape(str(column))}</th>" for column in columns)
     body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
@@ -117,9 +112,9 @@ def _overview(records: list[Record]) -> str:
         "alarms": [len(record.alarms) for record in records],
     }
     columns = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
-    shown = f'<section id="runs">{table(list(columns), list(zip(*columns.values(), strict=True)))}</section>'
+    shown = f'<section id="runs">{_table(list(columns), list(zip(*columns.values(), strict=True)))}</section>'
     if aside:
-        compared = table(["", *columns["run"]], [[name, *cells] for name, cells in aside.items()])
+        compared = _table(["", *columns["run"]], [[name, *cells] for name, cells in aside.items()])
         shown += f'<section id="differences"><h2>Settings that differ</h2>{compared}</section>'
     return shown
 
@@ -141,7 +136,7 @@ def _headline(record: Record) -> str:
     for name in _measured([record]):
         values = [value for _, value in record.metrics[name]]
         rows.append([name, values[0], min(values), max(values), values[-1]])
-    return table(["metric", "first", "lowest", "highest", "last"], rows) if rows else ""
+    return _table(["metric", "first", "lowest", "highest", "last"], rows) if rows else ""
 
 
 def _measured(records: list[Record]) -> list[str]:
@@ -172,7 +167,7 @@ def _alarms(records: list[Record]) -> str:
         rows = [[step, when, times, message] for step, when, _, times, message in rows]
     columns = ["step", "time", *(["run"] if len(records) > 1 else []), "times", "message"]
     more = f" <small>the first {MOST_ALARMS} of {len(rows)}</small>" if len(rows) > MOST_ALARMS else ""
-    return f'<section id="alarms"><h2>Alarms{more}</h2>{table(columns, rows[:MOST_ALARMS])}</section>'
+    return f'<section id="alarms"><h2>Alarms{more}</h2>{_table(columns, rows[:MOST_ALARMS])}</section>'
 
 
 def _environment(records: list[Record]) -> str:
@@ -184,7 +179,7 @@ def _environment(records: list[Record]) -> str:
         shown = [f"{value} ({runs} of {len(told)})" for value, runs in values.most_common(MOST_COLUMNS)]
         rows.append([name, *values] if values.total() == len(told) and len(values) == 1 else [name, "\n".join(shown)])
     title = "last start" if len(records) == 1 else "last starts"
-    return f'<section id="environment"><h2>Environment</h2>{table([title, ""], rows)}</section>' if rows else ""
+    return f'<section id="environment"><h2>Environment</h2>{_table([title, ""], rows)}</section>' if rows else ""
 
 
 def _settings(record: Record, runs: int) -> str:

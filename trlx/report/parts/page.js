@@ -436,7 +436,7 @@
     };
     const made = () => new uPlot({
       width: Math.max(Math.floor(place.clientWidth), 200), height: 220, legend: { show: false },
-      scales: { x: { time: false, range: (_, low, high) => [low, high === steps[last] ? ends[last] : high] } },
+      scales: { x: { time: false, range: (_, low, high) => (last ? [low, high === steps[last] ? ends[last] : high] : [steps[0], ends[0]]) } },
       cursor: { drag: { x: true, y: false }, points: { show: false } },
       series: [{}, ...[0, 1].map(() => ({ paths: () => null, points: { show: false } }))],
       axes: axes(""),
