@@ -172,6 +172,7 @@ def test_of_many_evaluations_the_page_holds_twenty_and_of_long_texts_the_beginni
     assert len(samples) == 20 and (samples[0]["step"], samples[-1]["step"]) == (0, 49)
     assert {len(each["rows"]) for each in samples} == {40}
     assert samples[0]["rows"][0] == ["p" * 2000 + "…", 0]
+    assert [len(each["rows"]) for each in Record.of(tmp_path, "run", runs=10).samples] == [4, 4]
 
 
 def test_a_run_that_only_has_a_loss_has_nothing_empty(tmp_path):
@@ -195,6 +196,9 @@ def test_several_runs_share_a_page_that_tells_which_settings_differ(run, other, 
         ["other", "2", "", "", "8", "", "", "", "", "0"],
     ]
     assert environment[0] == ["last starts", ""]
+    (other / "config.json").write_text(json.dumps({"method": {str(number): number for number in range(9)}}))
+    overview, differences, *_ = Page(write_page([run, other]).read_text()).tables
+    assert overview[0][1] == "reward/mean" and differences[:2] == [["", "run", "other"], ["train.seed", "1", ""]]
 
 
 def test_runs_in_folders_of_one_name_are_told_apart_by_the_folders_above(run, tmp_path):
