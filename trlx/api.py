@@ -22,6 +22,7 @@ from trlx.run.callbacks import Callback, check_callbacks
 from trlx.run.checks import at_start
 from trlx.run.failures import for_users
 from trlx.run.folder import check_folders
+from trlx.run.hub import check_login
 from trlx.strict import called_here, check_keywords, suggestion
 from trlx.tracking import check_installed
 from trlx.trainer.base import OURS, Trainer
@@ -122,6 +123,7 @@ def checked(
     _check_evaluations(found, eval_prompts, eval_samples)
     check_folders(config.train)
     check_installed(config.train.tracker)
+    check_login(config.train)
     return found
 
 

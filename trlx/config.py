@@ -168,6 +168,11 @@ class TrainConfig(Section, section="train"):
     logging_dir: str | None = None
     """Folder of metrics.jsonl and samples; null: checkpoint_dir."""
     tags: list[str] | None = field(default_factory=list)
+    push_to_hub: str | None = None
+    """A repository of the Hugging Face hub, such as me/model, that gets the best model at the end, [with a
+    card](hub.md)."""
+    hub_private: bool | None = None
+    """Whether that repository is private, if it is new; null: as the hub's settings say."""
     sampler: Any = "auto"
     """What draws rollouts: auto (the model that trains), generate (the same, through transformers' ``generate``), the
     name of a registered sampler, or a dict: ``engine`` (that name) and arguments, e.g. ``places`` of auto."""

@@ -98,15 +98,19 @@ def test_interleaved_stages_take_any_number_of_microbatches(tmp_path, algorithm)
 
 
 def sft_then_ppo(folder, first: str, second: str, **options) -> None:
-    """Trains on one backend, exports, and goes on with the other."""
-    import trlx
+    """Trains on one backend, exports to a hub, and goes on with the other."""
+    import huggingface_hub
 
+    import trlx
+    from tests.unit.test_hub import Hub
+
+    huggingface_hub.HfApi, Hub.root = Hub, folder
     layout = {"Accelerate": {}, "NeMo": options}
-    config = tiny_config(
-        folder / "sft", "SFT", train={"trainer": f"{first}SFTTrainer", "trainer_kwargs": layout[first]}
-    )
-    trlx.train(config=config, **DATA["SFT"]).save_pretrained(folder / "exported")
-    model = {"model_path": str(folder / "exported")}
+    train = {"trainer": f"{first}SFTTrainer", "trainer_kwargs": layout[first], "tracker": ["tensorboard"]}
+    trainer = trlx.train(config=tiny_config(folder / "sft", "SFT", train=train), **DATA["SFT"])
+    assert trainer.push_to_hub("me/exported").endswith("/me/exported")
+    assert [call[0] for call in Hub.calls] == (["create", "upload"] if trainer.backend.is_main else [])
+    model = {"model_path": str(folder / "me" / "exported")}
     train = {"trainer": f"{second}PPOTrainer", "trainer_kwargs": layout[second], "total_steps": 2}
     trlx.train(config=tiny_config(folder / "ppo", "PPO", model=model, train=train), **DATA["PPO"])
 
@@ -116,7 +120,8 @@ def test_training_goes_on_with_the_other_backend(tmp_path, first, second):
     together(2, sft_then_ppo, tmp_path, first, second, tensor_model_parallel_size=2)
     step = next(line for line in metrics(tmp_path / "ppo") if "policy/kl" in line)
     assert step["policy/kl"] == 0.0 and step["policy/ratio_deviation/max"] < 1e-5
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
+    assert len(list((tmp_path / "sft" / "tensorboard").iterdir())) == 1
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "me" / "exported").state_dict()
     trained = AutoModelForCausalLM.from_pretrained(newest(tmp_path / "ppo") / "hf_model").state_dict()
     assert exported.keys() == trained.keys()
     assert 0 < max(float((exported[name] - trained[name]).abs().max()) for name in exported) < 0.1

@@ -40,6 +40,8 @@ _NAMES = {
     "train.save_best": "load_best_model_at_end",
     "train.sampler": "use_vllm vllm_mode",
     "train.tracker": "report_to log_with use_wandb use_tensorboard",
+    "train.push_to_hub": "hub_model_id",
+    "train.hub_private": "hub_private_repo",
     "train.run_name": "experiment_name wandb_run_name",
     "train.project_name": "wandb_project tracker_project_name",
     "train.group_name": "wandb_group",

@@ -13,7 +13,7 @@ EXACT = {
         train.checkpoint_dir train.resume_from_checkpoint train.tracker train.logging_dir train.project_name
         train.run_name train.entity_name train.group_name train.tags train.rollout_logging_dir train.save_best
         train.save_optimizer train.reward_timeout train.gradient_checkpointing train.offload_optimizer
-        train.async_save train.record_steps model.model_path""".split()
+        train.async_save train.record_steps train.push_to_hub train.hub_private model.model_path""".split()
 }
 """Settings that change no number. (`identity` has the model's weights and the learning-rate schedule.)"""
 

@@ -10,15 +10,17 @@ from typing import Any
 
 
 def default_run_name(model_path: Any, num_processes: int) -> str:
-    """``script/model/Ngpus:branch``; the branch is left out where there is none.
-
-    `model_path` is a path or hub name, or the dict of a model's configuration.
-    """
-    if isinstance(model_path, Mapping):
-        model_path = model_path.get("_name_or_path") or model_path.get("model_type") or "model"
+    """``script/model/Ngpus:branch``; the branch is left out where there is none. `model_path` as in `model_name`."""
     gpus = f"{num_processes}gpu{'s' if num_processes > 1 else ''}"
     branch = git("branch", "--show-current")
-    return f"{Path(sys.argv[0]).stem or 'python'}/{Path(model_path).name}/{gpus}" + (f":{branch}" if branch else "")
+    return f"{Path(sys.argv[0]).stem or 'python'}/{model_name(model_path)}/{gpus}" + (f":{branch}" if branch else "")
+
+
+def model_name(model_path: Any) -> str:
+    """What a model is called, from a path, a hub name, or the dict of a model's configuration."""
+    if isinstance(model_path, Mapping):
+        model_path = model_path.get("_name_or_path") or model_path.get("model_type") or "model"
+    return Path(model_path).name
 
 
 def git(*arguments: str) -> str:

@@ -33,6 +33,7 @@ from trlx.run.changes import changes, identity, keeps_averages
 from trlx.run.display import Display
 from trlx.run.failures import rescuing
 from trlx.run.guards import Guards
+from trlx.run.hub import OnHub
 from trlx.run.interrupts import Interrupts, leave_if_asked
 from trlx.run.saving import Saver
 from trlx.sampling.base import drawn, sampler_for
@@ -50,7 +51,7 @@ OURS = ("config", "reward_fn", "metric_fn", "stop_sequences")
 """Arguments that `trlx.train` passes to a trainer; all others come from ``train.trainer_kwargs``."""
 
 
-class Trainer(OldNames, ABC):
+class Trainer(OldNames, OnHub, ABC):
     """Trains a model on a backend. A method is a subclass that defines `needs`, `loss`, and its data."""
 
     backend_class: ClassVar[type[Backend]]
@@ -78,8 +79,7 @@ class Trainer(OldNames, ABC):
         source = self.backend_class.source(config.model, config.train)
         self.tokenizer = tokenizer_for(source, config.tokenizer, config.model.model_extra_configs)
         self.stopper = Stopper(self.tokenizer, stop_sequences) if stop_sequences else None
-        variants = sweep_variants(config.method.gen_kwargs)
-        self.eval_variants = [(name, self.sampling(kwargs)) for name, kwargs in variants]
+        self.eval_variants = [(name, self.sampling(each)) for name, each in sweep_variants(config.method.gen_kwargs)]
         self.model_needs = replace(self.needs(self.method), temperature=self.logprob_temperature)
         self.backend = self.backend_class(
             model=config.model,
@@ -105,8 +105,7 @@ class Trainer(OldNames, ABC):
         self.tracker: Tracker | None = None
         self.watchers: list[type[Sink]] = []  # see `Tracker`
         self.display = Display(self.backend.is_main)
-        self.run_folder: Path | None = None
-        """The folder of the run that this trainer continues; None: it starts a run."""
+        self.run_folder: Path | None = None  # of the run that this trainer continues; None: it starts a run
         self.callbacks = Callbacks(self)
         self.pending: dict[str, float] = {}  # collect() measured these; the next step logs them
         self.saved: tuple[Path, int] | None = None  # the last checkpoint to resume from, and its step
@@ -232,6 +231,7 @@ class Trainer(OldNames, ABC):
             stack.enter_context(Interrupts())
             where, state = (self.backend.data_size, self.backend.is_main), self.tracker_state if resumed else None
             self.tracker = stack.enter_context(Tracker.of(self.config, *where, state, self.watchers))
+            stack.enter_context(self.publishing(resumed))
             stack.enter_context(rescuing(self))
             stack.enter_context(self.display)
             self.display.begin(self)
