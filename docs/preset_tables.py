@@ -7,54 +7,74 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trlx.config import TRLConfig
+from trlx.launch.plan.accelerate import AccelerateRun, Launch
 from trlx.launch.plan.layouts import fullest
 from trlx.launch.plan.memory import cache, memory
+from trlx.launch.plan.phases import peak
+from trlx.launch.plan.rehearsal import Rehearsal
 from trlx.launch.plan.run import TRAINERS, read_run
 from trlx.launch.plan.tables import GIB
 from trlx.method_configs import MethodConfig, get_method
 from trlx.model_presets import Layout, layouts, shape_of, tables
-from trlx.models.decoder import blocks
 from trlx.presets import load_preset
 
 PAGE = Path(__file__).parent / "presets.md"
 MARK = "<!-- Below this line everything is written by docs/preset_tables.py. -->\n"
 TRAINS = {"full": "all weights", "lora": "`lora`", "megatron": "all weights, `megatron`"}
-HALF, FLOAT = 2, 4
-"""Bytes of a bfloat16 and of a float32."""
+Size = Callable[[str, str, int], float]
 
 
-def page() -> str:
+def page(size: Size | None = None) -> str:
     """The page as it should be: what is written by hand above the mark, the table below."""
     by_hand, mark, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
-    return by_hand + mark + "".join(rows())
+    return by_hand + mark + "".join(rows(size or planned_size))
 
 
-def rows() -> Iterator[str]:
-    """The table: one row for each model and way to train it."""
+def rows(size: Size) -> Iterator[str]:
+    """The table: one row for each model and way to train it. `size` gives the GiB of a layout."""
     scales = list(tables()["rows"])
     columns = ["model", "parameters", "trains", "fits on", *(f"`{gpus}gpu`" for gpus in scales)]
     yield f"\n{_row(columns)}{_row(['---'] * len(columns))}"
     for model in tables()["models"]:
         billions = f"{on_paper(model).num_parameters() / 1e9:.3f} billion"
         for kind, found in layouts(model).items():
-            cells = [_cell(model, kind, found[gpus]) if gpus in found else "" for gpus in scales]
+            cells = [_cell(found[gpus], size(model, kind, gpus)) if gpus in found else "" for gpus in scales]
             fewest = f"{min(found)} GPU{'s' if min(found) > 1 else ''}"
             yield _row([f"`{model}`", billions, TRAINS[kind], fewest, *cells])
 
 
+def written_sizes() -> dict[tuple[str, str, int], float]:
+    """The GiB that the page shows, by model, way to train it and number of GPUs."""
+    kinds, found = {trains: kind for kind, trains in TRAINS.items()}, {}
+    for line in PAGE.read_text(encoding="utf-8").partition(MARK)[2].splitlines()[3:]:
+        model, _, trains, _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        shown = zip(tables()["rows"], cells, strict=True)
+        found |= {(model.strip("`"), kinds[trains], gpus): float(c.split(": ")[1]) for gpus, c in shown if c}
+    return found
+
+
 @functools.cache
-def size(model: str, kind: str, gpus: int) -> float:
-    """GiB of a layout on its fullest GPU; `kind` as in `layouts`."""
+def planned_size(model: str, kind: str, gpus: int) -> float:
+    """GiB of a layout on its fullest GPU, as ``trlx plan`` says; `kind` as in `layouts`. On Accelerate, for PPO."""
     config = load_preset("ppo", model, *([] if kind == "full" else [kind]), f"{gpus}gpu")
-    held = planned(config, model) if kind == "megatron" else summed(config, on_paper(model), layouts(model)[kind][gpus])
-    return held / GIB
+    config = config.evolve(model={"model_path": shape_of(model)})
+    if kind == "megatron":
+        return of_methods(config) / GIB
+    launch = Launch.read(layouts(model)[kind][gpus].accelerate, gpus)
+    return peak(AccelerateRun(config, launch, 80 * GIB, _rehearsals(model, kind)).phases()).total / GIB
+
+
+@functools.cache
+def _rehearsals(model: str, kind: str) -> dict[str, Rehearsal]:
+    """Shared by the layouts of a model."""
+    return {}
 
 
 @functools.cache
@@ -64,9 +84,8 @@ def on_paper(model: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(shape_of(model))
 
 
-def planned(config: TRLConfig, model: str) -> float:
-    """What ``trlx plan`` says of the NeMo trainers: bytes of the method that needs most, to update or to generate."""
-    config = config.evolve(model={"model_path": shape_of(model)})
+def of_methods(config: TRLConfig) -> float:
+    """Bytes of the NeMo trainer of the method that needs most, to update or to generate."""
     runs = [read_run(dataclasses.replace(config, method=method)) for method in methods(config.train.seq_length // 2)]
     chunk, updating = config.method.chunk_size, [fullest(run).total for run in runs]
     stages = [(run, stage) for run in runs for stage in run.stages]
@@ -83,32 +102,8 @@ def methods(new_tokens: int) -> list[MethodConfig]:
     return found
 
 
-def summed(config: TRLConfig, empty: PreTrainedModel, layout: Layout) -> float:
-    """Bytes that last on a process of Accelerate's, and keys and values of a chunk of rollouts; no activations.
-
-    All weights: float32 weights, gradients, Adam's two moments and the reference, in parts under FSDP2, and a copy of
-    all weights in bfloat16 while a pass runs. LoRA: the model in bfloat16, the adapter like weights that train.
-    """
-    weights, shape = empty.num_parameters(), empty.config
-    if config.model.peft_config:
-        held = HALF * weights + 4 * FLOAT * adapter_weights(empty, config.model.peft_config["r"])
-    else:
-        held = 5 * FLOAT * weights / (layout.gpus if layout.accelerate == "fsdp2" else 1) + HALF * weights
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    tokens = config.method.chunk_size * config.train.seq_length
-    return held + tokens * shape.num_hidden_layers * 2 * heads * width * HALF
-
-
-def adapter_weights(empty: PreTrainedModel, rank: int) -> int:
-    """Weights of LoRA on all matrices of the blocks: two beside each, [in, rank] and [rank, out]."""
-    matrices = [weight for weight in blocks(empty).parameters() if weight.ndim == 2]
-    return rank * sum(sum(weight.shape) for weight in matrices)
-
-
-def _cell(model: str, kind: str, layout: Layout) -> str:
-    division = layout.accelerate or f"{layout.tensor} x {layout.pipeline}"
-    return f"{division}: {size(model, kind, layout.gpus):.0f}"
+def _cell(layout: Layout, size: float) -> str:
+    return f"{layout.accelerate or f'{layout.tensor} x {layout.pipeline}'}: {size:.0f}"
 
 
 def _row(columns) -> str:

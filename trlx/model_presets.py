@@ -206,7 +206,7 @@ def _division(layout: Layout, model: Mapping[str, Any], method: Mapping[str, Any
         }
     else:
         train["gradient_checkpointing"] = model["parameters"] > SMALL
-    collection = {"num_rollouts": rows, "chunk_size": batch}
+    collection = {"num_rollouts": rows, "chunk_size": min(batch, model.get("chunk", batch))}
     return {"train": train, "method": {name: size for name, size in collection.items() if name in method}}
 
 
