@@ -37,7 +37,7 @@ nitpick_ignore_regex = [("py:.*", ".*")]
 
 myst_heading_anchors = 4
 nb_execution_mode = "force"
-nb_execution_timeout = 300
+nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_output_stderr = "remove"
 

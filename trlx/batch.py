@@ -1,7 +1,7 @@
 """The data that flows through the library: shape, dtype and meaning of every tensor.
 
-One alignment rule holds everywhere. Rows are whole sequences, right-padded, and **entry ``[b, t]`` of every
-per-token tensor is about ``tokens[b, t]``**: ``logprobs[b, t]`` is the log-probability of token t given the tokens
+One alignment rule holds everywhere. Rows are whole sequences, right-padded, and entry ``[b, t]`` of every
+per-token tensor is about ``tokens[b, t]``: ``logprobs[b, t]`` is the log-probability of token t given the tokens
 before it, ``values[b, t]`` is the value of the state just before token t was chosen. Entry 0 is 0.
 
 Shapes: B rows, T tokens, H heads. A mask is True where a token counts.

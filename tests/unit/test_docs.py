@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import trlx
+from docs import hardware_tables
 from docs.config_reference import MARK, page
+from docs.curves import with_numbers
 from docs.error_list import GAP, messages, page_of
 from tests.runs import DATA, length, share_of_a, tiny_config
 from trlx.batch import Sample
@@ -120,6 +122,24 @@ def check(self, rows):
     listed = [text for _, text in messages(ast.parse(Path(trlx.api.__file__).read_text()))]
     assert any(re.fullmatch(re.escape(text).replace(GAP, ".*"), str(raised.value)) for text in listed)
     assert page_of("trlx/backends/megatron/nemo/file.py") == "nemo-archives" and page_of("trlx/new.py") == "index"
+
+
+def test_tables_of_curves_get_the_number_of_the_nearest_step_rounded():
+    by_hand = (
+        "| at step | 0 | 10 |\n|---|---|---|\n| `a/b` | {} | {} |\n\nand\n\n| at step | 5 |\n|---|---|\n| `c` | {} |\n"
+    )
+    runs = [{"a/b": [(1, -0.0001), (9, 12.4), (20, 1.0)]}, {"c": [(5, 0.0094)]}]
+    assert with_numbers(by_hand.format(7, 8, 9), runs) == by_hand.format("0", "12", "0.009")
+    assert with_numbers(by_hand.format(7, 8, 9), [None, {"c": [(5, 0.336)]}]) == by_hand.format(7, 8, "0.34")
+
+
+def test_the_page_about_hardware_has_every_run_with_what_the_plan_says():
+    written = hardware_tables.PAGE.read_text()
+    runs = [(words, gpu) for gpu, of_gpu in hardware_tables.RUNS.values() for words in of_gpu]
+    assert [words for words, _ in runs if f"| `{words}` |" not in written] == []
+    # those of Megatron are sums; the others rehearse a model, which takes seconds each
+    sums = [hardware_tables.row(words, gpu) for words, gpu in runs if "megatron" in words]
+    assert sums and [row for row in sums if row not in written] == [], "run: python -m docs.hardware_tables"
 
 
 def test_every_page_stands_in_the_menu_of_the_site():
