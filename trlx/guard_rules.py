@@ -30,7 +30,7 @@ class Rule:
     """A sentence about it."""
     advice: str
     side: str = ""
-    """"above" or "below": on which side of the limit the guard fires; "": at any number."""
+    """"above" or "below": on which side of the limit the guard fires; "": where the number is not finite."""
     limit: float = 0.0
     action: str = "warn"
 
@@ -61,11 +61,6 @@ def _measured(name: str) -> Callable[[Numbers, Numbers], float | None]:
 
 def _ended(measured: Numbers, kept: Numbers) -> float | None:
     return measured.get("rollouts/ended") if kept.get("ended", 0.0) >= ENDED_ONCE else None
-
-
-def _not_finite(measured: Numbers, kept: Numbers) -> float | None:
-    norm = measured.get("grad_norm", 0.0)
-    return None if math.isfinite(norm) else norm
 
 
 RULES: dict[str, Rule] = {
@@ -114,7 +109,7 @@ RULES: dict[str, Rule] = {
         10.0,
     ),
     "non_finite": Rule(
-        _not_finite,
+        _measured("grad_norm"),
         "gradients are not finite",
         "If it goes on: lower optimizer.kwargs.lr, set train.max_grad_norm, or use bf16 instead of fp16",
         action="skip",
@@ -170,8 +165,8 @@ def repeating(responses: list[list[int]], prompts: list[list[int]]) -> float:
 
 
 def _fires(name: str, number: float, limit: float) -> bool:
-    side = RULES[name].side
-    return not (side and (number <= limit if side == "above" else number >= limit))
+    within = {"above": number <= limit, "below": number >= limit, "": math.isfinite(number)}
+    return not within[RULES[name].side]
 
 
 def _guard(name: str, rule: Rule, written: Any) -> Guard:

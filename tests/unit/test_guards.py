@@ -2,14 +2,19 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.runs import metrics, run, weights
 from tests.unit.test_training import same
+from trlx.batch import Rollout
+from trlx.checkpoint import checkpoints
 from trlx.config import ConfigError
+from trlx.data.collate import collate
 from trlx.guard_rules import guards_of, judge, remember, repeating
+from trlx.run.guards import Guards
 
 ON = guards_of({})
 BROKEN = {"grad_norm": math.nan}
@@ -35,7 +40,7 @@ BROKEN = {"grad_norm": math.nan}
             {"value_loss": 0.02},
             {"value_loss": False},
         ),
-        ({"grad_norm": 1e9}, {}, {}),
+        ({"grad_norm": 1e9}, {}, {"non_finite": False}),
         (BROKEN, {}, {"non_finite": True}),
     ],
 )
@@ -92,9 +97,13 @@ def test_guards_are_written_as_an_action_or_with_their_limit():
     assert {name: guard.action for name, guard in ON.items() if guard.action != "warn"} == {"non_finite": "skip"}
 
 
-def guarded(folder, steps=8, **guards):
-    """A PPO run, 4 steps to a collection, with these guards."""
-    return run("PPO", folder, train={"guards": guards, "total_steps": steps, "checkpoint_interval": 100})
+SELDOM = {"eval_interval": 100, "checkpoint_interval": 8}
+
+
+def guarded(folder, steps=8, rollouts=8, **guards):
+    """A PPO run with these guards. Half as many steps as rollouts train on a collection."""
+    method = {"num_rollouts": rollouts}
+    return run("PPO", folder, method=method, train={"guards": guards, "total_steps": steps, **SELDOM})
 
 
 def lines_of(folder):
@@ -103,20 +112,22 @@ def lines_of(folder):
 
 def test_a_guard_that_skips_leaves_the_weights_of_its_collections_alone(tmp_path, caplog):
     # no KL is below 0, so no collection is trained on, and the fifth in a row is the last
-    trainer = guarded(tmp_path, steps=40, kl={"action": "skip", "above": -1.0})
-    assert [line["skipped_steps"] for line in lines_of(tmp_path)] == [*range(1, 18)]
-    assert trainer.schedule.why_finished == "train.guards.kl ended it at step 17"
+    trainer = guarded(tmp_path, steps=40, rollouts=4, scores="off", kl={"action": "skip", "above": -1.0})
+    assert [line["skipped_steps"] for line in lines_of(tmp_path)] == [*range(1, 10)]
+    assert trainer.schedule.why_finished == "train.guards.kl ended it at step 9"
     assert not any("grad_norm" in line for line in lines_of(tmp_path))
+    # the weights are as good as they were, so checkpoints are written
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint_08", "checkpoint_09"]
     same(weights(tmp_path), load_file(tmp_path / "best_checkpoint" / "policy.safetensors"))
     # one line where it begins to fire, which is an alarm of the report too, and the whole collection beside it
     told = "Step 1: policy/kl is 0 nats per sequence, above -1: the steps on this collection will change nothing. Raise"
     alarms = [json.loads(line)["message"] for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
-    assert sum(told in message for message in alarms) == 1 and alarms[-1] == f"Step 17: {trainer.schedule.stopped}"
+    assert sum(told in message for message in alarms) == 1 and alarms[-1] == f"Step 9: {trainer.schedule.stopped}"
     dumped = tmp_path / "dumps" / "step_1_kl"
     batch, about = load_file(dumped / "batch.safetensors"), json.loads((dumped / "about.json").read_text())
     assert [path.name for path in dumped.parent.iterdir()] == ["step_1_kl"] and f"Its batch is in {dumped}" in alarms[0]
     assert {"tokens", "response_mask", "old_logprobs", "old_values", "advantages", "returns"} < batch.keys()
-    assert len(batch["tokens"]) == len(about["samples"]) == 8 and about["metrics"]["policy/kl"] == 0
+    assert len(batch["tokens"]) == len(about["samples"]) == 4 and about["metrics"]["policy/kl"] == 0
     assert [sample["score"] for sample in about["samples"]] == pytest.approx(batch["scores"].sum(dim=1).tolist())
     first = batch["tokens"][0][batch["response_mask"][0]]
     assert about["samples"][0]["response"] == trainer.tokenizer.decode(first.tolist())
@@ -128,6 +139,58 @@ def test_a_guard_that_stops_keeps_the_weights_of_the_step_before(tmp_path):
     assert len(load_file(tmp_path / "stopped/dumps/step_2_value_loss/batch.safetensors")["tokens"]) == 4
     guarded(tmp_path / "short", steps=1)
     same(weights(tmp_path / "stopped"), weights(tmp_path / "short"))
-    # it goes on where the guard lets it, and ends at once where it does not
-    config = {"total_steps": 3, "resume_from_checkpoint": "auto"}
-    assert run("PPO", tmp_path / "stopped", train=config).schedule.step == 3
+    # it goes on with other guards, which judge the next collection, and of that one without any
+    again = {"resume_from_checkpoint": "auto", "guards": {"kl": {"action": "stop", "above": -1}}, **SELDOM}
+    trainer = run("PPO", tmp_path / "stopped", train=again)
+    assert trainer.schedule.why_finished == "train.guards.kl ended it at step 5"
+    run("PPO", tmp_path / "stopped", train={**again, "guards": {}, "total_steps": 6})
+    assert [line["step"] for line in lines_of(tmp_path / "stopped") if "grad_norm" in line] == [1, 3, 4, 6]
+
+
+def stub(folder, guards, **backend):
+    """What `Guards` reads of a trainer."""
+    trainer = SimpleNamespace(
+        config=SimpleNamespace(train=SimpleNamespace(guards=guards, logging_dir=str(folder), record_steps=None)),
+        backend=SimpleNamespace(is_main=True, can_leave_out=True, broadcast_object=lambda told: told, **backend),
+        schedule=SimpleNamespace(step=0, stopped=None, rows=lambda count: [0]),
+        store=collate([Rollout([4], [5, 6], score=2.0)], pad_id=0),
+        tokenizer=SimpleNamespace(decode=str),
+        unit=None,
+        rows_together=1,
+        pending={},
+    )
+    trainer.stop = lambda why: setattr(trainer.schedule, "stopped", why)
+    return trainer
+
+
+def test_a_guard_that_fires_again_and_again_leaves_three_batches(tmp_path, caplog):
+    norms = iter([math.nan, math.nan, 1.0] * 5)
+    trainer = stub(tmp_path, {}, train_step=lambda *_: {"skipped_steps": 0.0, "grad_norm": next(norms)})
+    guards = Guards(trainer)
+    for _ in range(15):
+        guards.count(guards.train_step(None, None))
+        trainer.schedule.step += 1
+    told = [message for message in caplog.messages if "gradients are not finite, nothing was updated" in message]
+    assert [message.partition(":")[0] for message in told] == [f"Step {step}" for step in (1, 4, 7, 10, 13)]
+    assert sorted(path.name for path in (tmp_path / "dumps").iterdir()) == [
+        f"step_{step}_non_finite" for step in (1, 4, 7)
+    ]
+    about = json.loads((tmp_path / "dumps" / "step_1_non_finite" / "about.json").read_text())
+    assert about["metrics"] == {"grad_norm": None}
+    assert about["samples"] == [{"prompt": "[4]", "response": "[5, 6]", "score": 2.0}]
+
+
+def test_a_batch_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+    (tmp_path / "dumps").write_text("a file where the folder would be")
+    trainer = stub(tmp_path, {"non_finite": "stop"}, train_step=lambda *_: {"skipped_steps": 1.0, **BROKEN})
+    guards = Guards(trainer)
+    guards.count(guards.train_step(None, None))
+    assert "Its batch could not be written: " in caplog.text
+    assert trainer.schedule.stopped == "train.guards.non_finite ended it at step 1"
+
+
+def test_a_guard_cannot_skip_where_gradients_cannot_be_dropped(tmp_path):
+    trainer = stub(tmp_path, {"kl": "skip"})
+    trainer.backend.can_leave_out = False
+    with pytest.raises(ValueError, match="train.guards.kl: skip does not work under DeepSpeed"):
+        Guards(trainer)

@@ -34,7 +34,7 @@ MOST_DUMPS = 3
 class Guards:
     """Takes the optimizer steps of a trainer and watches them, as ``train.guards`` says: see docs/guards.md.
 
-    Every process judges the same numbers. Where a guard may leave out a step, the processes decide together.
+    Every process judges the same numbers. Where a guard may leave out a step, the main process decides for all.
 
     Raises:
         ValueError: ``train.guards`` asks for what the backend cannot do.
@@ -65,7 +65,7 @@ class Guards:
         trainer, backend, step = self.trainer, self.trainer.backend, self.trainer.schedule.step + 1
         self.step, self.store, self.rows = step, trainer.store, trainer.schedule.rows(len(trainer.store))
         if trainer.pending:  # what a new collection measured
-            self.memory["left_out"] = self._acts(trainer.pending, slice(None), "the steps on this collection")
+            self.memory["left_out"] = self._acting(trainer.pending, slice(None), "the steps on this collection")
         is_recorded = backend.is_main and steps.is_recorded(trainer.config.train, step)
         recording = steps.recorded(backend, self.folder, step, batch, loss) if is_recorded else nullcontext(loss)
         with recording as loss:
@@ -80,9 +80,10 @@ class Guards:
         skipped = bool(metrics["skipped_steps"])
         self.memory["skipped_steps"] = self.memory.get("skipped_steps", 0) + skipped
         metrics["skipped_steps"] = float(self.memory["skipped_steps"])
+        measured = {name: metrics[name] for name in metrics if name == "grad_norm"}
         # a step that a guard left out has no norm
-        self.in_a_row = self.in_a_row + 1 if skipped and "grad_norm" in metrics else 0
-        self._acts({"grad_norm": metrics.get("grad_norm", 0.0)}, self.rows, "")
+        self.in_a_row = self.in_a_row + 1 if skipped and measured else 0
+        self._acting(measured, self.rows, "")
         if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"Gradients were not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row. Lower optimizer.kwargs.lr, set "
@@ -90,10 +91,12 @@ class Guards:
             )
 
     def _may_update(self, means: dict[str, float]) -> bool:
-        return not (self._acts(means, self.rows, "this step") or self.memory.get("left_out"))
+        acting = self._acting(means, self.rows, "this step")
+        # a run that was stopped and resumed may have other guards than when the collection began
+        return not (acting or self.acting.intersection(self.memory.get("left_out", [])))
 
-    def _acts(self, measured: dict[str, float], rows: Any, what: str) -> bool:
-        """Judges what was measured on `rows`. Returns whether `what` is left out."""
+    def _acting(self, measured: dict[str, float], rows: Any, what: str) -> list[str]:
+        """Judges what was measured on `rows`. Returns the guards that leave out `what`."""
         found, counts = judge(self.guards, measured, self.memory), self.memory.setdefault("in_a_row", {})
         fired = [name for name, (_, fires) in found.items() if fires]
         remember(self.memory, measured, fired)
@@ -102,14 +105,14 @@ class Guards:
                 self._tell(name, found[name][0], measured, rows, what)
         counts.update({name: counts.get(name, 0) + 1 if name in fired else 0 for name in found})
         if not self.acting.intersection(found):
-            return False
-        backend, acting = self.trainer.backend, self.acting.intersection(fired)
-        left_out = backend.any_process(bool(acting))
+            return []
+        acting = sorted(self.acting.intersection(fired))
         ends = [name for name in acting if self.guards[name].action == "stop" or counts[name] >= MOST_LEFT_OUT_IN_A_ROW]
-        if left_out and backend.any_process(bool(ends)):
-            self.trainer.stop(f"train.guards.{ends[0]} ended it at step {self.step}" if ends else "a guard ended it")
+        acting, ends = self.trainer.backend.broadcast_object((acting, ends))
+        if ends:
+            self.trainer.stop(f"train.guards.{ends[0]} ended it at step {self.step}")
             logger.warning(f"Step {self.step}: {self.trainer.schedule.stopped}")
-        return left_out
+        return acting
 
     def _tell(self, name: str, number: float, measured: dict[str, float], rows: Any, what: str) -> None:
         """One line about a guard that begins to fire, and the batch that it fired on."""
