@@ -6,6 +6,7 @@ imports when it runs, so that ``trlx --help`` loads no torch.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = " ".join(["trlx", *(word for word in words[:1] if not word.startswith("-"))])
     try:
-        status = typer.main.get_command(app).main(words or ["--help"], prog_name="trlx", standalone_mode=False)
+        status = _commands().main(words or ["--help"], prog_name="trlx", standalone_mode=False)
     except typer.TyperException as error:
         name = getattr(getattr(error, "ctx", None), "command_path", name)
         message = " ".join(error.format_message().split())
@@ -72,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _end(f"{name}: {sentence(error)}", exit_code(error))
     return status if isinstance(status, int) else 0
+
+
+@functools.cache
+def _commands() -> Any:
+    return typer.main.get_command(app)
 
 
 def exit_code(error: Exception) -> int:
