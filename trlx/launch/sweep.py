@@ -28,12 +28,14 @@ COPY = "sweep.yaml"
 """Copy of the sweep's file in the folder of all trials, below the command. Only the same command goes on."""
 PACKAGES = {"bayesopt": '"bayesian-optimization<2"', "bohb": "hpbandster ConfigSpace", "optuna": "optuna"}
 """What Ray's searches need beside Ray, for pip."""
-QUIET = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_kill_child_processes_on_worker_exit": "0",
 }
-"""Environment of Ray: it sends nothing, prints nothing, and keeps no second copy of metrics."""
+"""Environment of Ray: it sends nothing, prints nothing, keeps no copies of metrics, and does not kill what its processes
+started: trials save and end by themselves, see `trlx.launch.script`."""
 
 
 def run(
@@ -78,9 +80,13 @@ def run(
     with _ray("local" if local else server_address and f"ray://{server_address}") as ray:
         resources = _resources(ray.cluster_resources(), num_gpus, num_cpus)
         sweep.command = launch_command(sweep.words, resources["gpu"], accelerate_config and accelerate_config.resolve())
-        errors = _fit(sweep, resources)
+        errors, left = _fit(sweep, resources)
     results = read_results(sweep.folder, sweep.space, errors)
     print(*write_results(sweep.folder, results, sweep.space), sep="\n")
+    if left:
+        print(
+            f"{left} of {sweep.space.num_trials} trials have not ended: the same command with --out {sweep.folder} goes on"
+        )
     return 0 if results and results[0].is_ranked else 1
 
 
@@ -141,7 +147,7 @@ def number_of(name: str) -> int:
 @contextmanager
 def _ray(address: str | None) -> Iterator[Any]:
     """Ray, at an address or on this machine, while the block runs."""
-    os.environ.update(QUIET)
+    os.environ.update(ENVIRONMENT)
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -179,8 +185,8 @@ def _resources(there: Mapping[str, float], num_gpus: int | None, num_cpus: int |
     return wanted
 
 
-def _fit(sweep: Sweep, resources: Mapping[str, int]) -> dict[str, str]:
-    """Runs all trials; returns by name of a trial why it failed."""
+def _fit(sweep: Sweep, resources: Mapping[str, int]) -> tuple[dict[str, str], int]:
+    """Runs all trials; returns by name of a trial why it failed, and how many have not ended."""
     from ray import tune
 
     trainable = tune.with_resources(_trainable(tune, sweep), dict(resources))
@@ -203,9 +209,10 @@ def _fit(sweep: Sweep, resources: Mapping[str, int]) -> dict[str, str]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"ray\.")
         grid = tuner.fit()
-    found = {name_of(number_of(Path(result.path).name)): result.error for result in grid}
+    failed = {name_of(number_of(Path(result.path).name)): result.error for result in grid if result.error}
+    ended = sum(bool(result.error or result.metrics.get("done")) for result in grid)
     # the cause is a TrialError, and Ray's error the same with traces of Ray's own processes
-    return {name: str(getattr(error, "cause", error)) for name, error in found.items() if error}
+    return {name: str(getattr(error, "cause", error)) for name, error in failed.items()}, sweep.space.num_trials - ended
 
 
 def _trainable(tune: Any, sweep: Sweep) -> type:
@@ -221,7 +228,7 @@ def _trainable(tune: Any, sweep: Sweep) -> type:
         def step(self) -> dict[str, Any]:
             found = self.run.next_evaluation()
             self.last = found or self.last
-            return {**self.last, "done": found is None}
+            return {**self.last, "is_new": found is not None, "done": found is None}
 
         def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
             # Ray saves a trial before it pauses it in favour of others; weights are in the trial's own folder
@@ -251,7 +258,7 @@ def _progress(tune: Any, sweep: Sweep) -> Any:
             self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
             metric = sweep.space.tune.metric
-            if not result["done"]:
+            if result["is_new"]:
                 print(f"{trial}: {metric} {result[metric]:.4g} at step {result['step']}", flush=True)
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -296,9 +303,11 @@ def _searcher(tune: Any, name: str) -> Any:
     if name == "random":  # the trials of `trlx.launch.space.trials`
         return tune.search.BasicVariantGenerator(random_state=0)
     try:
-        return tune.create_searcher(name)
+        searcher = tune.create_searcher(name)
     except (AssertionError, AttributeError, ImportError) as error:  # AttributeError: a version that Ray does not know
         raise ImportError(f"search_alg {name} needs packages of its own: pip install {PACKAGES[name]}") from error
+    logging.getLogger(name).setLevel(logging.WARNING)  # optuna's has the same name, and would tell of each trial
+    return searcher
 
 
 def _scheduler(tune: Any, space: Space) -> Any:
