@@ -34,8 +34,8 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_kill_child_processes_on_worker_exit": "0",
 }
-"""Environment of Ray: it sends nothing, prints nothing, keeps no copies of metrics, and does not kill what its processes
-started: trials save and end by themselves, see `trlx.launch.script`."""
+"""Environment of Ray: it sends nothing, prints nothing, keeps no copies of metrics, and does not kill what it started:
+trials save and end by themselves, see `trlx.launch.script`."""
 
 
 def run(
@@ -80,13 +80,9 @@ def run(
     with _ray("local" if local else server_address and f"ray://{server_address}") as ray:
         resources = _resources(ray.cluster_resources(), num_gpus, num_cpus)
         sweep.command = launch_command(sweep.words, resources["gpu"], accelerate_config and accelerate_config.resolve())
-        errors, left = _fit(sweep, resources)
+        errors = _fit(sweep, resources)
     results = read_results(sweep.folder, sweep.space, errors)
     print(*write_results(sweep.folder, results, sweep.space), sep="\n")
-    if left:
-        print(
-            f"{left} of {sweep.space.num_trials} trials have not ended: the same command with --out {sweep.folder} goes on"
-        )
     return 0 if results and results[0].is_ranked else 1
 
 
@@ -185,8 +181,8 @@ def _resources(there: Mapping[str, float], num_gpus: int | None, num_cpus: int |
     return wanted
 
 
-def _fit(sweep: Sweep, resources: Mapping[str, int]) -> tuple[dict[str, str], int]:
-    """Runs all trials; returns by name of a trial why it failed, and how many have not ended."""
+def _fit(sweep: Sweep, resources: Mapping[str, int]) -> dict[str, str]:
+    """Runs all trials; returns by name of a trial why it failed."""
     from ray import tune
 
     trainable = tune.with_resources(_trainable(tune, sweep), dict(resources))
@@ -210,9 +206,8 @@ def _fit(sweep: Sweep, resources: Mapping[str, int]) -> tuple[dict[str, str], in
         warnings.filterwarnings("ignore", module=r"ray\.")
         grid = tuner.fit()
     failed = {name_of(number_of(Path(result.path).name)): result.error for result in grid if result.error}
-    ended = sum(bool(result.error or result.metrics.get("done")) for result in grid)
     # the cause is a TrialError, and Ray's error the same with traces of Ray's own processes
-    return {name: str(getattr(error, "cause", error)) for name, error in failed.items()}, sweep.space.num_trials - ended
+    return {name: str(getattr(error, "cause", error)) for name, error in failed.items()}
 
 
 def _trainable(tune: Any, sweep: Sweep) -> type:
@@ -266,6 +261,13 @@ def _progress(tune: Any, sweep: Sweep) -> Any:
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             print(f"{trial} failed", flush=True)
+
+        def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+            self.left = sweep.space.num_trials - sum(trial.is_finished() for trial in trials)
+
+        def on_experiment_end(self, trials: list, **info: Any) -> None:
+            if self.left:  # by now Ray calls all of them finished
+                print(f"{self.left} trials have not ended: the same command with --out {sweep.folder} goes on")
 
     return Progress()
 
