@@ -173,6 +173,8 @@ def skips(parallel) -> None:
     batch = shard(rows(), list(range(ROWS)), backend.data_rank, backend.data_size)
     batch = batch.replace(old_logprobs=backend.evaluate(batch).logprobs)
     before = {weight.name: weight.value.detach().clone() for weight in backend.weights.weights}
+    rank = torch.distributed.get_rank()
+    assert backend.max_across(torch.tensor([rank, -rank])).tolist() == [1, 0]
     for factor, norm in ((float("nan"), math.isnan), (1e30, math.isinf)):
         broken = batch.replace(advantages=batch.advantages * factor) if backend.data_rank == 0 else batch
         metrics = backend.train_step(broken, LOSSES["PPO"])

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 
 from tests.builders import tiny_gpt2_config
 from tests.processes import together
@@ -42,6 +43,11 @@ def test_ppo_on_two_processes_equals_one_with_twice_the_batch(tmp_path, minibatc
         assert mine.keys() == theirs.keys()
         shown = [name for name in mine if name != "padding_percentage"]  # each process trims its own rows
         assert [theirs[name] for name in shown] == pytest.approx([mine[name] for name in shown], abs=1e-4)
+    # scores are the same; advantages differ by rounding
+    paths = [tmp_path / name / "samples" / "histogram_00000000.jsonl" for name in ("one", "two")]
+    mine, theirs = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
+    assert mine[0] == theirs[0] and sum(mine[0]["counts"]) == 8
+    assert sum(mine[1]["counts"]) == sum(theirs[1]["counts"])
 
 
 def test_sft_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
@@ -97,7 +103,9 @@ def run_and_tell(folder, prompts=PROMPTS, **changes):
 
     trainer = trlx.train(config=tiny_config(folder, "RFT", **changes), reward_fn=share_of_a, prompts=prompts)
     rollouts = [[r.prompt, r.response, r.score] for r in trainer._selected().rollouts]
-    (folder / f"told_{os.environ.get('RANK', 0)}.json").write_text(json.dumps(rollouts))
+    rank, last = int(os.environ.get("RANK", 0)), trainer.backend.processes - 1
+    assert trainer.backend.max_across(torch.tensor([rank, -rank])).tolist() == [last, 0]
+    (folder / f"told_{rank}.json").write_text(json.dumps(rollouts))
 
 
 def test_rft_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
