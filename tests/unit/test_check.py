@@ -168,6 +168,8 @@ def test_what_an_earlier_run_left_is_told_and_what_a_resume_would_change(here):
     changed = "\n".join(said(report, "warning"))
     assert "config.optimizer.kwargs.lr: 0.5 then" in changed and "data: '' then" in changed
     assert "model:" not in changed
+    more = check(Job("train", ["sft"], model="tiny", out="run", resume=True, metric="referees:lengths"), processes=2)
+    assert "data_processes: 1 then, 2 now" in "\n".join(said(more, "warning"))
     refused = said(found("ilql", out="run", resume=True), "error")
     assert refused[0].startswith("folder: The checkpoint cannot be resumed, because it belongs to another method")
 

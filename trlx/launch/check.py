@@ -22,6 +22,7 @@ from trlx.api import feed
 from trlx.backends.optimizer import check_settings
 from trlx.config import TRLConfig
 from trlx.data.chat import chat_prompt
+from trlx.data.store import RolloutStore
 from trlx.launch.cli import sentence
 from trlx.launch.job import Job
 from trlx.launch.paper import on_paper
@@ -122,12 +123,12 @@ def check(job: Job, processes: int | None = None, draw: bool = False) -> Report:
             _data(report, trainer, given)
             _batches(report, trainer)
             read = trainer
+    _disk(report, config, run, read)
+    with report.watching("folder"):
+        _folder(report, config, read)
     if read is not None:
         with report.watching("reward"):
             _rewards(report, read, given, draw)
-    _disk(report, config, run, trainer)
-    with report.watching("folder"):
-        _folder(report, config, read)
     return report
 
 
@@ -182,7 +183,7 @@ def _data(report: Report, trainer: Trainer, given: dict[str, Any]) -> None:
     """Reads the data as a run does, and counts their tokens as they are before anything is cut."""
     rows = _rows(given)
     feed(trainer, **rows)
-    length, name = trainer.config.train.seq_length, "prompts" if trainer.online else "samples"
+    length, name, counts = trainer.config.train.seq_length, "prompts" if trainer.online else "samples", []
     with Report().watching(name):  # it says the same again
         if trainer.online:
             special, new = trainer.backend.row_format.special_tokens, trainer.sampling_kwargs["max_new_tokens"]
@@ -190,11 +191,13 @@ def _data(report: Report, trainer: Trainer, given: dict[str, Any]) -> None:
                 given["prompts"][:COUNTED], ENDLESS, trainer.tokenizer, add_special_tokens=special
             )
             counts, room = [len(whole[i].ids) for i in range(len(whole))], f"{length - new} fit beside {new} new tokens"
-        else:
+        elif isinstance(getattr(trainer, "samples", None), RolloutStore):
             cut, data = trainer.samples, [given[each][:COUNTED] for each in ("samples", "rewards") if each in given]
             trainer.make_experience(*data, ENDLESS)
             counts = [len(each.prompt) + len(each.response) for each in trainer.samples.rollouts]
             trainer.samples, room = cut, f"{length} fit (train.seq_length)"
+    if not counts:  # a method of the user's own
+        return
     high = sorted(counts)[int(0.95 * (len(counts) - 1))]
     report.note(
         name,

@@ -305,7 +305,7 @@ def _policies(model: ModelConfig, needs: ModelNeeds) -> tuple[Policy, Callable[[
         path = model.model_path
         config = path if isinstance(path, PretrainedConfig) else AutoConfig.from_pretrained(path, **where)
     if config.is_encoder_decoder:
-        raise ConfigError(f"trlx plan knows decoders, and {model.model_path} has an encoder too: plan another model")
+        raise ConfigError(f"trlx plan knows decoders, and {config.model_type} has an encoder too: plan another model")
     dtype = options.get("dtype", options.get("torch_dtype", torch.float32))
     own = with_fast_operations(architecture.loader.from_config(config, dtype=dtype))
     if needs.score_head:
