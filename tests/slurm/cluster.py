@@ -39,7 +39,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
 ReturnToService=2
-SlurmdTimeout=6
+SlurmdTimeout=10
 KillWait=5
 MessageTimeout=2
 SchedulerParameters=sched_min_interval=100000,bf_interval=1
@@ -99,17 +99,25 @@ class Cluster:
         for daemon in self.daemons.values():
             daemon.wait()
 
-    def kill_node(self, name: str) -> None:
-        """The node is gone at once, as after a power cut: its slurmd and every process of its jobs are killed."""
+    def kill_slurmd(self, name: str) -> None:
+        """The node no longer answers; what its jobs have started goes on."""
         daemon = self.daemons.pop(name)
         daemon.kill()
         daemon.wait()
+
+    def kill_node(self, name: str) -> None:
+        """The node is gone at once, as after a power cut: its slurmd and every process of its jobs are killed."""
+        self.kill_slurmd(name)
         mark = f"SLURMD_NODENAME={name}".encode()
         tasks = {pid for pid, environment in environments() if mark in environment}
         for pid in {parent_of(pid) for pid in tasks} | tasks:
             if pid in tasks or "slurmstepd" in command_of(pid):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
+    def nodes_of(self, job: str) -> list[str]:
+        """The names of the nodes that a job runs on, its first one first."""
+        return self.ask("scontrol", "show", "hostnames", self.ask("squeue", "-h", "-j", job, "-o", "%N")).split()
 
     def ask(self, *command: str) -> str:
         """What a command of SLURM prints."""
@@ -152,7 +160,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def until(holds: Callable[[], bool], what: str, seconds: float = 150) -> None:
     """Waits until something holds.
 
     Raises:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from transformers import GPT2LMHeadModel
 
-from examples.randomwalks import RandomWalks
-from examples.randomwalks.sft_randomwalks import small_gpt2
-from examples.randomwalks.tokenizer import letter_tokenizer
 from tests.runs import metrics
 from tests.slurm.cluster import Cluster, missing, until
 from trlx import checkpoint
+from trlx.launch.demo.task import RandomWalks
+from trlx.launch.demo.tokenizer import letter_tokenizer
+from trlx.launch.demo.training import small_gpt2
 from trlx.launch.slurm.follow import follow, state_of
 
 ROOT = Path(__file__).parents[2]
@@ -26,29 +26,36 @@ import os
 import time
 from pathlib import Path
 
-from examples.randomwalks import RandomWalks
+from trlx.launch.demo.task import RandomWalks
 
 task = RandomWalks()
 
 
+def steps_done():
+    return sum("losses/total_loss" in json.loads(line) for line in Path("run/metrics.jsonl").open())
+
+
 def share_of_edges(samples, **_):
-    hold, log = Path("hold"), Path("run/metrics.jsonl")
-    if "SLURM_JOB_ID" in os.environ and hold.exists():
-        done = sum("losses/total_loss" in json.loads(line) for line in log.read_text().splitlines())
-        if done >= int(hold.read_text()):
-            Path("reached").write_text(hold.read_text())
-            time.sleep(600)
+    while "SLURM_JOB_ID" in os.environ and steps_done() >= (limit := int(Path("hold").read_text())):
+        Path("reached").write_text(str(limit))
+        time.sleep(0.1)
     walks = [[task.letters.index(node) for node in walk] for walk in samples]
     return [sum(task.edges[pair] for pair in zip(walk, walk[1:])) / task.max_length for walk in walks]
 """
-"""A reward that takes too long once the file `hold` says so: after so many steps of the run."""
+"""A reward that does not come, in jobs, once the run has done as many steps as the file `hold` says."""
 STUB = """#!/usr/bin/env bash
 echo "$SLURMD_NODENAME $*"
+trap 'exit 75' TERM
+while [ -e "$STUB_HOLD" ]; do sleep 0.1; done
 exit $STUB_CODE
 """
-"""In place of Python."""
+"""In place of Python: saves when it is asked to stop, and fails or ends once the file STUB_HOLD is gone."""
 
-pytestmark = [pytest.mark.distributed, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +71,27 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stubs(cluster, tmp_path_factory):
-    """By what they show, the numbers of short jobs, which run while the first test goes on."""
+def sbatch(cluster, tmp_path_factory):
+    """Submits one of the files with the stub, which holds if the file at `hold` is there; returns the job's number."""
     folder = tmp_path_factory.mktemp("stubs")
     (folder / "stub").write_text(STUB)
     (folder / "stub").chmod(0o755)
 
-    def sbatch(file, code, *options, requeues=100):
+    def submit(file, code, *options, requeues=100, hold="nowhere"):
         small = ["--gpus-per-node=2", "--cpus-per-task=1", f"--output={folder}/%j.log"]
-        given = {"PYTHON": str(folder / "stub"), "STUB_CODE": str(code), "REQUEUES": str(requeues)}
+        given = {"PYTHON": folder / "stub", "STUB_CODE": code, "STUB_HOLD": hold, "REQUEUES": requeues}
+        given = {name: str(value) for name, value in given.items()}
         command = ["sbatch", "--parsable", *small, *options, str(FILES / file), "some.module", "two words", "a=b"]
         return subprocess.run(
             command, cwd=ROOT, env={**os.environ, **given}, check=True, capture_output=True, text=True
         ).stdout.strip()
 
+    return submit
+
+
+@pytest.fixture(scope="module")
+def stubs(sbatch):
+    """By what they show, the numbers of short jobs, which run while the first test goes on."""
     return {
         "ends": sbatch("megatron_multi_node.sbatch", 0, "--nodes=2"),
         "fails": sbatch("megatron_single_node.sbatch", 1),
@@ -95,20 +109,21 @@ def test_a_run_survives_its_time_limit_and_a_dead_node_with_the_numbers_of_an_un
     tokenizer.save_pretrained("model")
     Path("starts.txt").write_text("\n".join(task.prompts))
     Path("judge.py").write_text(JUDGE)
-    Path("hold").write_text("3")
+    hold_after(3)
     small = "method.num_rollouts=16 method.chunk_size=8 train.batch_size=8 method.ppo_epochs=1 train.total_steps=6"
     often = "train.checkpoint_interval=2 train.eval_interval=6"
     words = f"randomwalks {small} {often} --model model --prompts starts.txt --reward judge.py:share_of_edges".split()
     asks = "--nodes 2 --gpus-per-node 0 --cpus 1 --time 1 --save-before 15 --out run".split()
     trlx = [sys.executable, "-m", "trlx"]
     with open("printed", "wb") as out, started([*trlx, "submit", *words, *asks], out) as submitted:
-        number = past_its_limit()
-        with started([*trlx, "train", *words, "--out", "undisturbed", "--processes", "2"], out) as undisturbed:
-            assert undisturbed.wait(100) == 0
+        with past_its_limit() as number:
+            # as long as the job stands still
+            alone = ["--out", "undisturbed", "--processes", "2"]
+            assert subprocess.run([*trlx, "train", *words, *alone], stdout=out).returncode == 0
         lose_a_node(cluster, number)
-        assert submitted.wait(100) == 0, Path("printed").read_text()[-5000:]
+        assert submitted.wait(200) == 0, Path("printed").read_text()[-5000:]
     said = Path("printed").read_text()
-    assert "is requeued: the run was asked to save and stop" in said and f"Job {number}: completed, start 3" in said
+    assert "is requeued: the run was asked to save and stop" in said and re.search("completed, start [3-9]", said)
     assert "RendezvousConnectionError" not in said
     assert metrics("run") == metrics("undisturbed") and metrics("run")[-1]["reward/mean"] > 0
     assert [line["step"] for line in metrics("run") if "losses/total_loss" in line] == [1, 2, 3, 4, 5, 6]
@@ -124,21 +139,32 @@ def started(command, out):
             process.kill()
 
 
+@contextmanager
 def past_its_limit():
-    """Waits until a run that stands still at step 3 is requeued because its time is over. The number of its job."""
+    """Yields the number of the job once its run stands still at step 3, then waits until its time is over."""
     until(lambda: re.search(r"Job (\d+):", Path("printed").read_text()), "the job is submitted")
     number = re.search(r"Job (\d+):", Path("printed").read_text()).group(1)
-    until(lambda: state_of(number)["Restarts"] == "1", "the job is requeued before its limit", seconds=100)
-    Path("hold").write_text("5")
+    until(lambda: Path("reached").exists() or is_requeued(number), "the run has done step 3")
+    yield number
+    until(lambda: is_requeued(number), "the job is requeued before its limit")
+    hold_after(5)
     subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=10"], check=True)
-    return number
+
+
+def is_requeued(number):
+    return state_of(number)["Restarts"] != "0"
 
 
 def lose_a_node(cluster, number):
     """Kills the second node of a run that stands still at step 5."""
     until(lambda: Path("reached").exists() and Path("reached").read_text() == "5", "the resumed run has done step 5")
-    cluster.kill_node(cluster.ask("scontrol", "show", "hostnames", state_of(number)["NodeList"]).split()[1])
-    Path("hold").unlink()
+    cluster.kill_node(cluster.nodes_of(number)[1])
+    hold_after(1000)
+
+
+def hold_after(steps):
+    Path("next").write_text(str(steps))
+    Path("next").replace("hold")
 
 
 def test_torchrun_starts_once_on_every_node_with_a_process_for_each_gpu(stubs, capsys):
@@ -160,3 +186,29 @@ def test_a_run_that_never_comes_to_its_end_is_requeued_so_often(stubs, capsys):
     assert follow(stubs["saves"], poll_seconds=0.5) == 1
     assert state_of(stubs["saves"])["Restarts"] == "2"
     assert "This job was requeued 1 times, which is the limit" in capsys.readouterr().out
+
+
+def test_a_job_that_is_cancelled_is_not_requeued(sbatch, cluster, tmp_path, capsys):
+    (tmp_path / "hold").touch()
+    number = sbatch("accelerate_single_node.sbatch", 0, hold=tmp_path / "hold")
+    until(lambda: holds(number) == 1, "the job runs")
+    cluster.ask("scancel", number)
+    assert follow(number, poll_seconds=0.5) == 1
+    assert state_of(number)["JobState"] == "CANCELLED" and not is_requeued(number)
+
+
+def test_a_run_that_fails_since_a_node_does_not_answer_is_requeued(sbatch, cluster, tmp_path):
+    (tmp_path / "hold").touch()
+    number = sbatch("accelerate_multi_node.sbatch", 1, hold=tmp_path / "hold")
+    until(lambda: holds(number) == 2, "the job runs")
+    cluster.kill_slurmd(cluster.nodes_of(number)[1])
+    (tmp_path / "hold").unlink()
+    until(lambda: is_requeued(number), "the job is requeued")
+    assert f"Job {number} is requeued: a node does not answer" in Path(state_of(number)["StdOut"]).read_text()
+    cluster.ask("scancel", number)
+
+
+def holds(number):
+    """How many nodes have started."""
+    log = Path(state_of(number)["StdOut"])
+    return log.read_text().count("trlx.backends.torchrun") if log.exists() else 0
