@@ -175,7 +175,10 @@ class TrainConfig(Section, section="train"):
     """Whether that repository is private, if it is new; null: as the hub's settings say."""
     sampler: Any = "auto"
     """What draws rollouts: auto (the model that trains), generate (the same, through transformers' ``generate``), the
-    name of a registered sampler, or a dict: ``engine`` (that name) and arguments, e.g. ``places`` of auto."""
+    name of a registered sampler, or a dict: ``engine`` (that name) and arguments, e.g. ``places`` of auto.
+    [vllm](sampling.md): servers."""
+    rollouts_ahead: int = 0
+    """1: while the model trains on a collection, vllm already samples the next one, from the weights before; 0: not."""
     seed: int = 1000
     minibatch_size: int | None = None
     """The most rows per forward and backward pass; divides batch_size. Null: the whole batch, or what fits."""
@@ -224,6 +227,7 @@ class TrainConfig(Section, section="train"):
         self.packing = ("off", "on")[self.packing] if isinstance(self.packing, bool) else self.packing
         self.mixed_precision = "no" if self.mixed_precision is False else self.mixed_precision
         self.require_choice("packing", ["auto", "on", "off"])
+        self.require_choice("rollouts_ahead", [0, 1])
         # the lengths of packed rows are Python numbers, so each batch would be compiled anew
         self.require(not (self.compile and self.packing == "on"), "packing", "be auto or off with train.compile")
         is_size = type(self.cache_hidden_states) is int and self.cache_hidden_states > 0
@@ -273,6 +277,11 @@ class TRLConfig:
         for section in (getattr(self, name) for name in SECTIONS):
             if isinstance(section, Section):
                 section.check()
+        if self.train.rollouts_ahead and getattr(self.method, "importance_cap", None) is None:
+            raise ConfigError(
+                "train.rollouts_ahead: 1 trains on samples of an older policy: set method.importance_cap (PPO, GRPO), "
+                "for example 2.0, which corrects for that"
+            )
         is_nemo = self.train.trainer.lower().startswith("nemo")
         for section, nearest in ((self.optimizer, NEMO_OPTIMIZERS), (self.scheduler, NEMO_SCHEDULERS)):
             if section.name in nearest and not is_nemo:

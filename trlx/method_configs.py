@@ -74,10 +74,13 @@ class CollectionConfig(OnlineConfig):
     """Scores are clipped to plus or minus this before scaling; 0 or null: off."""
     missing_eos_penalty: float | None = None
     """Subtracted from the score of a response that does not end by itself; null: off."""
+    importance_cap: float | None = None
+    """Each token's advantage is multiplied by π(token) / sampler's probability of it, at most this; null: off. For
+    samplers with a copy of the weights ([why](sampling.md#mismatch))."""
 
     def check(self) -> None:
         self.require_range(1, "num_rollouts", "chunk_size")
-        self.require_positive("ref_std")
+        self.require_positive("ref_std", "importance_cap")
         self.require_choice("scale_reward", ["running", "ref", "ignored", None, False])
 
 

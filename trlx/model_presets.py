@@ -3,6 +3,7 @@
 - a model of ``configs/layers/models.yaml``,
 - ``lora``: an adapter trains instead of all weights,
 - ``megatron``: Megatron-Core trains the model instead of Accelerate,
+- ``vllm``: vLLM servers draw the samples of PPO and GRPO,
 - ``8gpu``: how a step's rows and the model are divided over 8 GPUs of 80 GB.
 """
 
@@ -28,6 +29,8 @@ ADAPTER_RATE = 10
 LENGTH = 2048
 NO_MEGATRON = ("rft",)
 """Methods that have no NeMo trainer."""
+VLLM = ("ppo", "grpo")
+"""Methods that correct for the difference between a server and the policy."""
 MICROBATCH = 2
 """Rows of a forward pass: the fewest that hold a pair."""
 SMALL = 1e9
@@ -76,7 +79,7 @@ def tables() -> dict[str, Any]:
 
 def layer_names() -> list[str]:
     """The names of all layers."""
-    return [*tables()["models"], "lora", "megatron", *(f"{gpus}gpu" for gpus in tables()["rows"])]
+    return [*tables()["models"], "lora", "megatron", "vllm", *(f"{gpus}gpu" for gpus in tables()["rows"])]
 
 
 def is_layer(name: Any) -> bool:
@@ -99,7 +102,12 @@ def layers(names: list[str], base: Mapping[str, Any]) -> list[Path | dict[str, A
     method = base["method"]["name"].lower().removesuffix("config")
     if "megatron" in names and method in NO_MEGATRON:
         raise ConfigError(f"The Megatron backend has no trainer for {method.upper()}: leave out megatron")
-    files = [FOLDER / "layers" / f"{name}.yaml" for name in ("lora", "megatron") if name in names]
+    if "vllm" in names and method not in VLLM:
+        raise ConfigError(
+            f"The layer vllm is for PPO and GRPO, not for {method.upper()}: leave it out; RFT takes the setting "
+            "train.sampler.engine=vllm"
+        )
+    files = [FOLDER / "layers" / f"{name}.yaml" for name in ("lora", "megatron", "vllm") if name in names]
     settings = [_settings(model, base, adapted="lora" in names)]
     return [*files, *settings, *([] if found is None else [_division(found, model, base["method"])])]
 

@@ -6,10 +6,11 @@ import os
 import pytest
 import torch
 
-from tests.builders import tiny_gpt2_config
+from tests.builders import char_tokenizer, tiny_gpt2, tiny_gpt2_config
 from tests.processes import together
 from tests.runs import PROMPTS, metrics, run, share_of_a, tiny_config, weights
 from tests.unit.test_units import EXPECTED_OF_SIX, gradients_of_six
+from tests.vllm_server import StandIn
 
 pytestmark = pytest.mark.distributed
 
@@ -48,6 +49,18 @@ def test_ppo_on_two_processes_equals_one_with_twice_the_batch(tmp_path, minibatc
     mine, theirs = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
     assert mine[0] == theirs[0] and sum(mine[0]["counts"]) == 8
     assert sum(mine[1]["counts"]) == sum(theirs[1]["counts"])
+
+
+def test_a_vllm_server_gives_two_processes_the_samples_of_one(tmp_path):
+    server = StandIn(tiny_gpt2(seed=9), char_tokenizer())
+    sampler = {"sampler": {"engine": "vllm", "url": server.url}, "total_steps": 4}
+    together(
+        1, run, "PPO", tmp_path / "one", optimizer=CALM, method={"chunk_size": 8}, train=sampler | {"batch_size": 6}
+    )
+    together(2, run, "PPO", tmp_path / "two", optimizer=CALM, train=sampler | {"batch_size": 3})
+    server.close()
+    close(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    assert max(line.get("rollouts/logprob_gap/max", 0) for line in metrics(tmp_path / "two")) < 1e-5
 
 
 def test_sft_on_two_processes_equals_one_with_twice_the_batch(tmp_path):

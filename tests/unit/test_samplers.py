@@ -116,9 +116,10 @@ def test_a_class_that_is_no_sampler_or_lacks_an_argument_is_refused(tmp_path):
             trainers.get(config.train.trainer)(config)
 
 
-def test_an_adapter_has_no_weights_to_copy(tmp_path):
-    trainer = run("SFT", tmp_path, model={"peft_config": {"peft_type": "LORA", "r": 2}}, train={"total_steps": 0})
-    with pytest.raises(ValueError, match="cannot follow an adapter"):
+def test_virtual_tokens_cannot_be_copied(tmp_path):
+    prompts = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}
+    trainer = run("SFT", tmp_path, model={"peft_config": prompts}, train={"total_steps": 0})
+    with pytest.raises(ValueError, match="PROMPT_TUNING cannot be merged into a model, so a sampler"):
         list(trainer.backend.weights_by_name())
 
 

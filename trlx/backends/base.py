@@ -163,10 +163,11 @@ class Backend(ABC):
     def weights_by_name(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor on the CPU) of the language model's weights, for samplers with a copy.
 
-        Yields each on one process alone, but all processes gather it: every process must iterate to the end.
+        Yields them on the main process alone, but all processes gather them: every process must iterate to the end.
+        An adapter is merged into them.
 
         Raises:
-            ValueError: an adapter trains.
+            ValueError: an adapter trains that cannot be merged.
         """
         raise NotImplementedError
 

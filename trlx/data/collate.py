@@ -80,6 +80,17 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
     )
 
 
+def drawn_logprobs(rollouts: Sequence[Rollout], batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """(the sampler's log-probabilities, where it gave one): float32 and bool [B, T] for the rows of `rollouts`."""
+    drawn, known = torch.zeros(batch.tokens.shape), torch.zeros_like(batch.response_mask)
+    for row, rollout in enumerate(rollouts):
+        if rollout.logprobs:
+            # an eos in place of a stop sequence has none
+            at = batch.response_mask[row].nonzero().squeeze(1)[: len(rollout.logprobs)]
+            drawn[row, at], known[row, at] = torch.tensor(rollout.logprobs), True
+    return drawn, known
+
+
 def left_pad(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """(tokens, attention mask), both int64 [B, T]; all rows end in the last column, as ``transformers`` samples."""
     return _padded(rows, pad_id, "left"), _padded([[1] * len(row) for row in rows], 0, "left")

@@ -129,9 +129,14 @@ class PromptStream:
 
     def take(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""
+        prompts = self.peek(count)
+        self.position += count
+        return prompts
+
+    def peek(self, count: int) -> list[Prompt]:
+        """The prompts that `take` will return."""
         size = len(self.pipeline)
         places = [divmod(position, size) for position in range(self.position, self.position + count)]
-        self.position += count
         return [self.pipeline[permutation(size, self.seed, "prompts", number)[offset]] for number, offset in places]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from trlx import logging
@@ -60,6 +61,20 @@ class AdaptedPolicy(Policy):
             raise ValueError(f"An adapter of the type {kind.value} cannot be merged into a model: leave out merge=True")
         # merge a copy: merging and unmerging would round the weights that train
         copy.deepcopy(self.adapter).merge_and_unload().save_pretrained(folder)
+
+    def merged(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name in the plain model, weight) of all weights, with the adapter merged into a copy of each layer.
+
+        Raises:
+            ValueError: virtual tokens cannot be merged into weights.
+        """
+        if self.adapter.active_peft_config.is_prompt_learning:
+            kind = self.adapter.active_peft_config.peft_type.value
+            raise ValueError(
+                f"An adapter of the type {kind} cannot be merged into a model, so a sampler with a copy of "
+                "the weights cannot follow it: leave out train.sampler"
+            )
+        yield from _merged(self.model, "", set())
 
 
 class AdapterOff(Reference):
@@ -160,6 +175,26 @@ def adapted_model(model_path: Any) -> str | None:
     if not base:
         raise ValueError(f"{file} does not name the model that the adapter belongs to (base_model_name_or_path)")
     return base
+
+
+def _merged(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    merged = None
+    if isinstance(module, BaseTunerLayer):
+        # a copy: merging and unmerging would round the weights that train
+        copied = copy.deepcopy(module)
+        copied.merge()
+        module, merged = module.get_base_layer(), copied.get_base_layer()
+    elif isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save[module.active_adapter]
+    for name, weight in module.named_parameters(recurse=False):
+        if id(weight) not in seen:  # tied weights go once
+            seen.add(id(weight))
+            yield prefix + name, (weight if merged is None else merged.get_parameter(name)).detach()
+    for name, child in module.named_children():
+        yield from _merged(child, f"{prefix}{name}.", seen)
 
 
 def _own_logits(architecture: Architecture) -> torch.Tensor:

@@ -16,8 +16,8 @@ from trlx.sampling.settings import SamplingConfig, cut_at_eos
 from trlx.strict import check_keywords, suggestion
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Returns (Hugging Face name, whole tensor) of each weight of the language model, on one process alone. Every process
-calls it and reads it to its end, as all of them gather the weights together."""
+"""Returns (Hugging Face name, whole tensor) of each weight of the language model, on the main process alone. Every
+process calls it and reads it to its end, as all of them gather the weights together."""
 
 
 class Sampler(ABC):
@@ -28,6 +28,8 @@ class Sampler(ABC):
     samples can be saved. The first collection of a run is scored all the same, to see how far they are apart."""
     version: int = 0
     """The number of optimizer steps behind the weights that it draws from now."""
+    works_ahead: bool = False
+    """Whether it can sample while the model trains, see `begin`."""
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[Sample]:
@@ -48,17 +50,34 @@ class Sampler(ABC):
         """
         self.version = version
 
+    def begin(self, prompts: list[list[int]], sampling: SamplingConfig) -> None:
+        """Begins to sample from the present weights, without waiting. Called as `generate`, if it `works_ahead`."""
+        raise NotImplementedError
+
+    def finish(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[Sample]:
+        """What `generate` returns, but for prompts that `begin` had what it drew for them. Each is given once."""
+        return self.generate(prompts, sampling)
+
+    def begun(self) -> list[Any]:
+        """Waits for what `begin` has begun, and returns it for a checkpoint, as JSON; it stays begun."""
+        return []
+
+    def go_on(self, begun: list[Any]) -> None:
+        """Takes what `begun` returned in place of what is begun now."""
+
     def close(self) -> None:
         """Stops what the sampler has started. Called when the trainer is deleted, and at the end of the program."""
 
 
-def drawn(sampler: Sampler, prompts: list[list[int]], sampling: SamplingConfig, vocab_size: int) -> list[Sample]:
-    """The samples that `sampler` draws.
+def drawn(
+    sampler: Sampler, prompts: list[list[int]], sampling: SamplingConfig, vocab_size: int, begun: bool = False
+) -> list[Sample]:
+    """The samples that `sampler` draws; with `begun` those that it has begun to draw.
 
     Raises:
         ValueError: they are not what `Sampler.generate` promises; the message names the sampler.
     """
-    samples = sampler.generate(prompts, sampling)
+    samples = (sampler.finish if begun else sampler.generate)(prompts, sampling)
     returned = f"{type(sampler).__name__}.generate returned"
     if not (isinstance(samples, list) and len(samples) == len(prompts)):
         count = len(samples) if isinstance(samples, list) else type(samples).__name__

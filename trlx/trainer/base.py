@@ -327,11 +327,11 @@ class Trainer(OldNames, OnHub, ABC):
         """Checks generation settings, and adds this run's special tokens and stop sequences."""
         return SamplingConfig.from_kwargs(gen_kwargs, self.tokenizer, self.stopper, where)
 
-    def draw(self, prompts: list[list[int]], sampling: SamplingConfig) -> list[Sample]:
-        """Samples from the present policy, see `Sampler.generate`. Call it on every process."""
+    def draw(self, prompts: list[list[int]], sampling: SamplingConfig, begun: bool = False) -> list[Sample]:
+        """Samples from the present policy, see `drawn`. Call it on every process."""
         self.backend.check_prompts(prompts, sampling.max_new_tokens)
         self.sampler.sync(self.schedule.step, self.backend.weights_by_name)
-        return drawn(self.sampler, prompts, sampling, self.backend.vocab_size)
+        return drawn(self.sampler, prompts, sampling, self.backend.vocab_size, begun)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates, logs the result, and keeps the best checkpoint. Random number generators stay as they were."""

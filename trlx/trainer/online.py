@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from trlx import logging
+from trlx.backends.vllm import sampler as _vllm  # noqa: F401  registers the sampler "vllm"
 from trlx.batch import Rollout, Sample, TokenBatch
 from trlx.config import TRLConfig
+from trlx.data.collate import drawn_logprobs
 from trlx.data.prompts import Prompt, PromptPipeline, PromptStream
 from trlx.data.store import Store, own_rows
 from trlx.guard_rules import repeating
 from trlx.method_configs import OnlineConfig
 from trlx.methods.advantages import ScoreScale, kl_penalty, missing_eos_penalty
+from trlx.methods.importance import importance_weights
 from trlx.methods.masked import finish, histogram_of, mean_of, pack, spread_of
 from trlx.rewards.results import Scored, means, total
 from trlx.run.guards import check_first_kl
@@ -61,6 +64,11 @@ class OnlineTrainer(Trainer):
         super().__init__(config, reward_fn, metric_fn, stop_sequences)
         self.scale = self.score_scale()
         self.sampler.check(self.rollout_sampling)
+        if config.train.rollouts_ahead and not self.sampler.works_ahead:
+            raise ValueError(
+                f"train.rollouts_ahead: 1 needs a sampler that works while the model trains, such as train.sampler: "
+                f"{{engine: vllm}}; {type(self.sampler).__name__} does not"
+            )
         self.log = RolloutLog(config, self.tokenizer)
 
     def check(self) -> None:
@@ -131,11 +139,13 @@ class OnlineTrainer(Trainer):
         batch = self.backend.row_format.collate(rollouts, self.tokenizer.pad_token_id)
         is_known = self._has_policy_columns(batch)
         batch = self._with_model_columns(batch, is_known)
-        if not is_known:
-            self._compare(rollouts, batch)
+        weights = None if is_known else self._compare(rollouts, batch)
         batch = self._with_scaled_scores(batch)
         batch = check_collection(type(self).__name__, batch, self.advantages(batch))
+        if weights is not None:
+            batch = batch.replace(advantages=batch.advantages * weights)
         self.log_histograms(rollouts, None if batch.advantages is None else batch.advantages[batch.response_mask])
+        self._sample_ahead(len(batch))
         self.pending["time/rollout_time"] = time.perf_counter() - began
         return batch
 
@@ -190,6 +200,7 @@ class OnlineTrainer(Trainer):
             "prompts_drawn": self.stream.position,
             "temperature": self.logprob_temperature,
             "exact": self._is_exact,
+            "ahead": self.sampler.begun(),
             "rollouts": self.store.columns() if isinstance(self.store, TokenBatch) else {},
         }
 
@@ -198,6 +209,7 @@ class OnlineTrainer(Trainer):
         self.scale.load_state_dict(state["scale"])
         self.stream.position = state["prompts_drawn"]
         self._is_exact = state.get("exact")
+        self.sampler.go_on(state.get("ahead", []))
         needs, rollouts = self.model_needs, state["rollouts"]
         # at another temperature the log-probabilities belong to another policy
         fits = rollouts and state["temperature"] == self.logprob_temperature
@@ -222,7 +234,7 @@ class OnlineTrainer(Trainer):
         # every process draws equally often; a group larger than `rows_at_once` takes several draws
         for start in range(0, (mine.stop - mine.start) * self.samples_per_prompt, self.rows_at_once):
             rows = asked[start : start + self.rows_at_once]
-            drawn += self.draw([prompt.ids for _, prompt in rows], self.rollout_sampling)
+            drawn += self.draw([prompt.ids for _, prompt in rows], self.rollout_sampling, begun=True)
         pairs = zip(asked, drawn, strict=True)
         return [self.rollout_sampling.rollout(prompt, sample, group) for (group, prompt), sample in pairs]
 
@@ -290,22 +302,47 @@ class OnlineTrainer(Trainer):
             scores = missing_eos_penalty(scores, batch.tokens, batch.response_mask, ends, penalty)
         return batch.replace(scores=scores)
 
-    def _compare(self, rollouts: list[Rollout], batch: TokenBatch) -> None:
-        """Logs how far the sampler's log-probabilities are from the policy's, and warns once if that is far."""
-        rows = zip(rollouts, batch.old_logprobs, batch.response_mask, strict=True)
-        gaps = [row[mask][: len(r.logprobs)] - torch.tensor(r.logprobs) for r, row, mask in rows if r.logprobs]
-        if not gaps:
-            return
-        self.pending |= finish(*pack({"rollouts/logprob_gap": spread_of(torch.cat(gaps).abs())}))
+    def _compare(self, rollouts: list[Rollout], batch: TokenBatch) -> Tensor | None:
+        """Logs how far the sampler's log-probabilities are from the policy's, and warns once if that is far. Returns
+        the weights that correct for it, if ``method.importance_cap`` asks for them.
+
+        Raises:
+            ValueError: it does, but the sampler does not say with which probabilities it draws.
+        """
+        drawn, known = drawn_logprobs(rollouts, batch)
+        cap = getattr(self.method, "importance_cap", None)
+        if not known.any():
+            if cap is not None:
+                raise ValueError(
+                    f"method.importance_cap needs the log-probabilities of {type(self.sampler).__name__}, which gives "
+                    "none with these settings: sample with top_k 0, top_p 1 and no penalty, or leave it out"
+                )
+            return None
+        weights, metrics = importance_weights(batch.old_logprobs, drawn, known, cap)
+        gaps = (batch.old_logprobs - drawn)[known].abs()
+        self.pending |= finish(*pack({"rollouts/logprob_gap": spread_of(gaps), **metrics}))
         if self._is_exact is None:
             self._is_exact = self.pending["rollouts/logprob_gap/max"] <= EXACT_GAP
         mean = self.pending["rollouts/logprob_gap/mean"]
-        if mean > LARGE_GAP and not self._gap_told:
+        if mean > LARGE_GAP and cap is None and not self._gap_told:
             self._gap_told = True
             logger.warning(
                 f"The log-probabilities of {type(self.sampler).__name__} are {mean:.2g} nats from the policy's in the "
                 "mean: it samples from other weights or at another temperature",
             )
+        return None if cap is None else weights
+
+    def _sample_ahead(self, rows: int) -> None:
+        """Lets the sampler begin the next collection, if ``train.rollouts_ahead`` asks for it and there will be one."""
+        steps = self.passes_per_epoch * -(-rows // self.schedule.batch_size)
+        last = self.total_steps
+        if not self.config.train.rollouts_ahead or (last is not None and self.schedule.step + steps >= last):
+            return
+        prompts = self.stream.peek(self.rows_per_epoch // self.samples_per_prompt)
+        mine = own_rows(len(prompts), self.backend.data_rank, self.backend.data_size)
+        asked = [prompt.ids for prompt in prompts[mine] for _ in range(self.samples_per_prompt)]
+        self.sampler.sync(self.schedule.step, self.backend.weights_by_name)
+        self.sampler.begin(asked, self.rollout_sampling)
 
 
 class RolloutLog:

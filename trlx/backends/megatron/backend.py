@@ -112,7 +112,7 @@ class MegatronBackend(Backend):
         return PipelineSampler(self.stage, self.parallel, bool(self.needs.q_heads), self.vocab_size)
 
     def weights_by_name(self) -> Iterator[tuple[str, Tensor]]:
-        return self.weights.whole(self.weights.of_model(), lambda weight: weight.value)
+        return self.parallel.to_first_stage(self.weights.whole(self.weights.of_model(), lambda weight: weight.value))
 
     def evaluate(self, batch: TokenBatch, reference: bool = False) -> TokenOutputs:
         if reference and self.reference is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,34 @@ class ParallelState:
             box, parallel_state.get_model_parallel_src_rank(), group=parallel_state.get_model_parallel_group()
         )
         return box[0]
+
+    def to_first_stage(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The named CPU tensors of all stages, on the first stage alone. Tensor rank 0 of data rank 0 sends and gets
+        them; on the other processes `tensors` must be empty. Every process iterates to the end."""
+        source = parallel_state.get_pipeline_model_parallel_first_rank()
+        if self.stage == 0:
+            yield from tensors
+            takes_part = self.tensor_rank == self.data_rank == 0
+            for stage in dist.get_process_group_ranks(pipeline_group())[1:] if takes_part else ():
+                yield from self._received(stage)
+            return
+        for name, tensor in tensors:
+            dist.send_object_list([(name, tensor.shape, tensor.dtype)], source, group=pipeline_group())
+            dist.send(tensor.to(self.device).contiguous(), source, group=pipeline_group())
+        if self.tensor_rank == self.data_rank == 0:
+            dist.send_object_list([None], source, group=pipeline_group())
+
+    def _received(self, stage: int) -> Iterator[tuple[str, Tensor]]:
+        """What `to_first_stage` sends from a process."""
+        box: list[Any] = [None]
+        while True:
+            dist.recv_object_list(box, stage, group=pipeline_group())
+            if box[0] is None:
+                return
+            name, shape, dtype = box[0]
+            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+            dist.recv(tensor, stage, group=pipeline_group())
+            yield name, tensor.cpu()
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """The sum of a small tensor over data ranks."""

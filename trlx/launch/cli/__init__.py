@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import trlx
-from trlx.launch.cli import cluster, replay, sweep, tools, train, use
+from trlx.launch.cli import cluster, replay, servers, sweep, tools, train, use
 from trlx.tracebacks import TOLD_ONCE, on_purpose
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -34,6 +34,7 @@ app.add_typer(replay.commands)
 app.add_typer(cluster.commands)
 app.add_typer(tools.commands)
 app.add_typer(sweep.commands)
+app.add_typer(servers.commands)
 
 
 def _version(asked: bool) -> None:

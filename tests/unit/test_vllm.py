@@ -1,0 +1,364 @@
+"""Sampling from vLLM servers, with a stand-in for the server: see `tests.vllm_server`; tests/vllm asks a real one."""
+
+import json
+import time
+
+import pytest
+import torch
+
+import trlx
+from tests.builders import char_tokenizer, tiny_gpt2
+from tests.runs import PROMPTS, metrics, run, share_of_a, tiny_config
+from tests.vllm_server import BLOCK, StandIn
+from trlx.backends.vllm import channel
+from trlx.backends.vllm import sampler as vllm
+from trlx.backends.vllm import server as http
+from trlx.backends.vllm.channel import chunks
+from trlx.backends.vllm.inside.trlx_vllm.wire import empty, packed
+from trlx.backends.vllm.server import ServerError
+from trlx.methods.importance import importance_weights
+from trlx.methods.masked import finish, pack
+from trlx.sampling.settings import SamplingConfig
+
+GREEDY = SamplingConfig(max_new_tokens=5, do_sample=False, eos_token_id=2)
+
+
+@pytest.fixture
+def start(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(http, "LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
+    running = []
+
+    def start(seed=9, **described):
+        # the weights of another seed than the policy's: no sample of the first collection may come from them
+        running.append(StandIn(tiny_gpt2(seed=seed), char_tokenizer(), **described))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.close()
+
+
+def trained(folder, *servers, algorithm="PPO", method=None, model=None, patience=20, **train):
+    sampler = {"engine": "vllm", "url": [server.url for server in servers], "patience": patience}
+    sampler |= train.pop("sampler", {})
+    settings = {"total_steps": 6, "sampler": sampler, **train}
+    return run(
+        algorithm, folder, train=settings, method={"ppo_epochs": 1} if method is None else method, model=model or {}
+    )
+
+
+def ahead(folder, server, **train):
+    method = {"ppo_epochs": 1, "importance_cap": 1.5, "num_rollouts": 8}
+    return trained(folder, server, method=method, rollouts_ahead=1, **train)
+
+
+def test_after_every_update_the_server_draws_from_the_new_policy(tmp_path, start):
+    server = start()
+    trainer = trained(tmp_path, server)
+    lines = metrics(tmp_path)
+    gaps = [line["rollouts/logprob_gap/max"] for line in lines if "rollouts/logprob_gap/max" in line]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-5
+    assert max(line.get("policy/ratio_deviation/max", 0) for line in lines) > 0.01  # the policy did change
+    # three collections, evaluations at 0, 4 and the end: versions 0, 2, 4 and 6
+    assert server.calls.count("/finish_weight_update") == 4
+    own, prompts = trainer.backend.sampler(), [[4] * (BLOCK + 2), [5, 6], [7] * BLOCK]
+    assert [s.ids for s in trainer.sampler.generate(prompts, GREEDY)] == [s.ids for s in own.generate(prompts, GREEDY)]
+    assert {sample.version for sample in trainer.sampler.generate(prompts, GREEDY)} == {6}
+    assert trainer.sampler.generate(prompts, GREEDY)[0].logprobs is None
+
+
+def test_the_states_of_old_weights_are_forgotten(tmp_path, start, monkeypatch):
+    """The stand-in answers a prompt of a block with old weights unless it is told: this test sees that it is."""
+    server, long = start(), {"prompts": ["abcdef", "fedcba"], "reward_fn": share_of_a}
+    config = tiny_config(tmp_path, "PPO", train={"total_steps": 4, "sampler": {"engine": "vllm", "url": server.url}})
+    trlx.train(config=config, **long)
+    assert max(line.get("rollouts/logprob_gap/max", 0) for line in metrics(tmp_path)) < 1e-5
+    monkeypatch.setattr(StandIn, "reset_prefix_cache", lambda *_: {"success": True})
+    trlx.train(config=config.evolve(train={"checkpoint_dir": str(tmp_path / "stale")}), **long)
+    assert max(line.get("rollouts/logprob_gap/max", 0) for line in metrics(tmp_path / "stale")) > 0.01
+
+
+def test_a_seed_gives_one_run_and_groups_are_asked_for_at_once(tmp_path, start):
+    servers = start(), start(seed=3)
+    method = {"num_rollouts": 16, "chunk_size": 8}
+    for folder in ("a", "b"):
+        trained(tmp_path / folder, *servers, algorithm="GRPO", method=method, total_steps=4)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    rollouts = [[body for body in server.asked if body["n"] == 4] for server in servers]
+    assert len(rollouts[0]) == len(rollouts[1]) == 4  # 2 runs x 1 collection x 4 groups, shared by two servers
+    seeds = [body["seed"] for server in servers for body in server.asked]
+    assert len({*seeds}) == len(seeds) / 2
+
+
+def test_a_request_says_how_to_sample(tmp_path, start):
+    server = start()
+    gen_kwargs = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 7, "top_p": 0.9, "repetition_penalty": 1.2}
+    config = tiny_config(
+        tmp_path,
+        "PPO",
+        method={"gen_kwargs": gen_kwargs | {"min_new_tokens": 1}},
+        train={"total_steps": 1, "sampler": {"engine": "vllm", "url": server.url}},
+    )
+    trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config, stop_sequences=["!"])
+    asked = server.asked[-1] | {"prompt": None, "seed": None, "model": None, "n": None}
+    assert {name: value for name, value in asked.items() if value is not None} == {
+        "max_tokens": 3,
+        "min_tokens": 1,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "repetition_penalty": 1.2,
+        "ignore_eos": True,
+        "stop_token_ids": [2],
+        "stop": ["!"],
+        "skip_special_tokens": False,
+        "logprobs": 0,
+        "return_token_ids": True,
+    }
+    assert not any("logprob_gap/mean" in name for line in metrics(tmp_path) for name in line)
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [[(503, {})], [(429, {})] * 3, [(200, {"choices": []})], [(200, {"choices": [{"finish_reason": "abort"}]})]],
+    ids=["error", "busy", "fewer", "aborted"],
+)
+def test_a_server_that_fails_is_asked_again(tmp_path, start, failures):
+    server, sound = start(), start()
+    server.failures += failures
+    trained(tmp_path / "a", server, total_steps=2)
+    trained(tmp_path / "b", sound, total_steps=2)
+    assert not server.failures
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_a_server_that_was_started_again_gets_the_weights_again(tmp_path, start):
+    server, sound = start(), start()
+    sample, samples = server.sample, []
+
+    def restarting(body, seed):
+        samples.append(seed)
+        if len(samples) == 30:  # in the middle of a collection; what it draws now comes from the first weights
+            server.boot()
+        return sample(body, seed)
+
+    server.sample = restarting
+    trained(tmp_path / "a", server)
+    trained(tmp_path / "b", sound)
+    gaps = [line.get("rollouts/logprob_gap/max", 0) for line in metrics(tmp_path / "a")]
+    assert max(gaps) < 1e-5
+    assert server.calls.count("/init_weight_transfer_engine") == 2
+    assert server.calls.count("/finish_weight_update") == sound.calls.count("/finish_weight_update") + 1
+
+
+def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path, start):
+    server = start()
+    reward = share_of_a
+
+    def leaving(samples, **kwargs):
+        if len(server.asked) > 20:
+            server.failures += [(503, {"error": "no worker"})] * 10_000
+        return reward(samples, **kwargs)
+
+    train = {"sampler": {"engine": "vllm", "url": server.url, "patience": 0.05}, "checkpoint_interval": 100}
+    config = tiny_config(tmp_path, "PPO", method={"ppo_epochs": 1}, train=train | {"eval_interval": 100})
+    with pytest.raises(ServerError, match=r"127.0.0.1:\d+ answered /v1/completions with status 503.*resume"):
+        trlx.train(reward_fn=leaving, prompts=PROMPTS, config=config)
+    server.failures.clear()
+    done = max(line["step"] for line in metrics(tmp_path))
+    assert done > 0
+    assert (tmp_path / f"checkpoint_{done}").is_dir()
+    config = config.evolve(train={"resume_from_checkpoint": "auto"})
+    trainer = trlx.train(reward_fn=reward, prompts=PROMPTS, config=config)
+    assert trainer.schedule.step == 8
+
+
+def test_weights_that_do_not_arrive_are_sent_again(tmp_path, start, monkeypatch):
+    server, lost = start(), []
+    monkeypatch.setattr(channel, "LONGEST_MEETING", 1)
+    receive = server.update_weights
+
+    def failing(body, query):
+        if not lost:
+            lost.append(True)
+            raise RuntimeError("out of memory")
+        return receive(body, query)
+
+    server.update_weights = failing
+    trained(tmp_path, server, total_steps=2)
+    assert max(line.get("rollouts/logprob_gap/max", 0) for line in metrics(tmp_path)) < 1e-5
+
+
+def test_weights_can_travel_through_a_folder(tmp_path, start):
+    server = start()
+    trained(tmp_path / "run", server, sampler={"transport": "folder", "folder": str(tmp_path / "weights")})
+    assert max(line.get("rollouts/logprob_gap/max", 0) for line in metrics(tmp_path / "run")) < 1e-5
+    assert "/init_weight_transfer_engine" not in server.calls
+    assert server.calls.index("/pause") < server.calls.index("/reset_prefix_cache") < server.calls.index("/resume")
+
+
+def test_an_adapter_is_merged_on_its_way(tmp_path, start):
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["c_attn", "c_proj"]}
+    trainer = trained(tmp_path, start(), model={"peft_config": lora})
+    gaps = [line["rollouts/logprob_gap/max"] for line in metrics(tmp_path) if "rollouts/logprob_gap/max" in line]
+    assert max(gaps) < 1e-5
+    trainer.save_pretrained(tmp_path / "merged", merge=True)
+    from safetensors.torch import load_file
+
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    sent = dict(trainer.backend.weights_by_name())
+    assert all(torch.equal(sent[name], merged[name]) for name in merged)
+
+
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        ({"logprobs_mode": "raw_logprobs"}, "gives raw_logprobs, not processed_logprobs.*trlx vllm"),
+        ({"vocab_size": 50}, "a model of 50 tokens, the policy has 38"),
+        ({"max_model_len": 6}, r"reads 6 tokens \(--max-model-len\), too few for method.gen_kwargs.max_new_tokens 6"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_refused_before_training(tmp_path, start, described, said):
+    with pytest.raises(ServerError, match=said):
+        trained(tmp_path, start(**described))
+
+
+def test_what_servers_cannot_do_is_refused(tmp_path, start):
+    server = start(max_model_len=8)
+    with pytest.raises(ServerError, match="prompt of 3 tokens and method.gen_kwargs.max_new_tokens 6 are more than"):
+        trained(tmp_path, server)
+    with pytest.raises(ValueError, match="method.gen_kwargs.beta needs ILQL's Q heads"):
+        trained(tmp_path, server, algorithm="ILQL", method={})
+    gen_kwargs = {"max_new_tokens": 4, "no_repeat_ngram_size": 2}
+    with pytest.raises(ValueError, match="no_repeat_ngram_size is not passed on to vLLM"):
+        trained(tmp_path, server, method={"gen_kwargs": gen_kwargs})
+    for wrong, said in (
+        ({"url": "localhost:8000"}, "train.sampler.url must be an address"),
+        ({"transport": "smoke"}, "train.sampler.transport must be one of auto, gloo, nccl, folder"),
+        ({"transport": "folder"}, "belong together"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            trained(tmp_path, server, sampler=wrong)
+    server.collective_rpc = None
+    with pytest.raises(ServerError, match="cannot follow a policy: start it with the command that `trlx vllm` prints"):
+        trained(tmp_path, server, patience=0.05)
+
+
+def test_two_runs_do_not_share_a_server(tmp_path, start):
+    server = start()
+    first = trained(tmp_path / "a", server, total_steps=2)
+    trained(tmp_path / "b", server, total_steps=2)
+    with pytest.raises(ServerError, match="Another run sends its weights"):
+        first.sampler.generate([[4]], GREEDY)
+
+
+def test_importance_weights_are_those_worked_out_by_hand():
+    policy = torch.tensor([[0.0, -1.0, -2.0, -1.0]])
+    drawn = torch.tensor([[5.0, -1.0, -1.0, -3.0]])
+    mask = torch.tensor([[False, True, True, True]])
+    weights, found = importance_weights(policy, drawn, mask, cap=2.0)
+    # ratios 1, e^-1, e^2
+    assert weights.tolist() == [pytest.approx([1, 1, 0.36787944, 2])]
+    stats = finish(*pack(found))
+    assert stats["rollouts/sampler_kl"] == pytest.approx((0 + 0.36787944 - 1 + 1 + 7.38905610 - 1 - 2) / 3)
+    assert stats["rollouts/importance/mean"] == pytest.approx((1 + 0.36787944 + 2) / 3)
+    assert stats["rollouts/importance_capped"] == pytest.approx(1 / 3)
+    assert [*finish(*pack(importance_weights(policy, drawn, mask, None)[1]))] == ["rollouts/sampler_kl"]
+
+
+def test_ahead_of_training_the_next_collection_is_drawn_and_its_advantages_weighted(tmp_path, start, monkeypatch):
+    server, seen = start(), []
+    collect = trlx.trainer.ppo.PPOTrainer.collect
+
+    def watched(self):
+        before = [each.version for each in self.sampler._begun]
+        batch = collect(self)
+        seen.append((self.schedule.step, before, dict(self.pending), len(self.sampler._begun)))
+        return batch
+
+    monkeypatch.setattr(trlx.trainer.ppo.PPOTrainer, "collect", watched)
+    trainer = ahead(tmp_path, server)
+    # two steps a collection: the second collection was drawn from the weights of step 0, the third from those of 2
+    assert [(step, {*versions}, begun) for step, versions, _, begun in seen] == [
+        (0, set(), 8),
+        (2, {0}, 8),
+        (4, {2}, 0),
+    ]
+    stats = [pending for _, _, pending, _ in seen]
+    assert stats[0]["rollouts/importance/max"] == pytest.approx(1, abs=1e-5)
+    assert all(each["rollouts/importance/max"] > 1.001 for each in stats[1:])
+    assert trainer.schedule.step == 6
+
+
+def test_advantages_are_multiplied_by_the_weights(tmp_path, start):
+    config = tiny_config(
+        tmp_path,
+        "GRPO",
+        method={"importance_cap": 1.5, "num_iterations": 1, "kl_coef": 0.0},
+        train={"sampler": {"engine": "vllm", "url": start().url}, "total_steps": 2},
+    )
+    trainer = trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config)
+    trainer.sampler.sync(99, trainer.backend.weights_by_name)  # the weights of step 2, called those of step 99
+    drawn = trainer.sampler._ask
+
+    def biased(rows, sampling, begun):
+        samples = drawn(rows, sampling, begun)
+        for sample in samples:
+            sample.logprobs = [logprob - 0.25 for logprob in sample.logprobs]
+        return samples
+
+    trainer.sampler._ask = biased
+    batch = trainer.collect()
+    unweighted = trainer.advantages(batch).advantages
+    assert unweighted.abs().max() > 0.1
+    mask = batch.response_mask
+    torch.testing.assert_close(
+        batch.advantages[mask], unweighted[mask] * torch.tensor(0.25).exp(), rtol=1e-4, atol=1e-5
+    )
+    for sample_kwargs, said in (({"top_k": 3}, "GRPO|importance_cap needs the log-probabilities of VLLMSampler"),):
+        gen_kwargs = {"max_new_tokens": 6, **sample_kwargs}
+        with pytest.raises(ValueError, match=said):
+            trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config.evolve(method={"gen_kwargs": gen_kwargs}))
+
+
+def test_a_run_that_samples_ahead_resumes_exactly(tmp_path, start):
+    server = start()
+    ahead(tmp_path / "whole", server, total_steps=8, checkpoint_interval=3)
+    ahead(tmp_path / "cut", server, total_steps=8, checkpoint_interval=3, keep_checkpoints=9)
+    for folder in (tmp_path / "cut").glob("checkpoint_[68]"):
+        folder.rename(tmp_path / folder.name)
+    server.boot()
+    ahead(tmp_path / "cut", server, total_steps=8, checkpoint_interval=3, resume_from_checkpoint="auto")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_sampling_ahead_is_refused_where_it_does_nothing(tmp_path, start):
+    with pytest.raises(
+        ValueError, match="rollouts_ahead: 1 trains on samples of an older policy: set method.importance"
+    ):
+        trained(tmp_path, start(), rollouts_ahead=1)
+    with pytest.raises(ValueError, match="needs a sampler that works while the model trains"):
+        run("PPO", tmp_path, method={"importance_cap": 2.0}, train={"rollouts_ahead": 1})
+    with pytest.raises(ValueError, match="rollouts_ahead: 1 trains on samples of an older policy"):
+        run("SFT", tmp_path, train={"rollouts_ahead": 1})
+
+
+def test_chunks_are_whole_and_bytes_come_back_as_tensors():
+    weights = [
+        ("a", torch.arange(3.0)),
+        ("b", torch.tensor([1, 2, 3], dtype=torch.int8)),
+        ("c", torch.ones(2, 2).half()),
+    ]
+    assert [[*chunk] for chunk in chunks(iter(weights), 15)] == [["a", "b"], ["c"]]
+    assert [[*chunk] for chunk in chunks(iter(weights), 1)] == [["a"], ["b"], ["c"]]
+    tensors = [tensor for _, tensor in weights]
+    buffer, views = empty([t.shape for t in tensors], ["float32", "int8", "float16"], "cpu")
+    buffer.copy_(packed(tensors, "cpu"))
+    assert all(
+        torch.equal(view, tensor) and view.dtype == tensor.dtype for view, tensor in zip(views, tensors, strict=True)
+    )
+    assert len(json.dumps(vllm.PASSED_ON)) > 0
