@@ -161,15 +161,9 @@ class AccelerateBackend(Backend):
             yield
 
     def weights_by_name(self) -> Iterator[tuple[str, Tensor]]:
-        weights = self.policy.model.named_parameters()
-        if isinstance(self.policy, AdaptedPolicy):
-            if not self.sharding.independent:
-                raise ValueError(
-                    "An adapter cannot be merged while weights are sharded (FSDP, DeepSpeed), so a sampler with a copy "
-                    "of the weights cannot follow it: leave out train.sampler, or shard nothing"
-                )
-            weights = self.policy.merged()
-        for name, weight in weights:
+        if isinstance(self.policy, AdaptedPolicy) and not self.sharding.independent:
+            raise ValueError("train.sampler: an adapter cannot be merged for a copy while FSDP or DeepSpeed shards it")
+        for name, weight in self.policy.plain_weights():
             full = self.sharding.for_file(weight)
             if self.is_main:
                 yield name, full.cpu()

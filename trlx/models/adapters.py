@@ -62,8 +62,8 @@ class AdaptedPolicy(Policy):
         # merge a copy: merging and unmerging would round the weights that train
         copy.deepcopy(self.adapter).merge_and_unload().save_pretrained(folder)
 
-    def merged(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name in the plain model, weight) of all weights, with the adapter merged into a copy of each layer.
+    def plain_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name in the plain model, weight), with the adapter merged into a copy of each layer.
 
         Raises:
             ValueError: virtual tokens cannot be merged into weights.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -111,6 +111,10 @@ class Policy(nn.Module):
     def save_model(self, folder: Path | str, merge: bool = False) -> None:
         """Writes the language model so that plain ``transformers`` loads it; `merge` is for adapters."""
         write(partial(_save_pretrained, self.model, folder), self.model.state_dict())
+
+    def plain_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """(name, weight) of the language model as plain ``transformers`` has it; tied weights once."""
+        return self.model.named_parameters()
 
     @property
     def value_head(self) -> ValueHead | ValueBranch | None:
