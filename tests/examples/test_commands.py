@@ -311,7 +311,7 @@ def check_linter(program: list[str]) -> None:
 
 
 RUN = {
-    r"trlx (plan|check|convert|report|env|config show|ppo --model tiny|.* --dry-run)": run_trlx,
+    r"trlx (plan|check|convert|report|env|vllm|config show|ppo --model tiny|.* --dry-run)": run_trlx,
     r"python -m trlx$": run_trlx,
     r"python -m examples\.\S+ --model tiny": run_example,
 }

@@ -37,6 +37,7 @@ ADAPTED = {
     "config.train.batch_size": "the present pass goes on at its next row, in batches of the new size",
     "config.model.num_layers_unfrozen": "the checkpoint fits only where the same weights train",
     "config.train.cache_hidden_states": "numbers are the same up to rounding",
+    "config.train.rollouts_ahead": "in use from the next collection on",
     "config.train.sampler": "responses are drawn in the new way from here on",
     "config.train.guards": "in use from here on",
     "config.train.max_grad_norm": "in use from here on",
