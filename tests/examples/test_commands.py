@@ -336,6 +336,6 @@ CHECKED = {
     r"docker": (check_docker, "a container engine, gigabytes and GPUs"),
     r"ruff|lint-imports|sphinx-build": (check_linter, "files that are the same everywhere; .ci/run runs them"),
     r"\.ci/run": (check_script, "the tests again"),
-    r"tests/toolkit/exchange\.sh": (check_script, "a package index and minutes; .github/workflows/ci.yml runs it"),
+    r"tests/(toolkit/exchange|vllm/server)\.sh": (check_script, "minutes and a package index; the workflow runs them"),
 }
 """The same for commands that are only checked, with what running them would take."""
