@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 
 from trlx.__main__ import main
+from trlx.config import TRLConfig
 from trlx.launch.plan.changes import Verdict, cheapest, ladders_of
 from trlx.launch.plan.nemo import phases, work
 from trlx.launch.plan.run import read_config, read_run
+from trlx.launch.plan.tables import GIB, Planner
 from trlx.launch.plan.work import Gpu, Work, rows_of_a_step
 from trlx.presets import load_preset
 
@@ -112,6 +114,14 @@ def test_a_composition_is_planned_as_train_reads_it_and_without_the_hub(no_hub, 
     assert printed[-1].startswith("All phases fit into 24 GiB")
     assert main(["plan", "gpt2", "megatron", "8gpu", "--method", "dpo"]) == 0
     assert "8 GPUs = 1 (tensor) x 1 (pipeline) x 8 (data)" in capsys.readouterr().out
+
+
+def test_runs_of_one_model_are_rehearsed_once(no_hub):
+    config = read_config(["sft", "gpt2", "lora", "train.seq_length=8"])
+    planner = Planner(1, 50257, GIB, "ddp")
+    for batch_size in (2, 4):
+        planner(TRLConfig.update(config, {"train.batch_size": batch_size}))
+    assert len(planner.rehearsals) == 1
 
 
 def test_what_names_no_method_stands_over_that_of_the_option(tmp_path, no_hub):

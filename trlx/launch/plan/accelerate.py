@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,7 +78,8 @@ class AccelerateRun:
         rehearsals = {} if rehearsals is None else rehearsals
         key = f"{model} {self.needs} {self.half} {launch.shards}"
         if key not in rehearsals:
-            rehearsals[key] = Rehearsal(model, self.needs, self.half, launch.shards)
+            # transformers writes the dtype into the model's config, which is a part of the key
+            rehearsals[key] = Rehearsal(copy.deepcopy(model), self.needs, self.half, launch.shards)
         self.rehearsal = rehearsals[key]
 
     @property

@@ -94,7 +94,7 @@ def plan(
     for line in (
         _time_remark(work, speed, efficiency),
         *(_remarks(config, run, limit) if is_nemo else _accelerate_remarks(run)),
-        *_fit_remarks(config, planner, speed, efficiency),
+        *_fit_remarks(config, planner, run, phases, speed, efficiency),
     ):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -127,8 +127,10 @@ class Planner:
         return run, run.phases(), run.work
 
 
-def _fit_remarks(config: TRLConfig, planner: Planner, speed: Gpu, efficiency: float) -> Iterator[str]:
-    limit = planner.limit
+def _fit_remarks(
+    config: TRLConfig, planner: Planner, run: Any, phases: list[Phase], speed: Gpu, efficiency: float
+) -> Iterator[str]:
+    limit, most = planner.limit, peak(phases)
 
     def assess(settings: dict[str, Any]) -> Verdict:
         sections = {key: value for key, value in settings.items() if key != SHARED}
@@ -136,8 +138,6 @@ def _fit_remarks(config: TRLConfig, planner: Planner, speed: Gpu, efficiency: fl
         excess = sum(max(phase.total - limit, 0) for phase in phases)
         return Verdict(peak(phases).total, excess, sum(work.seconds(speed, efficiency).values()))
 
-    run, phases, _ = planner(config)
-    most = peak(phases)
     needs = f"{limit / GIB:.0f} GiB: the phase {most.name} takes {most.total / GIB:.2f}."
     if most.total <= limit:
         yield f"All phases fit into {needs}"
