@@ -378,6 +378,7 @@ def test_the_same_command_runs_trials_again_that_failed_and_no_others(script, ra
         swept(script, values=[5.0])
 
 
+@pytest.mark.slow
 def test_in_pbt_the_worse_trial_goes_on_from_the_better_one_with_other_settings(script, ray):
     kwargs = {"perturbation_interval": 3, "quantile_fraction": 0.5, "synch": True, "resample_probability": 0}
     status, out = swept(script, "--num_cpus", "1", values=[1.0, 3.0], scheduler="pbt", scheduler_kwargs=kwargs)
