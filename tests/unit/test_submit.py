@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.builders import char_tokenizer, tiny_gpt2
 from tests.unit.test_cli import failure
 from trlx.launch.cli import main
 from trlx.launch.slurm import follow as following
@@ -109,9 +110,34 @@ def test_an_array_has_a_job_for_each_trial_of_a_sweep(folder, submitted, capsys)
     assert "Its 4 trials: squeue -j 12" in capsys.readouterr().out
 
 
+def test_the_last_nodes_of_a_job_serve_the_model_and_the_others_train(folder, submitted, monkeypatch):
+    tiny_gpt2().save_pretrained(folder / "model")
+    char_tokenizer().save_pretrained(folder / "model")
+    typed = ["grpo", "train.sampler.engine=vllm", "--model", "model", "--prompts", "made", "--reward", "made"]
+    asks = "--nodes 2 --gpus-per-node 4 --vllm-nodes 1 --vllm-python /opt/vllm/bin/python --no-follow --out run"
+    assert main(["submit", *typed, *asks.split()]) == 0
+    script = folder / "run" / "submit.sbatch"
+    assert "--nodes=3" in options_and_rest(script.read_text())[0]
+    known = {"scontrol": "[ $2 = hostnames ] && seq -f 'n%g' 3 || echo NodeName=$4 NodeAddr=10.0.0.${4#n} x"}
+    known["srun"] = 'case "$*" in *api_server*) echo "$*" >said.serves; sleep 9;; *) echo "$*" >said.trains;; esac'
+    for name, what in known.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{what}\n")
+        (folder / "bin" / name).chmod(0o755)
+    for name, value in {"NNODES": 3, "JOB_NODELIST": "n[1-3]", "JOB_ID": 12, "GPUS_ON_NODE": 4}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    subprocess.run(["bash", str(script)], check=True, timeout=8)  # it does not wait for the server
+    serves, trains = ((folder / f"said.{name}").read_text() for name in ("serves", "trains"))
+    assert "--nodes=1 --nodelist=n3 env VLLM_SERVER_DEV_MODE=1" in serves
+    assert "/opt/vllm/bin/python -m vllm.entrypoints.openai.api_server --model model" in serves
+    assert "--host 0.0.0.0 --port 8000" in serves and "--tensor-parallel-size 4" in serves
+    assert "--nodes=2 --nodelist=n1,n2" in trains and "--nnodes 2 --nproc-per-node 4" in trains
+    assert "--rdzv-endpoint 10.0.0.1:" in trains and "train.sampler.url=[http://10.0.0.3:8000]" in trains
+
+
 @pytest.mark.parametrize(
     "typed, said",
     [
+        ([*TINY, "--dry-run", "--vllm-nodes", "1"], "train.sampler is not vllm in this config: add"),
         (TINY, "There is no sbatch here: use a machine of the cluster, or add --dry-run"),
         (["--follow-job", "12"], "There is no scontrol here: use a machine of the cluster"),
         ([*TINY, "--dry-run", "--time", "1h"], "--time is '1h': write minutes, hours:minutes:seconds or days-hours"),

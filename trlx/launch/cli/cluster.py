@@ -41,6 +41,8 @@ def submit(
     ] = None,
     conda: Annotated[str | None, typer.Option(metavar="ENV", help="a conda environment")] = None,
     venv: Annotated[str | None, typer.Option(metavar="FOLDER", help="  [default: the active environment]")] = None,
+    vllm_nodes: Annotated[int, typer.Option(metavar="N", help="more nodes, for vLLM servers")] = 0,
+    vllm_python: Annotated[str, typer.Option(metavar="FILE", help="an interpreter with vLLM")] = "python",
     array: Annotated[Path | None, typer.Option(metavar="SWEEP.yaml", help="a job for each trial of a sweep")] = None,
     follow: Annotated[bool, typer.Option(help="print the log until it ends")] = True,
     follow_job: Annotated[str | None, typer.Option(metavar="JOB", help="follow this job, and submit none")] = None,
@@ -66,6 +68,8 @@ def submit(
         container=container,
         conda=conda,
         venv=venv,
+        vllm_nodes=vllm_nodes,
+        vllm_python=vllm_python,
     )
     return run(_job(words or []), request, array, dry_run, follow)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LEAST = {"nodes": 1, "gpus_per_node": 0, "cpus": 1, "save_before": 1, "requeues": 0}
+LEAST = {"nodes": 1, "vllm_nodes": 0, "gpus_per_node": 0, "cpus": 1, "save_before": 1, "requeues": 0}
 
 
 @dataclass
@@ -32,6 +32,10 @@ class Request:
     container: str | None = None
     conda: str | None = None
     venv: str | None = None
+    vllm_nodes: int = 0
+    """Nodes beside `nodes`, each with a vLLM server on its GPUs."""
+    vllm_python: str = "python"
+    """The interpreter of an environment with vLLM, as the nodes see it."""
 
     @property
     def processes(self) -> int:
@@ -56,7 +60,11 @@ class Request:
 
     def options(self) -> list[str]:
         """Options of sbatch."""
-        given = [f"--nodes={self.nodes}", "--ntasks-per-node=1", f"--cpus-per-task={self.cpus * self.processes}"]
+        given = [
+            f"--nodes={self.nodes + self.vllm_nodes}",
+            "--ntasks-per-node=1",
+            f"--cpus-per-task={self.cpus * self.processes}",
+        ]
         given += [f"--gpus-per-node={self.gpus_per_node}"] * (self.gpus_per_node > 0)
         given += [f"--{name}={value}" for name in ("time", "partition") if (value := getattr(self, name))]
         given += [f"--signal=B:USR1@{self.save_before}", "--requeue", "--open-mode=append"]

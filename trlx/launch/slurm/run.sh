@@ -6,18 +6,26 @@
 #   INSIDE     array: a command that runs the interpreter in a container
 #   STEP       array: more options for srun
 #   PORT       where the processes meet on the first node; default: 10000 + job id modulo 20000
+#   SERVE      array: the command of a vLLM server on port 8000, which draws the samples of the run
+#   SERVERS    how many of the job's nodes, the last ones, run it; the others train
 #   REQUEUES   how often the job may be requeued; default: 100
 
 asked=""
 trap 'asked=yes' USR1
 
 run() {
-    local module=$1 gpus=${SLURM_GPUS_ON_NODE:-0} first address processes
+    local module=$1 gpus=${SLURM_GPUS_ON_NODE:-0} servers=${SERVERS:-0} nodes where=() serving="" code processes host
     shift
     processes=$((gpus > 0 ? gpus : 1))
-    # a node may be known to SLURM by another name than to the network
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    address=$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*')
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    if ((servers)); then
+        where=("--nodes=$servers" "--nodelist=$(joined "${nodes[@]: -servers}")")
+        set -- "$@" "train.sampler.url=[$(for host in "${nodes[@]: -servers}"; do echo "http://$(address "$host"):8000"; done | paste -sd,)]"
+        srun --ntasks-per-node=1 "${where[@]}" "${SERVE[@]}" &
+        serving=$!
+        nodes=("${nodes[@]:0:${#nodes[@]}-servers}")
+        where=("--nodes=${#nodes[@]}" "--nodelist=$(joined "${nodes[@]}")")
+    fi
 
     # as many threads as there are cores for each process; torchrun says 1 where nothing is said
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-1} / processes > 1 ? SLURM_CPUS_ON_NODE / processes : 1))}
@@ -30,11 +38,26 @@ run() {
 
     # --wait: where one node fails, the others would wait for its processes
     # trap: a signal that comes before training has begun to listen would end the process
-    requeued srun --ntasks-per-node=1 --wait=120 "${STEP[@]}" bash -c 'trap "" USR1; exec "$@"' task \
+    requeued srun --ntasks-per-node=1 --wait=120 "${where[@]}" "${STEP[@]}" bash -c 'trap "" USR1; exec "$@"' task \
         "${INSIDE[@]}" "${PYTHON:-python}" -m trlx.backends.torchrun \
-        --nnodes "$SLURM_NNODES" --nproc-per-node "$processes" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \
-        --rdzv-endpoint "${address#*=}:${PORT:-$((10000 + SLURM_JOB_ID % 20000))}" \
+        --nnodes "${#nodes[@]}" --nproc-per-node "$processes" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \
+        --rdzv-endpoint "$(address "${nodes[0]}"):${PORT:-$((10000 + SLURM_JOB_ID % 20000))}" \
         -m "$module" "$@" train.resume_from_checkpoint=auto
+    code=$?
+    if [ -n "$serving" ]; then kill "$serving" 2>/dev/null; fi
+    return "$code"
+}
+
+# `address NODE`: a node may be known to SLURM by another name than to the network
+address() {
+    local known
+    known=$(scontrol --oneliner show node "$1" | grep -o 'NodeAddr=[^ ]*')
+    echo "${known#*=}"
+}
+
+joined() {
+    local IFS=,
+    echo "$*"
 }
 
 # `requeued srun ...` runs a step. It passes SIGUSR1 to the step, and requeues the job if that can go on in another start.

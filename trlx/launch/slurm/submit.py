@@ -6,15 +6,17 @@ import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from trlx import checkpoint
+from trlx.config import TRLConfig
 from trlx.launch.job import Job, description
 from trlx.launch.slurm.follow import follow as follow_job
 from trlx.launch.slurm.request import Request
 from trlx.launch.space import read_space, trials
+from trlx.launch.vllm import command
 
 SCRIPT = "submit.sbatch"
 """The batch script, in the run's folder. It contains `LIBRARY`, so it needs no other file."""
@@ -47,7 +49,7 @@ def submit(job: Job, request: Request, sweep: Path | None = None, dry_run: bool 
         request = replace(request, sbatch=[*request.sbatch, array])
     written = {folder / f"trial_{number:03d}": settings for number, settings in enumerate(drawn)}
     _check_resume([folder, *written], train.resume_from_checkpoint)
-    text = script(words, folder, request, bool(drawn))
+    text = script(words, folder, request, bool(drawn), _servers(arguments["config"], request))
     if dry_run:
         print(*description(job, arguments, request.nodes * request.processes), "", text, sep="\n")
         return 0
@@ -93,8 +95,22 @@ def _array(sweep: Path) -> tuple[list[list[str]], str]:
     return lines, f"array=0-{len(lines) - 1}{at_once}"
 
 
-def script(words: Sequence[str], folder: Path, request: Request, is_array: bool = False) -> str:
-    """The batch script of ``trlx WORDS``, whose files go to `folder`, or those of trials to folders in it."""
+def _servers(config: TRLConfig, request: Request) -> list[str]:
+    """Lines of bash that name the vLLM servers of a run."""
+    if not request.vllm_nodes:
+        return []
+    sampler = config.train.sampler
+    sampler = {**(sampler if isinstance(sampler, Mapping) else {"engine": sampler}), "url": "http://0.0.0.0:8000"}
+    asked = command(config.evolve(train={"sampler": sampler}), request.vllm_python, request.processes)
+    variables = [f"{name}={value}" for name, value in asked.variables.items()]
+    return [f"SERVERS={request.vllm_nodes}", f"SERVE=({shlex.join(['env', *variables, *asked.words])})"]
+
+
+def script(
+    words: Sequence[str], folder: Path, request: Request, is_array: bool = False, servers: Sequence[str] = ()
+) -> str:
+    """The batch script of ``trlx WORDS``, whose files go to `folder`, or those of trials to folders in it. `servers`
+    are lines of bash that name the servers beside it."""
     log = "trial_%3a/slurm-%A.log" if is_array else "slurm-%j.log"
     options = [f"--job-name={folder.name}", f"--chdir={Path.cwd()}", f"--output={folder / log}", *request.options()]
     setup, last = [f"folder={shlex.quote(str(folder))}"], '"train.checkpoint_dir=$folder"'
@@ -111,6 +127,7 @@ def script(words: Sequence[str], folder: Path, request: Request, is_array: bool 
             "",
             LIBRARY.read_text(encoding="utf-8"),
             *request.environment(folder),
+            *servers,
             *setup,
             f"run trlx {shlex.join(words)} {last}",
             "",
