@@ -149,6 +149,7 @@ class StandIn:
         return {"success": True}
 
     def load(self, weights):
+        self.dtypes = {weight.dtype for weight in weights.values()}
         self.model = copy.deepcopy(self.model)
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         assert not unexpected, unexpected

@@ -1,10 +1,13 @@
 """Sampling from vLLM servers, with a stand-in for the server: see `tests.vllm_server`; tests/vllm asks a real one."""
 
-import json
+import threading
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import trlx
 from tests.builders import char_tokenizer, tiny_gpt2
@@ -14,10 +17,7 @@ from trlx.backends.vllm import channel
 from trlx.backends.vllm import sampler as vllm
 from trlx.backends.vllm import server as http
 from trlx.backends.vllm.channel import chunks
-from trlx.backends.vllm.inside.trlx_vllm.wire import empty, packed
 from trlx.backends.vllm.server import ServerError
-from trlx.methods.importance import importance_weights
-from trlx.methods.masked import finish, pack
 from trlx.sampling.settings import SamplingConfig
 
 GREEDY = SamplingConfig(max_new_tokens=5, do_sample=False, eos_token_id=2)
@@ -63,12 +63,19 @@ def test_after_every_update_the_server_draws_from_the_new_policy(tmp_path, start
     assert len(gaps) == 3
     assert max(gaps) < 1e-5
     assert max(line.get("policy/ratio_deviation/max", 0) for line in lines) > 0.01  # the policy did change
+    # Python waits for all other threads before it ends
+    assert {thread.daemon for thread in threading.enumerate() if thread.name.startswith("trlx-vllm")} == {True}
     # three collections, evaluations at 0, 4 and the end: versions 0, 2, 4 and 6
     assert server.calls.count("/finish_weight_update") == 4
+    last = [call for call in server.calls if call not in ("/v1/completions", "/collective_rpc", "/update_weights")][-5:]
+    assert last == ["/pause", "/start_weight_update", "/finish_weight_update", "/reset_prefix_cache", "/resume"]
     own, prompts = trainer.backend.sampler(), [[4] * (BLOCK + 2), [5, 6], [7] * BLOCK]
     assert [s.ids for s in trainer.sampler.generate(prompts, GREEDY)] == [s.ids for s in own.generate(prompts, GREEDY)]
     assert {sample.version for sample in trainer.sampler.generate(prompts, GREEDY)} == {6}
-    assert trainer.sampler.generate(prompts, GREEDY)[0].logprobs is None
+    assert trainer.sampler.generate([[4]], SamplingConfig(max_new_tokens=3))[0].logprobs is not None
+    shaped = {"top_k": 3}, {"top_p": 0.9}, {"extra": {"repetition_penalty": 1.2}}, {"do_sample": False}
+    for changes in shaped:  # draws from another distribution than the policy's
+        assert trainer.sampler.generate([[4]], SamplingConfig(max_new_tokens=3, **changes))[0].logprobs is None
 
 
 def test_the_states_of_old_weights_are_forgotten(tmp_path, start, monkeypatch):
@@ -189,28 +196,45 @@ def test_weights_that_do_not_arrive_are_sent_again(tmp_path, start, monkeypatch)
         return receive(body, query)
 
     server.update_weights = failing
+    answers = [{"success": False}, {}]  # to the second request to forget the states of old weights, and the first
+    forget = server.reset_prefix_cache
+    server.reset_prefix_cache = lambda *_: answers.pop() if answers else forget(*_)
     trained(tmp_path, server, total_steps=2)
     assert max(line.get("rollouts/logprob_gap/max", 0) for line in metrics(tmp_path)) < 1e-5
+    assert not answers and server.calls.count("/finish_weight_update") == 5  # of the two failures, and 3 versions
+    server.update_weights = None
+    with pytest.raises(ServerError, match="The weights of step 0 did not reach the vLLM servers: .*404"):
+        trained(tmp_path / "never", server, patience=0.05)
 
 
-def test_weights_can_travel_through_a_folder(tmp_path, start):
-    server = start()
-    trained(tmp_path / "run", server, sampler={"transport": "folder", "folder": str(tmp_path / "weights")})
+def test_weights_can_travel_through_a_folder(tmp_path, start, monkeypatch):
+    server, folder = start(), tmp_path / "weights"
+    monkeypatch.setattr(vllm, "chunks", partial(chunks, limit=9000))
+    folder.mkdir()
+    save_file({"of an older run": torch.ones(1)}, folder / "z.safetensors")
+    sampler = {"transport": "folder", "folder": str(folder)}
+    trained(tmp_path / "run", server, sampler=sampler, model={"num_layers_unfrozen": 1})
+    assert [file.name for file in sorted(folder.iterdir())][:2] == ["part-00000.safetensors", "part-00001.safetensors"]
+    about = http.Description((), None, 1, 38, 64, "", "bfloat16", "cpu")
+    channel.Folder(None, about, str(tmp_path)).send({"a": torch.ones(1), "b": torch.ones(1).int()})
+    sent = load_file(tmp_path / "part-00000.safetensors")
+    assert (sent["a"].dtype, sent["b"].dtype) == (torch.bfloat16, torch.int32)
     assert max(line.get("rollouts/logprob_gap/max", 0) for line in metrics(tmp_path / "run")) < 1e-5
     assert "/init_weight_transfer_engine" not in server.calls
     assert server.calls.index("/pause") < server.calls.index("/reset_prefix_cache") < server.calls.index("/resume")
 
 
 def test_an_adapter_is_merged_on_its_way(tmp_path, start):
-    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["c_attn", "c_proj"]}
+    targets = {"target_modules": ["c_attn", "c_proj"], "modules_to_save": ["ln_f"]}
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, **targets}
     trainer = trained(tmp_path, start(), model={"peft_config": lora})
     gaps = [line["rollouts/logprob_gap/max"] for line in metrics(tmp_path) if "rollouts/logprob_gap/max" in line]
     assert max(gaps) < 1e-5
     trainer.save_pretrained(tmp_path / "merged", merge=True)
-    from safetensors.torch import load_file
-
     merged = load_file(tmp_path / "merged" / "model.safetensors")
-    sent = dict(trainer.backend.weights_by_name())
+    weights = [*trainer.backend.weights_by_name()]
+    sent = dict(weights)
+    assert len(weights) == len(sent) and sent.keys() == merged.keys()  # tied weights go once
     assert all(torch.equal(sent[name], merged[name]) for name in merged)
 
 
@@ -243,40 +267,45 @@ def test_what_servers_cannot_do_is_refused(tmp_path, start):
     ):
         with pytest.raises(ValueError, match=said):
             trained(tmp_path, server, sampler=wrong)
+    server.failures.append((400, {"error": "no such setting"}))
+    with pytest.raises(ServerError, match=r"refuses /v1/completions \(status 400\).*no such setting"):
+        trained(tmp_path, server, method={"gen_kwargs": {"max_new_tokens": 2}})
     server.collective_rpc = None
     with pytest.raises(ServerError, match="cannot follow a policy: start it with the command that `trlx vllm` prints"):
         trained(tmp_path, server, patience=0.05)
 
 
 def test_two_runs_do_not_share_a_server(tmp_path, start):
-    server = start()
+    server = start(dtype="bfloat16")
     first = trained(tmp_path / "a", server, total_steps=2)
-    trained(tmp_path / "b", server, total_steps=2)
+    assert server.dtypes == {torch.bfloat16}
+    second = trained(tmp_path / "b", server, total_steps=2)
+    second.load(tmp_path / "a" / "checkpoint_2")  # other weights of the same step
+    times = server.calls.count("/finish_weight_update")
+    second.draw([[4]], GREEDY)
+    assert server.calls.count("/finish_weight_update") == times + 1
     with pytest.raises(ServerError, match="Another run sends its weights"):
         first.sampler.generate([[4]], GREEDY)
 
 
-def test_importance_weights_are_those_worked_out_by_hand():
-    policy = torch.tensor([[0.0, -1.0, -2.0, -1.0]])
-    drawn = torch.tensor([[5.0, -1.0, -1.0, -3.0]])
-    mask = torch.tensor([[False, True, True, True]])
-    weights, found = importance_weights(policy, drawn, mask, cap=2.0)
-    # ratios 1, e^-1, e^2
-    assert weights.tolist() == [pytest.approx([1, 1, 0.36787944, 2])]
-    stats = finish(*pack(found))
-    assert stats["rollouts/sampler_kl"] == pytest.approx((0 + 0.36787944 - 1 + 1 + 7.38905610 - 1 - 2) / 3)
-    assert stats["rollouts/importance/mean"] == pytest.approx((1 + 0.36787944 + 2) / 3)
-    assert stats["rollouts/importance_capped"] == pytest.approx(1 / 3)
-    assert [*finish(*pack(importance_weights(policy, drawn, mask, None)[1]))] == ["rollouts/sampler_kl"]
-
-
 def test_ahead_of_training_the_next_collection_is_drawn_and_its_advantages_weighted(tmp_path, start, monkeypatch):
-    server, seen = start(), []
-    collect = trlx.trainer.ppo.PPOTrainer.collect
+    server, seen, estimated, versions = start(), [], [], []
+    collect, advantages = trlx.trainer.ppo.PPOTrainer.collect, trlx.trainer.ppo.PPOTrainer.advantages
+    monkeypatch.setattr(
+        trlx.trainer.ppo.PPOTrainer,
+        "advantages",
+        lambda self, batch: estimated.append(advantages(self, batch)) or estimated[-1],
+    )
+    monkeypatch.setattr(
+        trlx.trainer.ppo.PPOTrainer,
+        "report",
+        lambda self, rollouts: versions.append({rollout.version for rollout in rollouts}),
+    )
 
     def watched(self):
         before = [each.version for each in self.sampler._begun]
         batch = collect(self)
+        assert torch.equal(batch.returns, estimated[-1].returns)
         seen.append((self.schedule.step, before, dict(self.pending), len(self.sampler._begun)))
         return batch
 
@@ -291,7 +320,22 @@ def test_ahead_of_training_the_next_collection_is_drawn_and_its_advantages_weigh
     stats = [pending for _, _, pending, _ in seen]
     assert stats[0]["rollouts/importance/max"] == pytest.approx(1, abs=1e-5)
     assert all(each["rollouts/importance/max"] > 1.001 for each in stats[1:])
-    assert trainer.schedule.step == 6
+    assert trainer.schedule.step == 6 and versions == [{0}, {0}, {2}]
+
+    sampler, sampling = trainer.sampler, trainer.rollout_sampling
+    sampler.begin([[4], [5, 6], [4]], sampling)
+    (_, *rows), times = sampler.begun(), len(server.asked)
+    assert sampler.finish([[5, 6]], replace(sampling, max_new_tokens=2))[0].version == 6  # not the 6 tokens of `rows`
+    assert len(server.asked) == times + 1
+    assert [sample.ids for sample in sampler.finish([[5, 6], [4], [4]], sampling)] == [rows[i][2] for i in (1, 0, 2)]
+    assert len(server.asked) == times + 1
+    sampler.begin([[4]], sampling)
+    server.boot()  # what it has begun may come from its first weights
+    sampler.finish([[4]], sampling)
+    assert len(server.asked) == times + 3
+    sampler.begin([[4]], sampling)
+    sampler._begun[0] = replace(sampler._begun[0], wait=lambda: (_ for _ in ()).throw(ServerError("gone")))
+    assert sampler.begun() == []  # a checkpoint can be written all the same
 
 
 def test_advantages_are_multiplied_by_the_weights(tmp_path, start):
@@ -319,6 +363,10 @@ def test_advantages_are_multiplied_by_the_weights(tmp_path, start):
     torch.testing.assert_close(
         batch.advantages[mask], unweighted[mask] * torch.tensor(0.25).exp(), rtol=1e-4, atol=1e-5
     )
+    trainer.method.importance_cap = None
+    batch = trainer.collect()
+    assert torch.equal(batch.advantages, trainer.advantages(batch).advantages)
+    trainer.method.importance_cap = 1.5
     for sample_kwargs, said in (({"top_k": 3}, "GRPO|importance_cap needs the log-probabilities of VLLMSampler"),):
         gen_kwargs = {"max_new_tokens": 6, **sample_kwargs}
         with pytest.raises(ValueError, match=said):
@@ -345,20 +393,3 @@ def test_sampling_ahead_is_refused_where_it_does_nothing(tmp_path, start):
         run("PPO", tmp_path, method={"importance_cap": 2.0}, train={"rollouts_ahead": 1})
     with pytest.raises(ValueError, match="rollouts_ahead: 1 trains on samples of an older policy"):
         run("SFT", tmp_path, train={"rollouts_ahead": 1})
-
-
-def test_chunks_are_whole_and_bytes_come_back_as_tensors():
-    weights = [
-        ("a", torch.arange(3.0)),
-        ("b", torch.tensor([1, 2, 3], dtype=torch.int8)),
-        ("c", torch.ones(2, 2).half()),
-    ]
-    assert [[*chunk] for chunk in chunks(iter(weights), 15)] == [["a", "b"], ["c"]]
-    assert [[*chunk] for chunk in chunks(iter(weights), 1)] == [["a"], ["b"], ["c"]]
-    tensors = [tensor for _, tensor in weights]
-    buffer, views = empty([t.shape for t in tensors], ["float32", "int8", "float16"], "cpu")
-    buffer.copy_(packed(tensors, "cpu"))
-    assert all(
-        torch.equal(view, tensor) and view.dtype == tensor.dtype for view, tensor in zip(views, tensors, strict=True)
-    )
-    assert len(json.dumps(vllm.PASSED_ON)) > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.distributed import TCPStore
 
 from trlx.backends.vllm.inside.trlx_vllm.wire import broadcast, join, packed
 from trlx.backends.vllm.server import Description, Server
+from trlx.backends.vllm.threads import Threads
 
 CHUNK = 256 * 2**20
 """Bytes of weights that travel at once."""
@@ -52,7 +53,7 @@ class Broadcast:
     ):
         self.server, self.device = server, device if kind == "nccl" else torch.device("cpu")
         self.dtype = getattr(torch, about.dtype)
-        self.threads = ThreadPoolExecutor(2, "trlx-vllm")
+        self.threads = Threads(2)
         patience = timedelta(seconds=min(server.patience, LONGEST_MEETING))
         size = 1 + about.workers
         self.store = TCPStore("0.0.0.0", 0, size, is_master=True, wait_for_workers=False, timeout=patience)
@@ -91,7 +92,7 @@ class Broadcast:
     def close(self) -> None:
         """Leaves the group, also in the middle of a transfer."""
         self.group.abort()
-        self.threads.shutdown(wait=False)
+        self.threads.close()
 
     def _tell(self, path: str, body: dict[str, Any]) -> Future:
         """Sends a request that the server answers after its workers have met this process."""

@@ -6,7 +6,6 @@ import itertools
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from trlx import logging
 from trlx.backends.base import Backend
 from trlx.backends.vllm.channel import Broadcast, Folder, chunks, resume
 from trlx.backends.vllm.server import HOW_TO_START, Description, Server, ServerError
+from trlx.backends.vllm.threads import Threads
 from trlx.batch import Sample
 from trlx.data.collate import EncoderDecoderRows
 from trlx.registry import register_sampler
@@ -74,7 +74,7 @@ class VLLMSampler(Sampler):
         self.backend, self.transport, self.folder, self.host = backend, transport, folder, host
         self.servers = [Server(each, timeout, patience) for each in urls]
         self.owner = uuid.uuid4().hex
-        self.threads = ThreadPoolExecutor(REQUESTS, "trlx-vllm")
+        self.threads = Threads(REQUESTS)
         self.abouts: dict[str, Description] = {}
         """What each server said of itself when it got weights last, by its address."""
         self.channels: dict[str, Broadcast | Folder] = {}
@@ -82,6 +82,8 @@ class VLLMSampler(Sampler):
         """The version of the weights that each server has."""
         self._weights: Weights | None = None
         self._begun: list[_Begun] = []
+        self._begun_with: Any = None
+        """What the requests for these said of sampling."""
 
     def check(self, sampling: SamplingConfig) -> None:
         where, extra = sampling.where, sampling.extra
@@ -113,17 +115,22 @@ class VLLMSampler(Sampler):
     def begin(self, prompts: list[list[int]], sampling: SamplingConfig) -> None:
         rows = self.backend.gather_objects(prompts)  # of all data ranks
         self._update()
-        if self.backend.is_main:
-            self._begun = self._requested(rows, sampling)
+        self.backend.on_main(lambda: self._begin(rows, sampling))
 
     def begun(self) -> list[Any]:
-        return [[each.prompt, each.version, *each.wait()] for each in self._begun]
+        try:
+            return [self._begun_with, *([each.prompt, each.version, *each.wait()] for each in self._begun)]
+        except ServerError:  # a checkpoint can be written without a server
+            return []
 
     def go_on(self, begun: list[Any]) -> None:
-        self._begun = [_Begun(ids, version, lambda found=found: found) for ids, version, *found in begun]
+        self._begun_with, *rows = begun or [None]
+        self._begun = [_Begun(ids, version, lambda found=found: found) for ids, version, *found in rows]
+        # a checkpoint was loaded: the weights of a version may be others now
+        self._sent = dict.fromkeys(self._sent, -1)
 
     def close(self) -> None:
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.threads.close()
         for each in (*self.channels.values(), *self.servers):
             each.close()
 
@@ -245,7 +252,8 @@ class VLLMSampler(Sampler):
 
     def _ask(self, rows: list[list[int]], sampling: SamplingConfig, begun: bool) -> list[Sample] | None:
         """A sample for each prompt; None if a server was started again meanwhile, with other weights."""
-        had = [self._taken(ids) if begun else None for ids in rows]
+        fits = begun and self._begun_with == _body(sampling)
+        had = [self._taken(ids) if fits else None for ids in rows]
         missing = [ids for ids, found in zip(rows, had, strict=True) if found is None]
         new = iter(self._requested(missing, sampling))
         answers = [found or next(new) for found in had]
@@ -255,6 +263,9 @@ class VLLMSampler(Sampler):
             ids, logprobs = each.wait()
             samples.append(Sample(ids, logprobs if is_policy else None, each.version))
         return None if missing and self._stale() else samples
+
+    def _begin(self, rows: list[list[int]], sampling: SamplingConfig) -> None:
+        self._begun, self._begun_with = self._requested(rows, sampling), _body(sampling)
 
     def _taken(self, prompt: list[int]) -> _Begun | None:
         """A sample that was begun for a prompt, and now is no longer."""
