@@ -14,8 +14,8 @@ from ray import tune
 
 from tests.unit.test_space import ROOT, write_space
 from trlx.config import TRLConfig
-from trlx.launch import script as running
 from trlx.launch import sweep as sweeping
+from trlx.launch import trial_process
 from trlx.launch.cli import main
 from trlx.launch.results import read_results, write_results
 from trlx.launch.script import check_script
@@ -197,7 +197,7 @@ def test_several_processes_or_a_config_are_started_by_accelerate():
     def command(**options):
         return launch_command(["s.py"], **options)[1:]
 
-    work = ["-m", "trlx.launch.script", "{}", "s.py"]
+    work = ["-m", "trlx.launch.trial_process", "{}", "s.py"]
     accelerate = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
     assert command(num_gpus=1) == work
     assert command(num_gpus=2) == [*accelerate, "--multi_gpu", "--num_processes", "2", *work]
@@ -308,8 +308,8 @@ def test_the_settings_of_a_trial_go_to_the_command_line(tmp_path, monkeypatch):
     (tmp_path / "trial.json").write_text('{"method.target": null, "train.tags": ["a"]}')
     monkeypatch.setenv("RANK", "1")  # the first process writes its id and watches for the end of the sweep
     monkeypatch.setattr(sys, "argv", [])
-    monkeypatch.setattr("trlx.launch.cli.main", lambda words: words)
-    words = running._run_as_told(tmp_path / "trial.json", ["trlx", "ppo", "--model", "tiny"])
+    monkeypatch.setattr(trial_process, "main", lambda words: words)
+    words = trial_process._run_as_told(tmp_path / "trial.json", ["trlx", "ppo", "--model", "tiny"])
     assert words == ["ppo", "--model", "tiny", "method.target=null", 'train.tags=["a"]']
 
 

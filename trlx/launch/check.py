@@ -23,7 +23,7 @@ from trlx.backends.optimizer import check_settings
 from trlx.config import TRLConfig
 from trlx.data.chat import chat_prompt
 from trlx.data.store import RolloutStore
-from trlx.launch.cli import sentence
+from trlx.launch.failures import sentence
 from trlx.launch.job import Job
 from trlx.launch.paper import on_paper
 from trlx.launch.plan.parameters import parameters, total_parameters

@@ -35,7 +35,7 @@ ENVIRONMENT = {
     "RAY_kill_child_processes_on_worker_exit": "0",
 }
 """Environment of Ray: it sends nothing, prints nothing, keeps no copies of metrics, and does not kill what it started:
-trials save and end by themselves, see `trlx.launch.script`."""
+trials save and end by themselves, see `trlx.launch.trial_process`."""
 
 
 def run(

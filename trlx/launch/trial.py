@@ -42,8 +42,8 @@ class Trial:
     newest checkpoint.
 
     Args:
-        command: starts the run in the folder `cwd`; see `trlx.launch.script`. ``{}`` in it stands for the file with the
-            settings.
+        command: starts the run in the folder `cwd`; see `trlx.launch.trial_process`. ``{}`` in it stands for the file
+            with the settings.
         folder: gets what the run writes, ``trial.json`` and ``output.log``.
         settings: dotted names with values.
         metric: the name in metrics.jsonl that every evaluation must have.
@@ -158,7 +158,7 @@ class Trial:
             return subprocess.Popen(
                 [str(settings) if word == "{}" else word for word in self.command],
                 cwd=self.cwd,
-                stdin=subprocess.PIPE,  # the run ends if this process dies, see trlx.launch.script
+                stdin=subprocess.PIPE,  # the run ends if this process dies, see trlx.launch.trial_process
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a process group of its own, which `stop` ends as a whole
@@ -214,7 +214,7 @@ def launch_command(words: Sequence[str], num_gpus: int = 0, accelerate_config: P
         num_gpus: above 1 it is the number of processes as well.
         accelerate_config: file for accelerate, which may say the number of processes.
     """
-    work = ["-m", "trlx.launch.script", "{}", *words]
+    work = ["-m", "trlx.launch.trial_process", "{}", *words]
     if accelerate_config is None and num_gpus <= 1:
         return [sys.executable, *work]
     # port 0 is any free one, since trials run side by side

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -20,10 +19,11 @@ import typer
 
 import trlx
 from trlx.launch.cli import cluster, replay, servers, sweep, tools, train, use
-from trlx.tracebacks import TOLD_ONCE, on_purpose
+from trlx.launch.failures import BAD_INPUT, exit_code, sentence
+from trlx.tracebacks import TOLD_ONCE
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-"""Exit codes: what was typed, or a file that it names, is wrong; a run failed; Ctrl-C."""
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended."""
 
 LOOKS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -79,25 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 @functools.cache
 def _commands() -> Any:
     return typer.main.get_command(app)
-
-
-def exit_code(error: Exception) -> int:
-    """2 if what the user wrote is wrong, else 1."""
-    is_input = isinstance(error, (ValueError, TypeError, ImportError, OSError))
-    is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError))
-    wrong = is_missing or (is_input and not isinstance(error, ChildProcessError) and on_purpose(error))
-    return BAD_INPUT if wrong else FAILED
-
-
-def sentence(error: Exception) -> str:
-    """The message of an error, with its type and the way to its traceback where nobody meant it for the user."""
-    told = [str(error), *getattr(error, "__notes__", [])]
-    if error.__cause__ is not None and error.__cause__.__traceback__ is not None:  # of a function of the user's
-        *_, frame = traceback.extract_tb(error.__cause__.__traceback__)
-        told[0] += f" ({frame.filename}, line {frame.lineno})"
-    if not on_purpose(error):
-        told = [f"{type(error).__name__}: {told[0]}", *told[1:], "TRLX_TRACEBACKS=full shows where"]
-    return ". ".join(part.rstrip(".") for part in told)
 
 
 def _end(message: str, code: int) -> NoReturn:
