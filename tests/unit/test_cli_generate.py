@@ -1,10 +1,12 @@
 """``trlx generate`` and ``trlx chat``: samples and answers of what was trained."""
 
 import builtins
+import inspect
 import io
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from transformers import GenerationConfig
@@ -153,13 +155,54 @@ def test_several_processes_sample_with_the_same_words(talker, capsys, monkeypatc
 
 def test_archives_and_layouts_are_sampled_on_megatron(ilql, tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(trained, "_built", lambda config, stop: built.append(config.train))
+    monkeypatch.setattr(trained, "_built", lambda config, stop: built.append(config))
     (tmp_path / "model.nemo").touch()
     trained.sampler(trained.find(str(tmp_path / "model.nemo")), [], [])
     layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": None}
     trained.sampler(trained.find(str(ilql[1])), ["beta=1"], [], layout=layout)
-    found = [(train.trainer, train.trainer_kwargs) for train in built]
+    found = [(config.train.trainer, config.train.trainer_kwargs) for config in built]
     assert found == [("NeMoSFTTrainer", {}), ("NeMoILQLTrainer", {"tensor_model_parallel_size": 2})]
+
+
+def test_a_model_is_loaded_as_its_run_loaded_it(monkeypatch):
+    monkeypatch.setattr(trained, "_built", lambda config, stop: config)
+    model = {"model_arch_type": "seq2seq", "model_extra_configs": {"dtype": "torch.bfloat16", "attn_pdrop": 0.5}}
+    run = {"model": model, "train": {"mixed_precision": "bf16", "seq_length": 77}}
+    found = trained.sampler(trained.Source("t5", run), [], [])
+    assert (found.model.model_arch_type, found.model.model_extra_configs) == ("seq2seq", {"dtype": "bfloat16"})
+    assert (found.train.mixed_precision, found.train.seq_length) == ("bf16", 77)
+
+
+@pytest.mark.parametrize("command", ["generate --prompt a --tp 2", "chat"])
+def test_what_is_typed_reaches_the_sampler(command, talker, monkeypatch):
+    asked, typed = [], inspect.signature(trained.sampler)
+
+    def sampler(*given, **named):
+        asked.append(typed.bind(*given, **named).arguments)
+        raise KeyboardInterrupt
+
+    for module in (generating, chat):
+        monkeypatch.setattr(module, "sampler", sampler)
+    name, *own = command.split()
+    options = "--gen top_k=3 --stop END --tokenizer words --seed 5".split()
+    assert main([name, str(talker), *own, *options]) == 130
+    wanted = {"source": trained.find(str(talker)), "settings": ["top_k=3"], "stop": ["END"], "tokenizer": "words"}
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": None}
+    more = {"layout": layout} if name == "generate" else {"usual": {"max_new_tokens": chat.NEW_TOKENS}}
+    assert asked == [{**wanted, "seed": 5, **more}]
+
+
+def test_each_process_answers_its_own_prompts_and_all_of_them_take_part(monkeypatch):
+    monkeypatch.setattr(generating.Respond, "texts", lambda self, prompts: [prompt.upper() for prompt in prompts])
+    rows = [{"prompt": letter} for letter in "abcde"]
+    for rank, heard in ((0, [["A", "B"], ["E"]]), (1, [["C", "D"], []])):
+        said = []
+        backend = SimpleNamespace(data_rank=rank, data_size=2, row_format=None)
+        backend.gather_objects = lambda texts, said=said: said.append(texts) or "ABCDE"[4 * len(said) - 4 : 4 * len(said)]
+        trainer = SimpleNamespace(backend=backend, sampling=lambda _: None, sampling_kwargs={}, tokenizer=None)
+        trainer.draw = lambda prompts, _: prompts
+        found = list(generating._answered(trainer, None, rows, 2))
+        assert said == heard and [row["output"] for row in found] == list("ABCDE")
 
 
 def typing(monkeypatch, *lines):
@@ -187,11 +230,11 @@ def test_a_conversation_is_remembered_and_each_answer_is_shown_once(talker, caps
         return answers
 
     monkeypatch.setattr(generating.Respond, "texts", texts)
-    assert main(["chat", str(talker), "--gen", "max_new_tokens=8"]) == 0
-    system, (_, second) = {"role": "system", "content": "c"}, heard[1]
+    assert main(["chat", str(talker), "--gen", "max_new_tokens=8", "--system", "d"]) == 0
+    (first, system), (_, second) = ({"role": "system", "content": text} for text in "dc"), heard[1]
     said = [{"role": "user", "content": "ba"}, {"role": "assistant", "content": second}]
     assert [prompt for prompt, _ in heard] == [
-        [{"role": "user", "content": "ab"}],
+        [first, {"role": "user", "content": "ab"}],
         [system, said[0]],
         [system, *said, {"role": "user", "content": "cab"}],
         [system, {"role": "user", "content": "b"}],
@@ -207,6 +250,7 @@ def test_ctrl_c_ends_an_answer_and_a_conversation_that_is_too_long_stays_as_it_w
     prompts, stop = [], chat.Aloud.done
 
     def done(self, ids, start=0):
+        assert list(self.stop_sequences) == ["END"]
         ended = stop(self, ids, start)
         if len(self.ids) == 2:
             raise KeyboardInterrupt
@@ -217,7 +261,7 @@ def test_ctrl_c_ends_an_answer_and_a_conversation_that_is_too_long_stays_as_it_w
     monkeypatch.setattr(
         generating.Respond, "texts", lambda self, given: prompts.append(given[0]) or respond(self, given)
     )
-    assert main(["chat", str(ilql[1]), "--gen", "max_new_tokens=30", "beta=1"]) == 0
+    assert main(["chat", str(ilql[1]), "--gen", "max_new_tokens=30", "beta=1", "--stop", "END"]) == 0
     printed = capsys.readouterr()
     first = printed.out.removeprefix(f"{chat.HELP}\n").split("\n\n")[0]
     assert 0 < len(first) <= 2

@@ -97,7 +97,7 @@ def test_guards_are_written_as_an_action_or_with_their_limit():
     assert {name: guard.action for name, guard in ON.items() if guard.action != "warn"} == {"non_finite": "skip"}
 
 
-SELDOM = {"eval_interval": 100, "checkpoint_interval": 8}
+SELDOM = {"eval_interval": 100, "checkpoint_interval": 8, "record_steps": [2]}
 
 
 def guarded(folder, steps=8, rollouts=8, **guards):
@@ -153,7 +153,7 @@ def stub(folder, guards, **backend):
         config=SimpleNamespace(train=SimpleNamespace(guards=guards, logging_dir=str(folder), record_steps=None)),
         backend=SimpleNamespace(is_main=True, can_leave_out=True, broadcast_object=lambda told: told, **backend),
         schedule=SimpleNamespace(step=0, stopped=None, rows=lambda count: [0]),
-        store=collate([Rollout([4], [5, 6], score=2.0)], pad_id=0),
+        store=collate([Rollout([4], [5, 6], score=2.0), Rollout([7], [8], score=1.0)], pad_id=0),
         tokenizer=SimpleNamespace(decode=str),
         unit=None,
         rows_together=1,
@@ -187,6 +187,17 @@ def test_a_batch_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     guards.count(guards.train_step(None, None))
     assert "Its batch could not be written: " in caplog.text
     assert trainer.schedule.stopped == "train.guards.non_finite ended it at step 1"
+
+
+def test_the_main_process_decides_for_the_others_which_write_no_batch(tmp_path):
+    trainer = stub(tmp_path, {"kl": {"action": "skip", "above": 1}}, train_step=lambda *_: None)
+    for measured, decided, updates in ((0.5, (["kl"], []), False), (5.0, ([], []), True), (5.0, ([], ["kl"]), True)):
+        trainer.backend.is_main, trainer.backend.broadcast_object = False, lambda _, decided=decided: decided
+        trainer.pending = {"policy/kl": measured}
+        Guards(trainer).train_step(None, None)
+        assert trainer.backend.before_update({}) == updates
+        assert trainer.schedule.stopped == (decided[1] and "train.guards.kl ended it at step 1" or None)
+    assert not (tmp_path / "dumps").exists()
 
 
 def test_a_guard_cannot_skip_where_gradients_cannot_be_dropped(tmp_path):

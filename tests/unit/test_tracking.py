@@ -90,7 +90,8 @@ def test_a_new_run_in_an_old_folder_sets_the_old_files_aside(tmp_path):
 
 
 def test_what_an_older_run_abandoned_and_what_tensorboard_has_of_it_is_set_aside_too(tmp_path):
-    old = ["metrics.abandoned.jsonl", "tensorboard"]
+    rest = "alarms.jsonl digests.jsonl dumps dvclive environment.jsonl metrics.abandoned.jsonl report.html report.png"
+    old = [*rest.split(), "tensorboard"]
     for name in old:
         (tmp_path / name).mkdir()
     Tracker(None, tmp_path).close()
