@@ -13,6 +13,7 @@ import math
 import re
 import time
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -117,6 +118,7 @@ def test_each_of_several_eos_ends_a_response(tmp_path):
 
 def test_what_is_logged_of_a_collection_by_hand(tmp_path):
     trainer = trainer_of(tmp_path)
+    trainer.tracker = MagicMock()
     trainer.collect()
     kl = (3 * (math.exp(-0.5) - 0.5) + math.e - 2) / 3  # per sequence: 0.3459580
     wanted = {
@@ -133,6 +135,8 @@ def test_what_is_logged_of_a_collection_by_hand(tmp_path):
         "rollouts/ended": 2 / 3,
     }
     assert {name: trainer.pending[name] for name in wanted} == near(wanted)
+    spread = [(row["low"], row["high"]) for row in trainer.tracker.log_samples.call_args.args[2]]
+    assert spread == [(2, 100), near(((-0.62 - MEAN) / STD, (2.75 - MEAN) / STD))]
     # 0.3459580 / 0.3 - 1 = 0.1531933, by 3 rollouts of a horizon of 30
     assert trainer.kl.coef == near(0.2 * (1 + 0.1531933 / 10))
     assert trainer.collect() is not None and trainer.pending["kl_ctl_value"] == near(0.2030639)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import run
+from tests.runs import run, tiny_config
 from trlx.launch.cli import main
 from trlx.launch.replay import ASKED, FOUND, Replay, recorded_command, replay
 from trlx.run.steps import digest
@@ -97,6 +97,12 @@ def test_a_command_of_another_run_is_refused(recorded, tmp_path, monkeypatch):
     monkeypatch.setenv(ASKED, json.dumps({"run": str(recorded), "step": 5, "folder": str(tmp_path)}))
     with pytest.raises(ValueError, match="write the run's own command after --"):
         run("PPO", tmp_path / "another")
+    # a replay is no part of the run: it writes, and tells, nothing outside its folder
+    outside = dict.fromkeys(("logging_dir", "rollout_logging_dir", "tracker", "push_to_hub"), "wandb")
+    asked = Replay(str(recorded), 4, str(tmp_path))
+    train = asked.config(tiny_config(recorded, "PPO", train=outside)).train
+    assert (train.checkpoint_dir, {getattr(train, name) for name in outside}) == (str(tmp_path), {None})
+    assert train.resume_from_checkpoint == str(recorded / "checkpoint_2")  # checkpoint_4 is of the step itself
 
 
 def test_the_command_says_what_its_process_found(recorded, capfd):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trlx.launch.space import Parameter, read_space, trials
+from trlx.launch.space import Parameter, Space, TuneConfig, read_space, trials
+from trlx.launch.sweep import _chosen
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +78,8 @@ def test_a_number_within_the_bounds_stands_for_a_value():
     assert Parameter("quniform", (0, 10, 5)).decode(7.4) == 5
     assert Parameter("randint", (0, 3)).decode(3.0) == 2
     assert Parameter("qrandint", (0, 3, 1)).decode(3.9) == 3
+    space = Space(TuneConfig("loss", search_alg="bayesopt"), {"lr": Parameter("loguniform", (1e-4, 1.0))}, {})
+    assert _chosen(space, {"lr": -4.605170186}) == {"lr": pytest.approx(0.01)}
 
 
 WRONG = [

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -291,6 +292,14 @@ def test_a_trial_gets_what_there_is_and_no_more():
         sweeping._resources({"CPU": 2.0}, None, 9)
 
 
+def test_trials_start_on_the_gpus_and_with_the_config_that_are_asked_for(script, monkeypatch):
+    started, there = [], SimpleNamespace(cluster_resources=lambda: {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr(sweeping, "_ray", lambda address: nullcontext(there))
+    monkeypatch.setattr(sweeping, "_fit", lambda sweep, resources: started.append((sweep.command, resources)) or {})
+    assert swept(script, "--num_gpus", "2", "--accelerate_config", str(script))[0] == 1
+    assert started == [(launch_command([str(script)], 2, script), {"cpu": 8, "gpu": 2})]
+
+
 def test_the_words_of_a_training_command_stand_in_place_of_a_script(tmp_path, monkeypatch):
     path, started = write_space(tmp_path, {"method.gamma": {"strategy": "grid", "values": [0.9, 1.0]}}), []
     monkeypatch.setattr(sweeping, "run", lambda **given: started.append(given) or 0)
@@ -340,6 +349,9 @@ def test_schedulers_get_their_arguments_and_refuse_others(tmp_path):
     def made(**given):
         return sweeping._scheduler(tune, read_space(write_space(tmp_path, entries, **given)))
 
+    asked = {"metric": "loss", "mode": "min", "num_samples": 3, "max_concurrent_trials": 2, "time_budget_s": 9}
+    config = sweeping._tune_config(tune, read_space(write_space(tmp_path, entries, **asked)))
+    assert {name: getattr(config, name) for name in asked} == asked
     assert made(scheduler="asha", max_evaluations=9)._max_t == 9
     pbt = made(scheduler="pbt", scheduler_kwargs={"quantile_fraction": 0.5, "perturbation_interval": 2})
     assert (pbt._quantile_fraction, pbt._perturbation_interval, pbt._time_attr) == (0.5, 2, "training_iteration")

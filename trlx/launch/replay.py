@@ -69,6 +69,7 @@ class Replay:
             "logging_dir": None,
             "rollout_logging_dir": None,
             "tracker": None,
+            "push_to_hub": None,
             "resume_from_checkpoint": start and str(start),
             "record_steps": sorted(self._digests(self.run)) or None,
         }
