@@ -19,8 +19,8 @@ from trlx.run.checks import GIB, Finding, checkpoint_size, disk
 from trlx.strict import ConfigError
 
 REWARDS = """
-def constant(outputs):
-    return [0.5] * len(outputs)
+def constant(outputs, label):
+    return [0.5 * (number > 0) for number in label]
 def broken(outputs):
     return 1 / 0
 def one(outputs):
@@ -41,7 +41,8 @@ def here(folder, monkeypatch):  # noqa: F811
 
     monkeypatch.setattr(checks, "Planner", lambda *_: unplanned)
     (folder / "referees.py").write_text(REWARDS)
-    (folder / "letters.txt").write_text("\n".join("a" * length for length in range(1, 21)))
+    letters = [{"prompt": "a" * length, "label": length} for length in range(1, 21)]
+    (folder / "letters.json").write_text(json.dumps(letters))
     (folder / "chats.json").write_text(json.dumps([{"prompt": [{"role": "user", "content": "Hi"}]}]))
     return folder
 
@@ -87,7 +88,7 @@ def test_lengths_batches_and_scores_are_told(here):
     words = (
         "ppo train.seq_length=30 method.gen_kwargs.max_new_tokens=14 method.num_rollouts=16 train.rollout_logging_dir=r"
     )
-    report = found(*words.split(), prompts="letters.txt", reward="referees:constant", metric="referees:lengths")
+    report = found(*words.split(), prompts="letters.json", reward="referees:constant", metric="referees:lengths")
     assert said(report, "error") == []
     warnings = said(report, "warning")
     assert [line.partition(":")[0] for line in warnings] == ["batches", "data", "reward"]
@@ -100,6 +101,7 @@ def test_lengths_batches_and_scores_are_told(here):
     assert "memory: There is no plan: it is not asked for" in notes
     assert [row["length"] for row in report.samples] == [len(row["output"]) for row in report.samples]
     assert [row["prompt"] for row in report.samples] == ["a", "aa", "aaa", "aaaa"]
+    assert {row["reward"] for row in report.samples} == {0.5}
     assert not list(here.glob("r")) and not list(here.glob("ckpts"))
 
 
@@ -115,10 +117,10 @@ def test_samples_are_counted_before_they_are_cut(here, method):
 
 def test_samples_of_the_model_are_drawn_if_asked_for(here):
     few = ["ppo", "method.gen_kwargs.max_new_tokens=3", "method.gen_kwargs.min_new_tokens=3"]
-    drawn, stand_ins = found(*few, draw=True), found(*few)
+    drawn, stand_ins = found(*few, draw=True), found(*few, stop=["we"])
     assert any("samples of the model" in line for line in said(drawn, "note"))
     outputs = [[row["output"] for row in report.samples] for report in (drawn, stand_ins)]
-    assert outputs[1] == ["Th", "wo", "we", "fav"[:2]] and outputs[0] != outputs[1]
+    assert outputs[1] == ["Th", "wo", "", "fa"] and outputs[0] != outputs[1]
 
 
 def test_a_megatron_run_is_checked_without_its_processes(here, monkeypatch):
@@ -138,13 +140,16 @@ def test_the_plan_is_compared_with_the_device(here, monkeypatch):
     notes = said(check(Job("train", ["sft"], model="tiny")), "note")
     (line,) = [line for line in notes if line.startswith("memory: ")]
     assert "The phase update takes 0." in line and "this machine, without a GPU, has" in line
+    free(monkeypatch, 0)
     for share, level, words in (
         (0.5, "error", "trlx plan sft names settings that"),
         (1.05, "warning", "leave a tenth"),
     ):
         size = float(line.split("takes ")[1].split()[0]) * GIB * share
         monkeypatch.setattr(checks, "_device", lambda *_, size=size: ("this GPU", size, "error"))
-        assert any(words in found for found in said(check(Job("train", ["sft"], model="tiny")), level))
+        report = check(Job("train", ["sft"], model="tiny"))
+        assert any(words in found for found in said(report, level))
+        assert any("GiB, and 0.00 are free at" in found for found in said(report, "error"))
 
 
 def test_what_an_earlier_run_left_is_told_and_what_a_resume_would_change(here):
