@@ -191,6 +191,7 @@ def test_a_batch_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
 
 def test_the_main_process_decides_for_the_others_which_write_no_batch(tmp_path):
     trainer = stub(tmp_path, {"kl": {"action": "skip", "above": 1}}, train_step=lambda *_: None)
+    trainer.config.train.record_steps = 1
     for measured, decided, updates in ((0.5, (["kl"], []), False), (5.0, ([], []), True), (5.0, ([], ["kl"]), True)):
         trainer.backend.is_main, trainer.backend.broadcast_object = False, lambda _, decided=decided: decided
         trainer.pending = {"policy/kl": measured}

@@ -212,7 +212,8 @@ def test_every_trial_has_a_folder_and_a_seed_unless_the_seed_is_swept(script, mo
     assert space.hparams(1, {"train.seed": 5}) == {"train.seed": 5}
     sweep.command = []
     trial = sweep.trial("trial_002_ab12", {"method.tau": 0.5})  # Ray adds to the name of a trial that starts again
-    assert [trial.settings[f"train.{name}"] for name in ("seed", "project_name")] == [1002, "sweep_measure"]
+    found = [trial.settings[f"train.{name}"] for name in ("seed", "project_name", "resume_from_checkpoint")]
+    assert found == [1002, "sweep_measure", "auto"]
     assert trial.settings["method.tau"] == 0.5
     assert sweep.folder.parent == script.parent / "ckpts" / "sweeps"
     assert trial.folder == sweep.folder / "trial_002"

@@ -123,7 +123,7 @@ def test_a_checkpoint_without_tracker_state_starts_a_new_file(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path, wandb):
-    with Tracker("wandb", tmp_path / "run", is_main=False) as tracker:
+    with Tracker("wandb", tmp_path / "run", is_main=False, watchers=[pytest.fail]) as tracker:
         tracker.log({"loss": 1.0}, step=0)
         tracker.log_samples("eval", 0, [{}])
         assert tracker.state() == {}
@@ -148,6 +148,13 @@ def test_wandb_gets_the_run_its_metrics_and_tables(tmp_path, wandb, monkeypatch)
     assert wandb.options["config"] == config
     assert tags == ["mine"]
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 3, "loss": 0.5}]
+
+
+def test_wandb_gets_the_names_that_the_config_says(tmp_path, wandb):
+    names = {"project_name": "p", "run_name": "r", "group_name": "g", "entity_name": "e", "tags": ["mine"]}
+    Tracker.of(tiny_config(tmp_path, "SFT", train={"tracker": "wandb", **names}), 1, True, None).close()
+    told = [wandb.options[name.removesuffix("_name").replace("run", "name")] for name in names]
+    assert told[:4] == list("prge") and told[4][0] == "mine"
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, wandb):

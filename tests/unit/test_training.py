@@ -1,6 +1,7 @@
 """Whole runs: what is logged, saved, resumed and refused."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.builders import char_tokenizer, tiny_gpt2, tiny_gpt2_config
 from tests.runs import PROMPTS, TEXTS, length, metrics, run, share_of_a, tiny_config, weights
 from trlx import checkpoint
 from trlx.backends.accelerate import AccelerateBackend
+from trlx.backends.base import Backend
 from trlx.methods.units import Unit
 from trlx.rewards.scoring import RewardError
 from trlx.trainer.accelerate import AccelerateDPOTrainer, AccelerateSFTTrainer
@@ -85,6 +87,14 @@ def test_statistics_have_the_names_scripts_know(tmp_path, method):
     counted = {row["name"]: sum(row["counts"]) for row in rows}
     tokens = 8 * step.get("rollouts/response_length", 0)
     assert counted == {"PPO": {"scores": 8, "advantages": tokens}, "RFT": {"scores": 32}}.get(method, {})
+
+
+def test_memory_is_that_of_the_process_that_holds_most(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    held = []
+    most = SimpleNamespace(device=torch.device("cuda"), max_across=lambda own: held.extend(own.tolist()) or own * 2)
+    found = Backend.memory(most)
+    assert held[0] > 0 and found == {"memory/cpu": 2 * held[0], "memory/gpu": 6}
 
 
 def test_the_saved_folder_loads_in_plain_transformers_with_the_same_logits(tmp_path):
