@@ -6,12 +6,14 @@ import pytest
 
 from trlx.__main__ import main
 from trlx.config import TRLConfig
+from trlx.launch.plan import tables
 from trlx.launch.plan.changes import Verdict, cheapest, ladders_of
 from trlx.launch.plan.nemo import phases, work
 from trlx.launch.plan.run import read_config, read_run
 from trlx.launch.plan.tables import GIB, Planner
 from trlx.launch.plan.work import Gpu, Work, rows_of_a_step
 from trlx.presets import load_preset
+from trlx.strict import ConfigError
 
 WORK = Work(
     rows=4, sampled=1, scored=2, kept=1, length=10, response=6, new=5, trained=3, frozen=5, output=7, heads=1, gpus=2
@@ -122,6 +124,23 @@ def test_runs_of_one_model_are_rehearsed_once(no_hub):
     planner(config)
     planner(TRLConfig.update(config, {"train.batch_size": 2}))
     assert len(planner.rehearsals) == 1
+
+
+def test_a_run_is_divided_as_its_presets_say_unless_that_is_typed(no_hub, monkeypatch):
+    asked = []
+
+    def planner(gpus, vocabulary, limit, accelerate):
+        def planned(config):
+            asked.append((gpus, accelerate, config.model.peft_config is not None))
+            raise ConfigError("that is enough")
+
+        return planned
+
+    monkeypatch.setattr(tables, "Planner", planner)
+    for words in ("qwen3-8b 8gpu", "qwen3-8b lora 8gpu", "qwen3-8b 8gpu --gpus 4 --accelerate ddp"):
+        with pytest.raises(SystemExit, match="that is enough"):
+            main(["plan", "ppo", *words.split()])
+    assert asked == [(8, "fsdp2", False), (8, "ddp", True), (4, "ddp", False)]
 
 
 def test_what_names_no_method_stands_over_that_of_the_option(tmp_path, no_hub):
