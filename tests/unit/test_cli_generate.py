@@ -198,7 +198,9 @@ def test_each_process_answers_its_own_prompts_and_all_of_them_take_part(monkeypa
     for rank, heard in ((0, [["A", "B"], ["E"]]), (1, [["C", "D"], []])):
         said = []
         backend = SimpleNamespace(data_rank=rank, data_size=2, row_format=None)
-        backend.gather_objects = lambda texts, said=said: said.append(texts) or "ABCDE"[4 * len(said) - 4 : 4 * len(said)]
+        backend.gather_objects = lambda texts, said=said: (
+            said.append(texts) or "ABCDE"[4 * len(said) - 4 : 4 * len(said)]
+        )
         trainer = SimpleNamespace(backend=backend, sampling=lambda _: None, sampling_kwargs={}, tokenizer=None)
         trainer.draw = lambda prompts, _: prompts
         found = list(generating._answered(trainer, None, rows, 2))
