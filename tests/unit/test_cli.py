@@ -57,6 +57,7 @@ def test_the_command_line_says_its_version_and_lists_its_commands(capsys):
         (["plan", "x", "--tp", "two"], "trlx plan: Invalid value for '--tp': "),
         (["plan", "x", "--set"], "trlx plan: Option '--set' requires an argument. See trlx plan --help\n"),
         (["plan", "nowhere.yaml"], "trlx plan: There is no file nowhere.yaml in "),
+        (["plan", "ppo", "--model", "./nowhere"], "trlx plan: model.model_path is './nowhere', which does not exist "),
         (["report", "nowhere"], "trlx report: no metrics.jsonl in nowhere; "),
     ],
 )

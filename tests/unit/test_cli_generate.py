@@ -109,7 +109,7 @@ def test_a_message_is_written_in_the_chat_template_and_its_turn_ends_where_the_m
         ("TALKER --prompt a --gen beta=1", "method.gen_kwargs.beta is 1, but only ILQL has the Q heads"),
         ("TALKER --prompt a --device tpu", "--device is 'tpu': write cpu, cuda, or cuda:N for GPU N\n"),
         ("TALKER --prompt a --device cuda:9", "--device is 'cuda:9', but there are 0 GPUs here\n"),
-        ("TALKER --prompt a --out none/x.jsonl", "--out is none/x.jsonl, but its folder is no file\n"),
+        ("TALKER --prompt a --out none/x.jsonl", "--out is none/x.jsonl, but there is no folder none\n"),
         ("TALKER --prompt a --number 0", "--number must be at least 1, got 0\n"),
         ("TALKER --prompt a --processes 0", "--processes must be at least 1, got 0\n"),
         ("TALKER --prompts rows.csv", "rows.csv has the columns question: write --column prompt=NAME for the prompts"),

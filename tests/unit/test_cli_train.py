@@ -99,7 +99,7 @@ def test_a_reward_is_a_function_a_class_a_server_or_a_model(folder):
     with pytest.raises(OSError, match=r"No model at '\.', which is the reward model"):
         function_of(".", "--reward")
     for source, message in {
-        "judges": "--reward is 'judges': write module:function",
+        "judges": "--reward is 'judges': write module:function, file.py:function, a folder",
         "judgse:brief": "--reward: there is no module judgse in ",
         "judgse.py:brief": "--reward: there is no file judgse.py in ",
         "judges:breif": r"--reward: judges has no function 'breif'. Did you mean 'brief'\?",
@@ -148,6 +148,11 @@ def test_rewards_stand_in_a_column_and_the_rows_choose_the_method(folder, starte
     [
         ("ppo", "trlx ppo: The method learns from rewards of its own samples: add --prompts and --reward, or try it"),
         ("sft --reward made", "trlx sft: The method learns from samples: leave out --reward\n"),
+        ("ppo grpo --model tiny", "trlx ppo: The settings are of GRPOConfig, another method: write trlx grpo\n"),
+        (
+            "ppo --model tiny --tokenizer gpt2",
+            "trlx ppo: --model tiny has a tokenizer of its own: leave out --tokenizer\n",
+        ),
         ("grpo --samples made", "trlx grpo: The method learns from its own samples: leave out --samples\n"),
         ("dpo --samples rows.csv", "trlx dpo: rows.csv: Sample 0 must have chosen and rejected, got {'question'"),
         ("sft --samples rows.csv", "trlx sft: rows.csv: samples have the columns question, answer, and trlx knows no"),

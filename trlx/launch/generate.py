@@ -72,8 +72,10 @@ class Request:
         for name in ("batch_size", "number"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.out is not None and (Path(self.out).is_dir() or not Path(self.out).absolute().parent.is_dir()):
-            raise ValueError(f"--out is {self.out}, but {'it' if Path(self.out).is_dir() else 'its folder'} is no file")
+        if self.out is not None and Path(self.out).is_dir():
+            raise ValueError(f"--out is {self.out}, which is a folder: name a file in it")
+        if self.out is not None and not Path(self.out).absolute().parent.is_dir():
+            raise ValueError(f"--out is {self.out}, but there is no folder {Path(self.out).parent}")
 
 
 def run(request: Request, processes: int | None = None) -> int:

@@ -13,6 +13,7 @@ from trlx.data.rows import PREFERENCES, check_columns, common_method, sample_lis
 from trlx.launch.settings import settings_of
 from trlx.launch.sources import function_of, read_rows, with_prompts
 from trlx.logging import is_main_process
+from trlx.presets import METHODS
 
 TINY = "tiny"
 """The model that is made in code."""
@@ -85,6 +86,11 @@ class Job:
         guess = "ilql" if is_rewarded else common_method(samples or [])
         guess = guess if self.samples and not self.reward else "ppo"
         config = settings_of(words, self.typed(), QUICK if self.model == TINY else {}, guess).config
+        method = config.method.name.lower().removesuffix("config")
+        if self.command in METHODS and method in METHODS and method != self.command:
+            raise ValueError(f"The settings are of {config.method.name}, another method: write trlx {method}")
+        if self.tokenizer and self.model == TINY:
+            raise ValueError(f"--model {TINY} has a tokenizer of its own: leave out --tokenizer")
         return with_tiny_model(config)
 
     def typed(self) -> dict[str, Any]:

@@ -74,7 +74,9 @@ def function_of(source: str, option: str) -> Any:
         return SequenceClassifierReward(source)
     place, _, name = source.rpartition(":")
     if not place:
-        raise ValueError(f"{option} is {source!r}: write module:function, a folder with a reward model, or made")
+        raise ValueError(
+            f"{option} is {source!r}: write module:function, file.py:function, a folder with a reward model, or made"
+        )
     module = _module(place, option)
     if not hasattr(module, name):
         raise ValueError(f"{option}: {place} has no function {name!r}.{suggestion(name, vars(module))}".rstrip("."))

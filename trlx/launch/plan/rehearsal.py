@@ -23,7 +23,7 @@ from trlx.backends.base import ModelNeeds
 from trlx.backends.sharding import in_bfloat16
 from trlx.batch import TokenOutputs
 from trlx.config import ModelConfig
-from trlx.data.hub import no_bars
+from trlx.data.hub import check_source, no_bars
 from trlx.launch.plan.phases import DRAWING
 from trlx.models.adapters import AdaptedPolicy, make_adapter
 from trlx.models.architecture import FROM_HUB, architecture_for
@@ -299,6 +299,7 @@ def _loss(outputs: TokenOutputs) -> Tensor:
 def _policies(model: ModelConfig, needs: ModelNeeds) -> tuple[Policy, Callable[[], Policy]]:
     """(the whole policy, what builds it again after blocks were taken away)."""
     options = model.model_extra_configs
+    check_source(model.model_path, "model.model_path", options)
     architecture = architecture_for(model.model_path, model.model_arch_type, options, needs.score_head)
     with no_bars():
         where = {name: value for name, value in options.items() if name in FROM_HUB}
