@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,9 @@ from trlx.backends.vllm import sampler as vllm
 from trlx.backends.vllm import server as http
 from trlx.backends.vllm.channel import chunks
 from trlx.backends.vllm.server import ServerError
+from trlx.models.adapters import _merged
 from trlx.sampling.settings import SamplingConfig
+from trlx.trainer.ppo import PPOTrainer
 
 GREEDY = SamplingConfig(max_new_tokens=5, do_sample=False, eos_token_id=2)
 
@@ -236,6 +239,10 @@ def test_an_adapter_is_merged_on_its_way(tmp_path, start):
     sent = dict(weights)
     assert len(weights) == len(sent) and sent.keys() == merged.keys()  # tied weights go once
     assert all(torch.equal(sent[name], merged[name]) for name in merged)
+    with pytest.warns(UserWarning, match="tie"):
+        on_tied = peft.get_peft_model(tiny_gpt2(), peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="shares its weight with another layer"):
+        list(_merged(on_tied.base_model.model, "", {}))
 
 
 @pytest.mark.parametrize(
@@ -290,17 +297,14 @@ def test_two_runs_do_not_share_a_server(tmp_path, start):
 
 def test_ahead_of_training_the_next_collection_is_drawn_and_its_advantages_weighted(tmp_path, start, monkeypatch):
     server, seen, estimated, versions = start(), [], [], []
-    collect, advantages = trlx.trainer.ppo.PPOTrainer.collect, trlx.trainer.ppo.PPOTrainer.advantages
+    collect, advantages = PPOTrainer.collect, PPOTrainer.advantages
     monkeypatch.setattr(
-        trlx.trainer.ppo.PPOTrainer,
+        PPOTrainer,
         "advantages",
         lambda self, batch: estimated.append(advantages(self, batch)) or estimated[-1],
     )
-    monkeypatch.setattr(
-        trlx.trainer.ppo.PPOTrainer,
-        "report",
-        lambda self, rollouts: versions.append({rollout.version for rollout in rollouts}),
-    )
+    report = lambda _, rollouts: versions.append({rollout.version for rollout in rollouts})  # noqa: E731
+    monkeypatch.setattr(PPOTrainer, "report", report)
 
     def watched(self):
         before = [each.version for each in self.sampler._begun]
@@ -309,7 +313,7 @@ def test_ahead_of_training_the_next_collection_is_drawn_and_its_advantages_weigh
         seen.append((self.schedule.step, before, dict(self.pending), len(self.sampler._begun)))
         return batch
 
-    monkeypatch.setattr(trlx.trainer.ppo.PPOTrainer, "collect", watched)
+    monkeypatch.setattr(PPOTrainer, "collect", watched)
     trainer = ahead(tmp_path, server)
     # two steps a collection: the second collection was drawn from the weights of step 0, the third from those of 2
     assert [(step, {*versions}, begun) for step, versions, _, begun in seen] == [

@@ -74,7 +74,7 @@ class AdaptedPolicy(Policy):
                 f"An adapter of the type {kind} cannot be merged into a model, so a sampler with a copy of "
                 "the weights cannot follow it: leave out train.sampler"
             )
-        yield from _merged(self.model, "", set())
+        yield from _merged(self.model, "", {})
 
 
 class AdapterOff(Reference):
@@ -177,7 +177,7 @@ def adapted_model(model_path: Any) -> str | None:
     return base
 
 
-def _merged(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+def _merged(module: nn.Module, prefix: str, seen: dict[int, bool]) -> Iterator[tuple[str, torch.Tensor]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -190,8 +190,13 @@ def _merged(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[st
     elif isinstance(module, ModulesToSaveWrapper):
         module = module.modules_to_save[module.active_adapter]
     for name, weight in module.named_parameters(recurse=False):
+        if seen.get(id(weight)) or (id(weight) in seen and merged is not None):
+            raise ValueError(
+                f"{prefix}{name} has an adapter and shares its weight with another layer, so a sampler with a copy of "
+                "the weights cannot follow it: leave the layer out of model.peft_config, or leave out train.sampler"
+            )
         if id(weight) not in seen:  # tied weights go once
-            seen.add(id(weight))
+            seen[id(weight)] = merged is not None
             yield prefix + name, (weight if merged is None else merged.get_parameter(name)).detach()
     for name, child in module.named_children():
         yield from _merged(child, f"{prefix}{name}.", seen)
