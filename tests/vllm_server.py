@@ -54,7 +54,7 @@ class StandIn:
                 self.answer(*stand_in.post(parts.path, body, parse_qs(parts.query)))
 
             def answer(self, status, body):
-                data = json.dumps(body).encode()
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -99,6 +99,9 @@ class StandIn:
     def collective_rpc(self, body, query):
         if body["method"] == "reload_weights":
             self.load({k: v for f in Path(body["kwargs"]["weights_path"]).glob("*") for k, v in load_file(f).items()})
+            return None
+        if body["method"] == "trlx_follow":
+            self.owner = body["kwargs"]["owner"]
             return None
         about = {
             "instance": self.instance,

@@ -99,3 +99,15 @@ def test_a_shell_completes_the_names_of_commands():
     asked = {"_TRLX_COMPLETE": "complete_bash", "COMP_WORDS": "trlx re", "COMP_CWORD": "1"}
     found = CliRunner().invoke(cli.app, [], env=asked, prog_name="trlx")
     assert "report" in found.output.split() and "plan" not in found.output.split()
+
+
+def test_the_printed_command_fits_the_run_and_ends_with_the_users_options(capsys):
+    typed = ["vllm", "grpo", "--model", "gpt2", "train.sampler=vllm", "--", "--block-size", "32"]
+    assert main(typed) == 0
+    assert capsys.readouterr().out.strip().endswith("""'{"backend": "trlx"}' --block-size 32""")
+    for words, said in (
+        (["train.sampler.engine=vllm", "train.sampler.url=http://n1"], "names no port: write http://n1:8000"),
+        (["train.sampler=vllm", "--model", "tiny"], "must be the name or folder of a model"),
+    ):
+        code, printed = failure(capsys, "vllm", "grpo", *words)
+        assert code == 2 and said in printed

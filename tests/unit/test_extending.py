@@ -172,6 +172,11 @@ def test_a_sampler_that_nobody_knows_or_an_argument_that_it_does_not_take_is_ref
         with pytest.raises(ValueError, match=words):
             config = tiny_config(tmp_path, "SFT", train={"sampler": sampler})
             trainers.get(config.train.trainer)(config)
+    kinds = {}
+    for name in ("transformers", "generate", "loop", "auto"):
+        config = tiny_config(tmp_path, "SFT", train={"sampler": name})
+        kinds[name] = type(trainers.get(config.train.trainer)(config).sampler)
+    assert kinds["transformers"] is kinds["generate"] is not kinds["auto"] is kinds["loop"]
 
 
 def test_a_model_whose_activations_wait_on_the_host_trains_as_any_other(printed, monkeypatch):

@@ -20,9 +20,9 @@ from tests.unit.test_checkpoint import write
 from trlx import checkpoint
 from trlx.backends import distress
 from trlx.backends.accelerate import AccelerateBackend
+from trlx.backends.interrupts import Interrupted, Interrupts, interruptible
 from trlx.rewards.scoring import RewardError
 from trlx.run import failures
-from trlx.run.interrupts import Interrupted, Interrupts, interruptible
 from trlx.sampling.generate import TransformersSampler
 
 TOLD = "The last checkpoint is {}, of step {}; to go on from there: train.resume_from_checkpoint=auto"

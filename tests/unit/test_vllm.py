@@ -1,5 +1,7 @@
 """Sampling from vLLM servers, with a stand-in for the server: see `tests.vllm_server`; tests/vllm asks a real one."""
 
+import os
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -23,6 +25,7 @@ from trlx.models.adapters import _merged
 from trlx.sampling.settings import SamplingConfig
 from trlx.trainer.ppo import PPOTrainer
 
+ADDRESSES_THAT_ARE_NONE = ("localhost:8000", "http://localhost:80x0", "http://localhost:8000/v1/", 8000)
 GREEDY = SamplingConfig(max_new_tokens=5, do_sample=False, eos_token_id=2)
 
 
@@ -137,10 +140,12 @@ def test_a_request_says_how_to_sample(tmp_path, start):
     [[(503, {})], [(429, {})] * 3, [(200, {"choices": []})], [(200, {"choices": [{"finish_reason": "abort"}]})]],
     ids=["error", "busy", "fewer", "aborted"],
 )
-def test_a_server_that_fails_is_asked_again(tmp_path, start, failures):
+def test_a_server_that_fails_is_asked_again(tmp_path, start, failures, caplog):
     server, sound = start(), start()
     server.failures += failures
     trained(tmp_path / "a", server, total_steps=2)
+    said = [record.message for record in caplog.records if "it is asked again for up to 20 seconds" in record.message]
+    assert len(said) == 1 and server.url in said[0]
     trained(tmp_path / "b", sound, total_steps=2)
     assert not server.failures
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
@@ -165,25 +170,35 @@ def test_a_server_that_was_started_again_gets_the_weights_again(tmp_path, start)
     assert server.calls.count("/finish_weight_update") == sound.calls.count("/finish_weight_update") + 1
 
 
-def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path, start):
-    server = start()
-    reward = share_of_a
+@pytest.mark.parametrize("end", ["patience", "ahead", "Ctrl-C", "Ctrl-C ahead"])
+def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path, start, end):
+    """And Ctrl-C does, long before the patience ends."""
+    server, pressed = start(), []
+    refuse = server.v1_completions
 
-    def leaving(samples, **kwargs):
+    def leaving(body, query):
         if len(server.asked) > 20:
-            server.failures += [(503, {"error": "no worker"})] * 10_000
-        return reward(samples, **kwargs)
+            server.failures += [(503, {"error": "no worker"})] * 3
+        if len(server.asked) > 60 and not pressed and "Ctrl-C" in end:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return refuse(body, query)
 
-    train = {"sampler": {"engine": "vllm", "url": server.url, "patience": 0.05}, "checkpoint_interval": 100}
-    config = tiny_config(tmp_path, "PPO", method={"ppo_epochs": 1}, train=train | {"eval_interval": 100})
-    with pytest.raises(ServerError, match=r"127.0.0.1:\d+ answered /v1/completions with status 503.*resume"):
-        trlx.train(reward_fn=leaving, prompts=PROMPTS, config=config)
+    server.v1_completions = leaving
+    train = {"sampler": {"engine": "vllm", "url": server.url, "patience": 1000 if "Ctrl-C" in end else 0.05}}
+    train |= {"checkpoint_interval": 100, "eval_interval": 100, "rollouts_ahead": int("ahead" in end)}
+    method = {"ppo_epochs": 1} | ({"importance_cap": 1.5} if "ahead" in end else {})
+    config = tiny_config(tmp_path, "PPO", method=method, train=train)
+    error, said = (KeyboardInterrupt, None) if "Ctrl-C" in end else (ServerError, r"with status 503.*resume")
+    with pytest.raises(error, match=said):
+        trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config)
     server.failures.clear()
+    server.v1_completions = refuse
     done = max(line["step"] for line in metrics(tmp_path))
     assert done > 0
     assert (tmp_path / f"checkpoint_{done}").is_dir()
-    config = config.evolve(train={"resume_from_checkpoint": "auto"})
-    trainer = trlx.train(reward_fn=reward, prompts=PROMPTS, config=config)
+    config = config.evolve(train={"resume_from_checkpoint": "auto", "sampler": {"patience": 20}})
+    trainer = trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config)
     assert trainer.schedule.step == 8
 
 
@@ -268,7 +283,7 @@ def test_what_servers_cannot_do_is_refused(tmp_path, start):
     with pytest.raises(ValueError, match="no_repeat_ngram_size is not passed on to vLLM"):
         trained(tmp_path, server, method={"gen_kwargs": gen_kwargs})
     for wrong, said in (
-        ({"url": "localhost:8000"}, "train.sampler.url must be an address"),
+        *(({"url": url}, "train.sampler.url must be an address") for url in ADDRESSES_THAT_ARE_NONE),
         ({"transport": "smoke"}, "train.sampler.transport must be one of auto, gloo, nccl, folder"),
         ({"transport": "folder"}, "belong together"),
     ):
@@ -280,6 +295,9 @@ def test_what_servers_cannot_do_is_refused(tmp_path, start):
     server.collective_rpc = None
     with pytest.raises(ServerError, match="cannot follow a policy: start it with the command that `trlx vllm` prints"):
         trained(tmp_path, server, patience=0.05)
+    server.get = lambda path: (200, b"<html>")
+    with pytest.raises(ServerError, match="is no vLLM server: it answers /health with '<html>'"):
+        trained(tmp_path, server)
 
 
 def test_two_runs_do_not_share_a_server(tmp_path, start):
@@ -386,14 +404,3 @@ def test_a_run_that_samples_ahead_resumes_exactly(tmp_path, start):
     server.boot()
     ahead(tmp_path / "cut", server, total_steps=8, checkpoint_interval=3, resume_from_checkpoint="auto")
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-
-
-def test_sampling_ahead_is_refused_where_it_does_nothing(tmp_path, start):
-    with pytest.raises(
-        ValueError, match="rollouts_ahead: 1 trains on samples of an older policy: set method.importance"
-    ):
-        trained(tmp_path, start(), rollouts_ahead=1)
-    with pytest.raises(ValueError, match="needs a sampler that works while the model trains"):
-        run("PPO", tmp_path, method={"importance_cap": 2.0}, train={"rollouts_ahead": 1})
-    with pytest.raises(ValueError, match="rollouts_ahead: 1 trains on samples of an older policy"):
-        run("SFT", tmp_path, train={"rollouts_ahead": 1})

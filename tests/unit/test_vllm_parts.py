@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import trlx
+from tests.runs import run
 from trlx.backends.vllm import server as http
 from trlx.backends.vllm.channel import chunks
 from trlx.backends.vllm.inside.trlx_vllm.wire import empty, packed
@@ -124,3 +125,14 @@ def test_the_printed_command_is_of_the_server_that_fits_the_run(tmp_path):
     for precision, dtype in (("fp16", "float16"), ("no", "float32")):
         words = command(config.evolve(train={"mixed_precision": precision})).words
         assert words[words.index("--dtype") + 1] == dtype
+
+
+def test_sampling_ahead_is_refused_where_it_does_nothing(tmp_path):
+    for algorithm, given, said in (
+        ("PPO", {"sampler": "vllm"}, "trains on samples of an older policy: set method.importance"),
+        ("SFT", {}, "rollouts_ahead: 1 trains on samples of an older policy"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(algorithm, tmp_path, train={"rollouts_ahead": 1, **given})
+    with pytest.raises(ValueError, match="needs a sampler that works while the model trains"):
+        run("PPO", tmp_path, method={"importance_cap": 2.0}, train={"rollouts_ahead": 1})

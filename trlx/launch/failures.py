@@ -14,7 +14,9 @@ def exit_code(error: Exception) -> int:
     """2 if what the user wrote is wrong, else 1."""
     is_input = isinstance(error, (ValueError, TypeError, ImportError, OSError))
     is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError))
-    wrong = is_missing or (is_input and not isinstance(error, ChildProcessError) and on_purpose(error))
+    wrong = is_missing or (
+        is_input and not isinstance(error, (ChildProcessError, ConnectionError)) and on_purpose(error)
+    )
     return BAD_INPUT if wrong else FAILED
 
 

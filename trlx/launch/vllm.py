@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -27,18 +27,26 @@ class Command(NamedTuple):
         return " ".join([*settings, shlex.join(self.words)])
 
 
-def command(config: TRLConfig, python: str = "python", tensor_parallel: int = 1, url: str | None = None) -> Command:
+def command(
+    config: TRLConfig,
+    python: str = "python",
+    tensor_parallel: int = 1,
+    url: str | None = None,
+    more: Sequence[str] = (),
+) -> Command:
     """What starts a server that fits a run.
 
     Args:
         python: the interpreter of an environment with vLLM; it needs no trlx.
         tensor_parallel: GPUs of this server.
         url: which of the addresses in ``train.sampler.url``; None: the first.
+        more: further options of vLLM, which go over the others.
 
     Raises:
         ValueError: the config does not sample from servers, or its model has no name.
     """
     sampler = config.train.sampler
+    sampler = {"engine": sampler} if isinstance(sampler, str) else sampler
     if not isinstance(sampler, Mapping) or sampler.get("engine") != "vllm":
         raise ValueError("train.sampler is not vllm in this config: add train.sampler.engine=vllm, or the layer vllm")
     urls = sampler.get("url", "http://127.0.0.1:8000")
@@ -46,15 +54,17 @@ def command(config: TRLConfig, python: str = "python", tensor_parallel: int = 1,
     if url is not None and url not in urls:
         raise ValueError(f"--url {url} is none of train.sampler.url: {', '.join(urls)}")
     address = urlsplit(url or urls[0])
+    if address.port is None:
+        raise ValueError(f"train.sampler.url {address.geturl()} names no port: write {address.geturl()}:8000")
     model = config.model.model_path
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, (str, Path)) or model == "tiny":
         raise ValueError("model.model_path must be the name or folder of a model, which vLLM can load")
     tokenizer = config.tokenizer.tokenizer_path
     words = {
         "model": str(model),
         "tokenizer": str(tokenizer) if isinstance(tokenizer, (str, Path)) else str(model),
         "host": address.hostname,
-        "port": str(address.port or 8000),
+        "port": str(address.port),
         "dtype": DTYPES.get(config.train.mixed_precision, "float32"),
         "max-model-len": str(config.train.seq_length),
         "tensor-parallel-size": str(tensor_parallel),
@@ -68,7 +78,7 @@ def command(config: TRLConfig, python: str = "python", tensor_parallel: int = 1,
     options = [word for name, value in words.items() for word in (f"--{name}", value)]
     # the routes through which weights arrive are vLLM's development mode
     variables = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(inside.__file__).parent)}
-    return Command(variables, [*program, *options])
+    return Command(variables, [*program, *options, *more])
 
 
 def start(asked: Command) -> None:

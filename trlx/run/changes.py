@@ -6,6 +6,7 @@ from typing import Any
 
 from trlx.backends.base import Backend
 from trlx.config import TRLConfig, flat
+from trlx.sampling.base import ALSO_CALLED
 
 EXACT = {
     f"config.{name}"
@@ -66,9 +67,8 @@ AVERAGES = {
 def identity(config: TRLConfig, backend: Backend, data: str) -> dict[str, Any]:
     """What must stay the same so that a resumed run gives the same numbers; `data` is a hash of the data."""
     plain, sampler = config.to_json(), config.train.sampler
-    plain["train"]["sampler"] = {"engine": "auto"} | (
-        {"engine": sampler} if isinstance(sampler, str) else dict(sampler)
-    )
+    sampler = {"engine": "auto"} | ({"engine": sampler} if isinstance(sampler, str) else dict(sampler))
+    plain["train"]["sampler"] = sampler | {"engine": ALSO_CALLED.get(sampler["engine"], sampler["engine"])}
     return {
         "backend": type(backend).__name__,
         "config": plain,

@@ -15,6 +15,8 @@ from trlx.registry import samplers
 from trlx.sampling.settings import SamplingConfig, cut_at_eos
 from trlx.strict import check_keywords, suggestion
 
+ALSO_CALLED = {"loop": "auto", "transformers": "generate"}
+"""Further names of samplers."""
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Returns (Hugging Face name, whole tensor) of each weight of the language model, on the main process alone. Every
 process calls it and reads it to its end, as all of them gather the weights together."""
@@ -116,6 +118,7 @@ def sampler_for(settings: Any, backend: Any, tokenizer: PreTrainedTokenizerBase)
     """
     arguments = dict(settings) if isinstance(settings, Mapping) else {"engine": settings}
     engine = arguments.pop("engine", "auto")
+    engine = ALSO_CALLED.get(engine, engine)
     if engine == "auto":
         check_keywords(backend.sampler, arguments, "train.sampler")
         return backend.sampler(**arguments)

@@ -16,6 +16,7 @@ from torch import Tensor
 from trlx import checkpoint, logging
 from trlx.backends.base import Backend, ModelNeeds
 from trlx.backends.distress import watching
+from trlx.backends.interrupts import Interrupts, leave_if_asked
 from trlx.batch import Rollout, Sample, TokenBatch, TokenOutputs
 from trlx.checkpoint import RandomState, own_randomness, seed_everything
 from trlx.compat.attributes import OldNames
@@ -34,7 +35,6 @@ from trlx.run.display import Display
 from trlx.run.failures import rescuing
 from trlx.run.guards import Guards
 from trlx.run.hub import OnHub
-from trlx.run.interrupts import Interrupts, leave_if_asked
 from trlx.run.saving import Saver
 from trlx.sampling.base import drawn, sampler_for
 from trlx.sampling.settings import GEN_KWARGS, SamplingConfig, sweep_variants

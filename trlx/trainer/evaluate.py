@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trlx.backends.base import Backend, LossFn
+from trlx.backends.interrupts import interruptible, leave_if_asked
 from trlx.batch import Rollout, Sample, TokenBatch, TokenOutputs
 from trlx.data.prompts import Prompt
 from trlx.data.store import RolloutStore, own_rows, shard
@@ -20,7 +21,6 @@ from trlx.rewards.calling import Arguments
 from trlx.rewards.results import means, total
 from trlx.rewards.scoring import Metric, Scorer
 from trlx.run.display import Display
-from trlx.run.interrupts import interruptible, leave_if_asked
 from trlx.sampling.settings import SamplingConfig
 
 ROWS_AT_ONCE = 1024

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trlx import logging
+from trlx.backends.interrupts import interruptible, leave_if_asked
 from trlx.backends.vllm import sampler as _vllm  # noqa: F401  registers the sampler "vllm"
 from trlx.batch import Rollout, Sample, TokenBatch
 from trlx.config import TRLConfig
@@ -27,7 +28,6 @@ from trlx.methods.importance import importance_weights
 from trlx.methods.masked import finish, histogram_of, mean_of, pack, spread_of
 from trlx.rewards.results import Scored, means, total
 from trlx.run.guards import check_first_kl
-from trlx.run.interrupts import interruptible, leave_if_asked
 from trlx.sampling.settings import SamplingConfig, check_rollouts
 from trlx.tracking import Tracker
 from trlx.trainer.base import Trainer

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trlx.backends.base import ModelNeeds
+from trlx.backends.interrupts import leave_if_asked
 from trlx.batch import Rollout, TokenBatch, TokenOutputs
 from trlx.data.preferences import labelled, pairs
 from trlx.data.store import RolloutStore, Store, own_rows, shard
@@ -16,7 +17,6 @@ from trlx.method_configs import DPOConfig, KTOConfig
 from trlx.methods.masked import Metrics, mean_of
 from trlx.methods.preferences import dpo_loss, kto_loss, log_ratios
 from trlx.methods.units import Unit
-from trlx.run.interrupts import leave_if_asked
 from trlx.trainer.base import Trainer
 from trlx.trainer.evaluate import ROWS_AT_ONCE, means_over
 

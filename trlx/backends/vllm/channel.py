@@ -100,10 +100,10 @@ class Broadcast:
 
 
 class Folder:
-    """Weights that are written into a folder on a disk that the server reads, too."""
+    """Weights that are written into a folder on a disk that the server reads, too. `owner` names this run."""
 
-    def __init__(self, server: Server, about: Description, folder: str):
-        self.server, self.dtype = server, getattr(torch, about.dtype)
+    def __init__(self, server: Server, about: Description, folder: str, owner: str):
+        self.server, self.dtype, self.owner = server, getattr(torch, about.dtype), owner
         self.folder = Path(folder).expanduser().resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.files = 0
@@ -126,6 +126,7 @@ class Folder:
     def end(self) -> None:
         """Lets the server read the files, which are whole now: it would not survive a broken one."""
         self.server.control("pause", mode="wait")
+        self.server.control("collective_rpc", {"method": "trlx_follow", "kwargs": {"owner": self.owner}})
         self.server.control(
             "collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
         )

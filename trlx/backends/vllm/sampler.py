@@ -8,12 +8,15 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from trlx import logging
 from trlx.backends.base import Backend
+from trlx.backends.distress import Interrupted
+from trlx.backends.interrupts import interruptible
 from trlx.backends.vllm.channel import Broadcast, Folder, chunks, resume
 from trlx.backends.vllm.server import HOW_TO_START, Description, Server, ServerError
 from trlx.backends.vllm.threads import Threads
@@ -62,9 +65,11 @@ class VLLMSampler(Sampler):
         timeout: float = 600.0,
         patience: float = 600.0,
     ):
-        urls = [url] if isinstance(url, str) else list(url)
-        if not urls or not all(isinstance(each, str) and each.startswith(("http://", "https://")) for each in urls):
-            raise ValueError(f"train.sampler.url must be an address such as http://127.0.0.1:8000, or several: {url!r}")
+        urls = list(url) if isinstance(url, (list, tuple)) else [url]
+        if not urls or not all(map(_is_address, urls)):
+            raise ValueError(
+                f"train.sampler.url must be an address such as http://127.0.0.1:8000, without /v1, or several: {url!r}"
+            )
         if transport not in TRANSPORTS:
             raise ValueError(f"train.sampler.transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
         if (transport == "folder") != (folder is not None):
@@ -120,7 +125,9 @@ class VLLMSampler(Sampler):
     def begun(self) -> list[Any]:
         try:
             return [self._begun_with, *([each.prompt, each.version, *each.wait()] for each in self._begun)]
-        except ServerError:  # a checkpoint can be written without a server
+        except ServerError as error:  # a checkpoint can be written without a server
+            logger.warning(f"What was sampled ahead is lost, and will be sampled again: {error}")
+            self._begun = []
             return []
 
     def go_on(self, begun: list[Any]) -> None:
@@ -158,10 +165,10 @@ class VLLMSampler(Sampler):
     def _update(self) -> None:
         """Sends the weights to the servers that lack them, again and again while that fails."""
         began = time.monotonic()
-        while urls := self.backend.on_main(self._stale_at_rest):
+        while urls := self.backend.on_main(interruptible()(self._stale_at_rest)):
             error = self._send([server for server in self.servers if server.url in urls])
             if error is not None:
-                self.backend.on_main(lambda error=error: self._wait(error, time.monotonic() - began))
+                self.backend.on_main(interruptible()(lambda error=error: self._wait(error, time.monotonic() - began)))
 
     def _wait(self, error: str, seconds: float) -> None:
         """Waits before the weights are sent again, or gives up."""
@@ -211,8 +218,9 @@ class VLLMSampler(Sampler):
         """Does `work` on the main process; returns the message of its error."""
         try:
             if self.backend.is_main:
-                work()
-        except (OSError, RuntimeError) as error:
+                interruptible()(work)()
+        # a signal: every process leaves together, before the next attempt
+        except (OSError, RuntimeError, Interrupted) as error:
             return str(error) or type(error).__name__
         return None
 
@@ -225,7 +233,7 @@ class VLLMSampler(Sampler):
 
     def _open(self, server: Server, about: Description) -> Broadcast | Folder:
         if self.folder is not None:
-            return Folder(server, about, self.folder)
+            return Folder(server, about, self.folder, self.owner)
         device = self.backend.device
         has_gpus = device.type == "cuda" == about.device
         kind = self.transport if self.transport != "auto" else "nccl" if has_gpus else "gloo"
@@ -245,7 +253,7 @@ class VLLMSampler(Sampler):
         rows = self.backend.gather_objects(prompts)
         while True:
             self._update()
-            samples = self.backend.on_main(lambda: self._ask(rows, sampling, begun))
+            samples = self.backend.on_main(interruptible()(lambda: self._ask(rows, sampling, begun)))
             if samples is not None:
                 start = sum(shares[: self.backend.data_rank])
                 return samples[start : start + len(prompts)]
@@ -303,6 +311,14 @@ class _Begun:
     version: int
     wait: Callable[[], tuple[list[int], list[float]]]
     """Returns it: ids, and log-probabilities."""
+
+
+def _is_address(url: Any) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and parts.port != 0 and not parts.path.rstrip("/").endswith("/v1")
+    except (ValueError, AttributeError):  # a port that is none; no text
+        return False
 
 
 def _extra(sampling: SamplingConfig) -> dict[str, Any]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import httpx2
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+
+from trlx import logging
+from trlx.backends.interrupts import asked_to_leave
+
+logger = logging.get_logger(__name__)
 
 LONGEST_WAIT = 30
 """Seconds between two attempts at most; the first are 1, 2, 4 ... seconds apart."""
+WARN_EVERY = 60
+"""Seconds between two warnings about a server that is asked again."""
 HOW_TO_START = "start it with the command that `trlx vllm` prints for this config"
 
 
@@ -52,6 +61,8 @@ class Server:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         self.client = httpx2.Client(base_url=self.url, timeout=httpx2.Timeout(timeout, connect=10), limits=limits)
         self.model = ""
+        self._lock, self._told = threading.Lock(), -math.inf
+        """When the last warning about this server was logged."""
 
     def describe(self) -> Description:
         """What the server samples from now.
@@ -69,8 +80,8 @@ class Server:
         self._again("GET", "/health")
         try:
             said = self.control("collective_rpc", ask)["results"]
-        except ServerError as error:
-            raise ServerError(f"{self.url} is a vLLM server that cannot follow a policy: {HOW_TO_START}") from error
+        except ServerError:
+            raise ServerError(f"{self.url} is a vLLM server that cannot follow a policy: {HOW_TO_START}") from None
         self.model = self._again("GET", "/v1/models")["data"][0]["id"]
         return said
 
@@ -110,7 +121,9 @@ class Server:
         attempts = Retrying(
             retry=retry_if_exception_type(_TryAgain),
             wait=wait_exponential(max=LONGEST_WAIT),
-            stop=stop_after_delay(self.patience),
+            stop=stop_after_delay(self.patience) | (lambda _: asked_to_leave()),
+            sleep=_sleep,
+            before_sleep=self._tell,
             reraise=True,
         )
         began = time.monotonic()
@@ -119,8 +132,19 @@ class Server:
         except _TryAgain as error:
             raise ServerError(
                 f"The vLLM server {self.url} {error}; tried for {time.monotonic() - began:.0f} seconds "
-                "(patience in train.sampler). Start it again, then resume the run"
-            ) from error
+                f"(patience in train.sampler): {HOW_TO_START}, then start or resume the run"
+            ) from None
+
+    def _tell(self, state: RetryCallState) -> None:
+        """Warns that a request is made again; once in a while, as hundreds of threads may wait for the server."""
+        with self._lock:
+            if time.monotonic() - self._told < WARN_EVERY:
+                return
+            self._told = time.monotonic()
+        logger.warning(
+            f"The vLLM server {self.url} {state.outcome.exception()}; it is asked again for up to {self.patience:g} "
+            "seconds (patience in train.sampler)"
+        )
 
     def _once(self, method: str, path: str, body: Any = None, parameters: Any = None) -> dict[str, Any]:
         try:
@@ -135,4 +159,16 @@ class Server:
             raise ServerError(
                 f"The vLLM server {self.url} refuses {path} (status {answer.status_code}): {answer.text[:300]}"
             )
-        return answer.json() if answer.content else {}
+        try:
+            return answer.json() if answer.content else {}
+        except ValueError:
+            raise ServerError(
+                f"{self.url} is no vLLM server: it answers {path} with {answer.text[:100]!r}. See train.sampler.url"
+            ) from None
+
+
+def _sleep(seconds: float) -> None:
+    """Sleeps, not much longer than until a signal asks the run to leave."""
+    while seconds > 0 and not asked_to_leave():
+        time.sleep(min(seconds, 1))
+        seconds -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ commands = typer.Typer()
 EXAMPLE = example(
     "trlx vllm grpo qwen3-4b vllm",
     "trlx vllm grpo qwen3-4b vllm --python ~/vllm/bin/python --start",
+    "trlx vllm grpo qwen3-4b vllm -- --gpu-memory-utilization 0.3",
 )
 
 
@@ -28,7 +30,8 @@ def vllm(
     ] = None,
     start: Annotated[bool, typer.Option("--start", help="start it here, instead of printing the command")] = False,
 ) -> int:
-    """The command that starts the vLLM server of a run (train.sampler.engine=vllm).
+    """The command that starts the vLLM server of a run (train.sampler.engine=vllm). What stands behind -- are options
+    of vLLM.
 
     Its development mode lets every client load weights and call methods: keep it on localhost or a private network.
     """
@@ -36,8 +39,10 @@ def vllm(
     from trlx.launch.job import Job
     from trlx.launch.settings import settings_of
 
-    config = settings_of(settings or [], Job("train", model=model).typed()).config
-    command = servers.command(config, python, tensor_parallel, url)
+    words = settings or []
+    own = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    config = settings_of(own, Job("train", model=model).typed()).config
+    command = servers.command(config, python, tensor_parallel, url, words[len(own) :])
     if start:
         servers.start(command)
     print(command)

@@ -97,5 +97,9 @@ class Follower:
             "device": self.device.type,
         }
 
+    def trlx_follow(self, owner: str) -> None:
+        """The weights are those of this run from now on; called for weights that come from a folder."""
+        BroadcastEngine.owner = owner
+
 
 WeightTransferEngineFactory.register_engine("trlx", BroadcastEngine)

@@ -85,6 +85,11 @@ def interruptible() -> Iterator[None]:
         interrupts.at_once = False
 
 
+def asked_to_leave() -> bool:
+    """Whether a signal asked this process's run to leave; also for threads."""
+    return Interrupts.present is not None and Interrupts.present.received is not None
+
+
 def leave_if_asked(backend: Backend) -> None:
     """Ends the run if a signal asked for it. Call it on every process, where a checkpoint can be saved.
 
