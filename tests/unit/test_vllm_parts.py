@@ -96,7 +96,7 @@ def test_calls_that_have_not_begun_when_threads_are_closed_are_dropped():
 
 
 def test_the_printed_command_is_of_the_server_that_fits_the_run(tmp_path):
-    urls = ["http://127.0.0.1:8001", "http://node-2"]
+    urls = ["http://127.0.0.1:8001", "http://node-2:8002"]
     config = trlx.load_preset("grpo").evolve(
         model={"model_path": "some/model"},
         tokenizer={"tokenizer_path": "some/tokenizer"},
@@ -120,8 +120,8 @@ def test_the_printed_command_is_of_the_server_that_fits_the_run(tmp_path):
         "--worker-extension-cls": "trlx_vllm.engine.Follower",
         "--weight-transfer-config": '{"backend": "trlx"}',
     }
-    second = command(config, url="http://node-2").words
-    assert [second[second.index(name) + 1] for name in ("--host", "--port")] == ["node-2", "8000"]
+    second = command(config, url="http://node-2:8002").words
+    assert [second[second.index(name) + 1] for name in ("--host", "--port")] == ["node-2", "8002"]
     for precision, dtype in (("fp16", "float16"), ("no", "float32")):
         words = command(config.evolve(train={"mixed_precision": precision})).words
         assert words[words.index("--dtype") + 1] == dtype
