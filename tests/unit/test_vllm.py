@@ -25,7 +25,6 @@ from trlx.models.adapters import _merged
 from trlx.sampling.settings import SamplingConfig
 from trlx.trainer.ppo import PPOTrainer
 
-ADDRESSES_THAT_ARE_NONE = ("localhost:8000", "http://localhost:80x0", "http://localhost:8000/v1/", 8000)
 GREEDY = SamplingConfig(max_new_tokens=5, do_sample=False, eos_token_id=2)
 
 
@@ -178,8 +177,7 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path, start
         if len(server.asked) > 20:
             server.failures += [(503, {"error": "no worker"})] * 3
         if len(server.asked) > 60 and not pressed and "Ctrl-C" in end:
-            pressed.append(True)
-            os.kill(os.getpid(), signal.SIGINT)
+            pressed.append(os.kill(os.getpid(), signal.SIGINT))
         return refuse(body, query)
 
     server.v1_completions = leaving
@@ -187,16 +185,14 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path, start
     train |= {"checkpoint_interval": 100, "eval_interval": 100, "rollouts_ahead": int("ahead" in end)}
     method = {"ppo_epochs": 1} | ({"importance_cap": 1.5} if "ahead" in end else {})
     config = tiny_config(tmp_path, "PPO", method=method, train=train)
-    error, said = (KeyboardInterrupt, None) if "Ctrl-C" in end else (ServerError, r"with status 503.*resume")
-    with pytest.raises(error, match=said):
+    with pytest.raises(KeyboardInterrupt if "Ctrl-C" in end else ServerError):
         trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config)
     server.failures.clear()
     server.v1_completions = refuse
     done = max(line["step"] for line in metrics(tmp_path))
     assert done > 0 and (tmp_path / f"checkpoint_{done}").is_dir()
     config = config.evolve(train={"resume_from_checkpoint": "auto", "sampler": {"patience": 20}})
-    trainer = trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config)
-    assert trainer.schedule.step == 8
+    assert trlx.train(reward_fn=share_of_a, prompts=PROMPTS, config=config).schedule.step == 8
 
 
 def test_weights_that_do_not_arrive_are_sent_again(tmp_path, start, monkeypatch):
@@ -281,7 +277,7 @@ def test_what_servers_cannot_do_is_refused(tmp_path, start):
     with pytest.raises(ValueError, match="no_repeat_ngram_size is not passed on to vLLM"):
         trained(tmp_path, server, method={"gen_kwargs": gen_kwargs})
     for wrong, said in (
-        *(({"url": url}, "train.sampler.url must be an address") for url in ADDRESSES_THAT_ARE_NONE),
+        *(({"url": url}, "url must be an address") for url in ("h:8000", "http://h:80x0", "http://h:8/v1/", 8000)),
         ({"transport": "smoke"}, "train.sampler.transport must be one of auto, gloo, nccl, folder"),
         ({"transport": "folder"}, "belong together"),
     ):
