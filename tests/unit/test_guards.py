@@ -151,7 +151,9 @@ def stub(folder, guards, **backend):
     """What `Guards` reads of a trainer."""
     trainer = SimpleNamespace(
         config=SimpleNamespace(train=SimpleNamespace(guards=guards, logging_dir=str(folder), record_steps=None)),
-        backend=SimpleNamespace(is_main=True, can_leave_out=True, broadcast_object=lambda told: told, **backend),
+        backend=SimpleNamespace(
+            is_main=True, can_leave_out=True, broadcast_object=lambda told: told, before_update=None, **backend
+        ),
         schedule=SimpleNamespace(step=0, stopped=None, rows=lambda count: [0]),
         store=collate([Rollout([4], [5, 6], score=2.0), Rollout([7], [8], score=1.0)], pad_id=0),
         tokenizer=SimpleNamespace(decode=str),
@@ -190,13 +192,15 @@ def test_a_batch_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
 
 
 def test_the_main_process_decides_for_the_others_which_write_no_batch(tmp_path):
-    trainer = stub(tmp_path, {"kl": {"action": "skip", "above": 1}}, train_step=lambda *_: None)
+    asked = []
+    take = lambda *_: asked.append(trainer.backend.before_update({}))  # noqa: E731
+    trainer = stub(tmp_path, {"kl": {"action": "skip", "above": 1}}, train_step=take)
     trainer.config.train.record_steps = 1
     for measured, decided, updates in ((0.5, (["kl"], []), False), (5.0, ([], []), True), (5.0, ([], ["kl"]), True)):
         trainer.backend.is_main, trainer.backend.broadcast_object = False, lambda _, decided=decided: decided
         trainer.pending = {"policy/kl": measured}
         Guards(trainer).train_step(None, None)
-        assert trainer.backend.before_update({}) == updates
+        assert asked.pop() == updates and trainer.backend.before_update is None
         assert trainer.schedule.stopped == (decided[1] and "train.guards.kl ended it at step 1" or None)
     assert not (tmp_path / "dumps").exists()
 

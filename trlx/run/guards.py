@@ -58,7 +58,6 @@ class Guards:
         """Steps up to now whose gradients were not finite."""
         self.step, self.store, self.rows = 0, None, []
         """The step that is being taken: its number, what the epoch trains on, and which rows of it."""
-        trainer.backend.before_update = self._may_update
 
     def train_step(self, batch: TokenBatch, loss: LossFn) -> dict[str, float]:
         """`Backend.train_step`, whose update a guard may leave out."""
@@ -68,8 +67,13 @@ class Guards:
             self.memory["left_out"] = self._acting(trainer.pending, slice(None), "the steps on this collection")
         is_recorded = backend.is_main and steps.is_recorded(trainer.config.train, step)
         recording = steps.recorded(backend, self.folder, step, batch, loss) if is_recorded else nullcontext(loss)
-        with recording as loss:
-            return backend.train_step(batch, loss, trainer.unit, trainer.rows_together)
+        # only for this step: a backend that outlives its trainer would hold it through this
+        backend.before_update, decide = self._may_update, backend.before_update
+        try:
+            with recording as loss:
+                return backend.train_step(batch, loss, trainer.unit, trainer.rows_together)
+        finally:
+            backend.before_update = decide
 
     def count(self, metrics: dict[str, float]) -> None:
         """Counts a step by its ``skipped_steps`` (0 or 1), which it replaces by the run's total.
