@@ -277,10 +277,12 @@ class TRLConfig:
         for section in (getattr(self, name) for name in SECTIONS):
             if isinstance(section, Section):
                 section.check()
-        if self.train.rollouts_ahead and getattr(self.method, "importance_cap", None) is None:
+        if self.train.rollouts_ahead and not hasattr(self.method, "importance_cap"):
+            raise ConfigError(f"train.rollouts_ahead is for PPO and GRPO, not for {self.method.name}: leave it out")
+        if self.train.rollouts_ahead and self.method.importance_cap is None:
             raise ConfigError(
-                "train.rollouts_ahead: 1 trains on samples of an older policy: set method.importance_cap (PPO, GRPO), "
-                "for example 2.0, which corrects for that"
+                "train.rollouts_ahead: 1 trains on samples of an older policy: set method.importance_cap, for example "
+                "2.0, which corrects for that"
             )
         is_nemo = self.train.trainer.lower().startswith("nemo")
         for section, nearest in ((self.optimizer, NEMO_OPTIMIZERS), (self.scheduler, NEMO_SCHEDULERS)):

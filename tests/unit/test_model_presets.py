@@ -98,6 +98,8 @@ def test_the_table_of_presets_shows_the_plan_of_every_layout():
 
 
 def test_layers_stand_in_any_order_and_later_files_and_overrides_win(tmp_path):
+    served = load_preset("grpo", "qwen3-4b", "vllm")
+    assert (served.train.sampler, served.method.importance_cap) == ({"engine": "vllm"}, 2.0)
     assert load_preset("grpo", "8gpu", "lora", "qwen3-4b") == load_preset("grpo", "qwen3-4b", "lora", "8gpu")
     mine = tmp_path / "mine.yaml"
     mine.write_text("train: {batch_size: 4, seed: 3}\nmethod: {gen_kwargs: {top_k: 5}}")

@@ -56,7 +56,7 @@ def trained(folder, *servers, algorithm="PPO", method=None, model=None, patience
 
 
 def ahead(folder, server, **train):
-    method = {"ppo_epochs": 1, "importance_cap": 1.5, "num_rollouts": 8}
+    method = {"ppo_epochs": 2, "importance_cap": 1.5, "num_rollouts": 8}
     return trained(folder, server, method=method, rollouts_ahead=1, **train)
 
 
@@ -326,22 +326,22 @@ def test_ahead_of_training_the_next_collection_is_drawn_and_its_advantages_weigh
         return batch
 
     monkeypatch.setattr(PPOTrainer, "collect", watched)
-    trainer = ahead(tmp_path, server)
-    # two steps a collection: the second collection was drawn from the weights of step 0, the third from those of 2
+    trainer = ahead(tmp_path, server, total_steps=12)
+    # four steps a collection: the second collection was drawn from the weights of step 0, the third from those of 4
     assert [(step, {*versions}, begun) for step, versions, _, begun in seen] == [
         (0, set(), 8),
-        (2, {0}, 8),
-        (4, {2}, 0),
+        (4, {0}, 8),
+        (8, {4}, 0),
     ]
     stats = [pending for _, _, pending, _ in seen]
     assert stats[0]["rollouts/importance/max"] == pytest.approx(1, abs=1e-5)
     assert all(each["rollouts/importance/max"] > 1.001 for each in stats[1:])
-    assert trainer.schedule.step == 6 and versions == [{0}, {0}, {2}]
+    assert trainer.schedule.step == 12 and versions == [{0}, {0}, {4}]
 
     sampler, sampling = trainer.sampler, trainer.rollout_sampling
     sampler.begin([[4], [5, 6], [4]], sampling)
     (_, *rows), times = sampler.begun(), len(server.asked)
-    assert sampler.finish([[5, 6]], replace(sampling, max_new_tokens=2))[0].version == 6  # not the 6 tokens of `rows`
+    assert sampler.finish([[5, 6]], replace(sampling, max_new_tokens=2))[0].version == 12  # not the 6 tokens of `rows`
     assert len(server.asked) == times + 1
     assert [sample.ids for sample in sampler.finish([[5, 6], [4], [4]], sampling)] == [rows[i][2] for i in (1, 0, 2)]
     assert len(server.asked) == times + 1

@@ -130,7 +130,7 @@ def test_the_printed_command_is_of_the_server_that_fits_the_run(tmp_path):
 def test_sampling_ahead_is_refused_where_it_does_nothing(tmp_path):
     for algorithm, given, said in (
         ("PPO", {"sampler": "vllm"}, "trains on samples of an older policy: set method.importance"),
-        ("SFT", {}, "rollouts_ahead: 1 trains on samples of an older policy"),
+        ("SFT", {}, "rollouts_ahead is for PPO and GRPO, not for SFTConfig"),
     ):
         with pytest.raises(ValueError, match=said):
             run(algorithm, tmp_path, train={"rollouts_ahead": 1, **given})

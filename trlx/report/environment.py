@@ -35,7 +35,15 @@ VARIABLES = {
         "ACCELERATE_USE_DEEPSPEED",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE",
     ],
-    "others": ["RAY_ADDRESS", "WANDB_MODE", "HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"],
+    "others": [
+        "RAY_ADDRESS",
+        "WANDB_MODE",
+        "HF_HOME",
+        "HF_HUB_OFFLINE",
+        "CUDA_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+        "PYTHONPATH",
+    ],
 }
 """What trlx, or a library for it, reads from the environment. No variable here holds a secret."""
 WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}

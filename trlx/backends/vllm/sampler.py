@@ -219,8 +219,8 @@ class VLLMSampler(Sampler):
         try:
             if self.backend.is_main:
                 interruptible()(work)()
-        # a signal: every process leaves together, before the next attempt
-        except (OSError, RuntimeError, Interrupted) as error:
+        # every process hears of the error together, before the next attempt; also of a signal
+        except (Exception, Interrupted) as error:
             return str(error) or type(error).__name__
         return None
 
