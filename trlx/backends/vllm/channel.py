@@ -40,6 +40,11 @@ def chunks(weights: Iterable[tuple[str, Tensor]], limit: int = CHUNK) -> Iterato
         yield chunk
 
 
+def _rounded(chunk: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same weights as the server holds them; numbers that are not floats stay."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in chunk.items()}
+
+
 class Broadcast:
     """Weights that are broadcast over a process group, of gloo or NCCL, that the server's workers join.
 
@@ -72,7 +77,7 @@ class Broadcast:
 
     def send(self, chunk: dict[str, Tensor]) -> None:
         """Sends some weights."""
-        tensors = [tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in chunk.values()]
+        tensors = list(_rounded(chunk, self.dtype).values())
         dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
         shapes = [list(tensor.shape) for tensor in tensors]
         told = self._tell("update_weights", {"update_info": {"names": list(chunk), "dtypes": dtypes, "shapes": shapes}})
@@ -116,10 +121,7 @@ class Folder:
 
     def send(self, chunk: dict[str, Tensor]) -> None:
         """Writes some weights. vLLM reads all files of the folder."""
-        tensors = {
-            name: (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).contiguous()
-            for name, tensor in chunk.items()
-        }
+        tensors = {name: tensor.contiguous() for name, tensor in _rounded(chunk, self.dtype).items()}
         save_file(tensors, self.folder / f"part-{self.files:05d}.safetensors")
         self.files += 1
 

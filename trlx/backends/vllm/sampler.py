@@ -54,6 +54,8 @@ class VLLMSampler(Sampler):
         ValueError: an argument, or the model, does not fit.
     """
 
+    works_ahead = True
+
     def __init__(
         self,
         backend: Backend,
@@ -99,8 +101,6 @@ class VLLMSampler(Sampler):
                 known = ", ".join(["temperature, top_k, top_p, min_new_tokens", *PASSED_ON])
                 raise ValueError(f"{where}.{name} is not passed on to vLLM: leave it out; known are {known}")
         self.backend.on_main(lambda: [self._check_server(server, sampling) for server in self.servers])
-
-    works_ahead = True
 
     def sync(self, version: int, weights: Weights) -> None:
         super().sync(version, weights)
